@@ -1,0 +1,419 @@
+"""Every task's configuration as a typed dataclass: the one source of its defaults, help texts and types.
+
+This module imports no torch, so that `maekit --help` answers at once. A field's docstring is its help text.
+A recipe is a complete value of `PretrainConfig`; the resolved value is saved as JSON beside the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+MAX_MASK_RATIO = 0.95
+"""Above this share of hidden patches a ViT-B/16 sees fewer than ten patches of a 224 px image."""
+
+
+class UserError(ValueError):
+    """A problem that the user can mend: the command line prints it without a traceback and exits with code 2."""
+
+    def __init__(self, *problems: str) -> None:
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+def did_you_mean(name: str, known: Iterable[str], limit: int = 4) -> str:
+    """The known names nearest to a mistyped one, as an ending for an error message."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=limit, cutoff=0.4)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"choose from {', '.join(sorted(known)[:20])}"
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Which images, and how they are read."""
+
+    data: str = ""
+    """What to train on: photos, digits, cifar10, cifar100, a folder, a Parquet file or folder, or a text file of
+    paths. Labels are not needed."""
+    out: str = ""
+    """Folder of the run. It must not hold another run. Default: runs/RECIPE."""
+    image_column: str | None = None
+    """Parquet: the column with the images. Default: the first image column."""
+    label_column: str | None = None
+    """Parquet: the column with the labels. Default: the first class-label column."""
+    mean: tuple[float, ...] | None = None
+    """Per-channel mean of the pixels in 0..1. Default: measured on up to 10,000 training images."""
+    std: tuple[float, ...] | None = None
+    """Per-channel standard deviation of the pixels in 0..1. Default: measured together with the mean."""
+    heldout_share: float = 0.02
+    """Share of the training images that is never trained on: held-out loss, panels and online probes use it."""
+    max_bad_share: float = 0.01
+    """The run stops when more than this share of the images cannot be read."""
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """What the model is and what it learns: all that is needed to build it again, as the passport stores it."""
+
+    model: str = "mae_vit_base_patch16"
+    """mae_vit_base_patch16, mae_vit_large_patch16, mae_vit_huge_patch14, or any timm VisionTransformer by name."""
+    img_size: tuple[int, ...] = (224,)
+    """Input size in pixels: one number, or height and width."""
+    in_chans: int = 3
+    """Channels of the input. With 3, grayscale images are replicated."""
+    patch_size: int | None = None
+    """Side of a patch in pixels. Default: the model's own."""
+    embed_dim: int | None = None
+    """Width of the encoder. Default: the model's own."""
+    depth: int | None = None
+    """Blocks of the encoder. Default: the model's own."""
+    num_heads: int | None = None
+    """Attention heads of the encoder. Default: the model's own."""
+    mlp_ratio: float | None = None
+    """Width of the encoder's MLP over its own width. Default: the model's own."""
+    class_token: bool | None = None
+    """Whether the encoder has a class token. Default: as the model has it."""
+    reg_tokens: int | None = None
+    """Register tokens of the encoder (arXiv 2309.16588). Default: as the model has it."""
+    pos_embed: Literal["sincos", "learned"] = "sincos"
+    """Position embedding of the encoder: fixed 2-D sine-cosine as in the paper, or learned."""
+    drop_path: float = 0.0
+    """Stochastic depth in the encoder. The paper pretrains without."""
+    decoder: Literal["self"] = "self"
+    """Decoder: self-attention over visible and mask tokens (the paper)."""
+    decoder_dim: int = 512
+    """Width of the decoder."""
+    decoder_depth: int = 8
+    """Blocks of the decoder."""
+    decoder_heads: int = 16
+    """Attention heads of the decoder."""
+
+
+    mask: Literal["random", "block", "grid"] = "random"
+    """Which patches are hidden: at random (the paper), in blocks, or all but a regular grid."""
+    mask_ratio: float = 0.75
+    """Share of the patches that is hidden from the encoder, 0 to 0.95."""
+    target: Literal["pixels", "norm-pixels"] = "norm-pixels"
+    """What the decoder predicts: pixels, or pixels normalised by each patch's own mean and deviation."""
+
+    @property
+    def size_hw(self) -> tuple[int, int]:
+        """Height and width of the input in pixels."""
+        return (self.img_size[0], self.img_size[-1])
+
+
+@dataclass(kw_only=True)
+class PretrainConfig(ModelConfig, DataConfig):
+    """Pretrain a vision transformer by masked autoencoding (He et al. 2021, arXiv 2111.06377)."""
+
+    recipe: str = "custom"
+    """Name of the recipe that the defaults come from."""
+
+    # ---- augmentation ----
+    crop: Literal["random-resized", "resize-crop", "none"] = "random-resized"
+    """random-resized: the paper's (bicubic); resize-crop: resize to --resize-to, then a random crop; none: the
+    centre, resized."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """random-resized: smallest and largest share of the image's area in a crop."""
+    resize_to: int | None = None
+    """resize-crop: the shorter side before the crop. Default: the longer side of the input x 9/8."""
+    flip: bool = True
+    """Mirror half of the images."""
+
+    # ---- optimisation ----
+    epochs: float | None = 800.0
+    """Length of the run in passes over the data (or give --steps)."""
+    steps: int | None = None
+    """Length of the run in optimiser steps (or give --epochs)."""
+    warmup_epochs: float | None = 40.0
+    """Linear warm-up in passes over the data (or give --warmup-steps)."""
+    warmup_steps: int | None = None
+    """Linear warm-up in optimiser steps (or give --warmup-epochs)."""
+    batch_size: int = 4096
+    """Images per optimiser step, over all processes and accumulation steps."""
+    accum: int = 1
+    """Gradient accumulation: each process splits its share of a batch into this many parts."""
+    blr: float = 1.5e-4
+    """Base learning rate: lr = blr x batch size / 256."""
+    lr: float | None = None
+    """Peak learning rate itself; overrides --blr."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the cosine."""
+    weight_decay: float = 0.05
+    """AdamW's weight decay; none on one-dimensional parameters and tokens."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's two decay rates."""
+    clip_grad: float | None = None
+    """Clip the gradient to this norm. The paper does not clip."""
+
+    # ---- machine ----
+    seed: int = 0
+    """Seed of weights, order, crops, flips and masks."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the matrix products; loss and normalisation stay in float32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile. auto: on for CUDA, off elsewhere."""
+    workers: int | None = None
+    """Processes that decode images. Default: chosen from the cores. Not used where the data fit in memory."""
+    in_memory: Literal["auto", "yes", "no"] = "auto"
+    """Keep all images on the device as uint8. auto: where they have one size and fit."""
+    processes: int | None = None
+    """The number of processes that you mean to run on; another number is an error."""
+
+    # ---- monitoring and saving ----
+    log_every: int = 20
+    """Optimiser steps between two lines of metrics.jsonl."""
+    eval_every: float = 1.0
+    """Epochs between two held-out losses."""
+    probe_every: float = 5.0
+    """Epochs between two online probes (k-NN, linear; needs labels) and feature ranks. 0: never."""
+    panel_every: float = 5.0
+    """Epochs between two panels of reconstructions. 0: only at the end."""
+    save_every: float = 1.0
+    """Epochs between two checkpoints."""
+    save_minutes: float = 10.0
+    """A checkpoint is written at least this often, in minutes."""
+    keep: int = 2
+    """Checkpoints that are kept."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+    """Also log there, through Accelerate. metrics.jsonl is always written."""
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with these values by themselves, each naming the value, the rule and the flag."""
+        found = [
+            f"--{flag(name)} {value:g}: must be above 0"
+            for name in ("epochs", "steps", "batch_size", "accum", "log_every", "eval_every", "save_every", "keep",
+                         "save_minutes", "decoder_dim", "decoder_heads", "in_chans", "patch_size", "embed_dim",
+                         "depth", "num_heads", "mlp_ratio", "blr", "lr", "clip_grad", "resize_to", "processes")
+            if (value := getattr(self, name)) is not None and not value > 0
+        ]  # fmt: skip
+        found += [
+            f"--{flag(name)} {value:g}: must not be negative"
+            for name in ("warmup_epochs", "warmup_steps", "workers", "weight_decay", "min_lr", "drop_path",
+                         "decoder_depth", "reg_tokens", "probe_every", "panel_every", "seed")
+            if (value := getattr(self, name)) is not None and not value >= 0
+        ]  # fmt: skip
+        found += self._choice_problems() + self._duration_problems()
+        if not self.data:
+            found.append("--data is missing: a folder of images, a Parquet file, a text file of paths, or a known name")
+        if not 0 <= self.mask_ratio <= MAX_MASK_RATIO:
+            found.append(f"--mask-ratio {self.mask_ratio:g}: must lie between 0 and {MAX_MASK_RATIO}")
+        if not 1 <= len(self.img_size) <= 2 or min(self.img_size, default=0) < 1:
+            found.append(f"--img-size {_spaced(self.img_size)}: give one size, or height and width, above 0")
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            found.append(f"--crop-scale {low:g} {high:g}: needs 0 < smallest <= largest <= 1")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            found.append(f"--betas {_spaced(self.betas)}: each must lie in [0, 1)")
+        if not 0 < self.heldout_share < 1:
+            found.append(f"--heldout-share {self.heldout_share:g}: must lie between 0 and 1")
+        if not 0 <= self.max_bad_share <= 1:
+            found.append(f"--max-bad-share {self.max_bad_share:g}: must lie between 0 and 1")
+        if (self.mean is None) != (self.std is None):
+            found.append("--mean and --std go together: give both or neither")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.in_chans:
+                found.append(f"--{name} has {len(values)} values, but --in-chans is {self.in_chans}")
+        if self.std is not None and min(self.std, default=1.0) <= 0:
+            found.append(f"--std {_spaced(self.std)}: must be above 0")
+        if self.decoder_heads > 0 and self.decoder_dim % self.decoder_heads:
+            found.append(f"--decoder-dim {self.decoder_dim} is not divisible by --decoder-heads {self.decoder_heads}")
+        if self.decoder_dim % 4:
+            found.append(f"--decoder-dim {self.decoder_dim}: 2-D sine-cosine positions need a multiple of 4")
+        if self.accum > 0 and self.batch_size % self.accum:
+            found.append(f"--batch-size {self.batch_size} is not divisible by --accum {self.accum}")
+        if self.crop == "resize-crop" and self.resize_to is not None and self.resize_to < max(self.img_size):
+            found.append(f"--resize-to {self.resize_to} is smaller than --img-size {_spaced(self.img_size)}")
+        return found
+
+    def _duration_problems(self) -> list[str]:
+        found = []
+        if (self.epochs is None) == (self.steps is None):
+            found.append("give the length of the run either as --epochs or as --steps")
+        if self.warmup_epochs is not None and self.warmup_steps is not None:
+            found.append("give the warm-up either as --warmup-epochs or as --warmup-steps")
+        for unit in ("epochs", "steps"):
+            whole, warmup = getattr(self, unit), getattr(self, f"warmup_{unit}")
+            if whole is not None and warmup is not None and warmup > whole > 0:
+                found.append(f"--warmup-{unit} {warmup:g} is longer than the run (--{unit} {whole:g})")
+        return found
+
+    def _choice_problems(self) -> list[str]:
+        device = self.device.split(":")[0]
+        if device not in ("auto", "cpu", "cuda", "mps"):
+            return [f"--device {self.device}: choose auto, cpu, cuda or mps"]
+        return []
+
+
+@dataclass(kw_only=True)
+class ProbeConfig:
+    """Measure frozen features by linear probe and k-NN, beside random weights and raw pixels."""
+
+    data: str
+    """Labelled images: a known name, a folder with one folder per class, or a Parquet file or folder."""
+    out: str | None = None
+    """Folder for card.json. Default: RUN/probe-NAME for a run, ./probe-NAME otherwise."""
+    pool: Literal["cls", "mean"] | None = None
+    """Which tokens are the features. Default: both are tried, the held-out part decides."""
+    image_column: str | None = None
+    """Parquet: the column with the images."""
+    label_column: str | None = None
+    """Parquet: the column with the labels."""
+    baselines: bool = True
+    """Also measure the same encoder with random weights, and raw pixels."""
+    batch_size: int = 256
+    """Images per forward pass; changes speed and memory, never the features."""
+    seed: int = 0
+    """Seed of the random-weights encoder."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the feature extraction."""
+
+
+@dataclass(kw_only=True)
+class ReconstructConfig:
+    """Draw original, masked image, reconstruction and both pasted together, for any image."""
+
+    image: tuple[str, ...]
+    """One or more image files."""
+    out: str = "panel.png"
+    """PNG to write."""
+    mask: Literal["random", "block", "grid"] = "random"
+    """Which patches are hidden."""
+    mask_ratio: float | None = None
+    """Share of hidden patches. Default: the one of the pretraining."""
+    seed: int = 0
+    """Seed of the masks."""
+    statistics: Literal["true-patch", "visible", "none"] = "true-patch"
+    """Normalised targets only: whose mean and deviation bring the prediction back to pixels. true-patch: those of
+    the hidden patch itself (the panel says so); visible: of the nearest visible patches; none: shown as predicted."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+
+
+@dataclass(kw_only=True)
+class ResumeConfig:
+    """Continue a run exactly where its last checkpoint stands. Only durations, logging, device and workers change."""
+
+    epochs: float | None = None
+    """New length in epochs; a longer one restarts the cosine from the current step."""
+    steps: int | None = None
+    """New length in optimiser steps."""
+    log_every: int | None = None
+    """Optimiser steps between two lines of metrics.jsonl."""
+    device: str | None = None
+    """auto, cpu, cuda or mps."""
+    workers: int | None = None
+    """Processes that decode images."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] | None = None
+    """Also log there, through Accelerate."""
+    processes: int | None = None
+    """The number of processes that you mean to run on; another number is an error."""
+
+
+def flag(field_name: str) -> str:
+    """The command line's spelling of a field: `mask_ratio` is `mask-ratio`."""
+    return field_name.replace("_", "-")
+
+
+def _spaced(values: Sequence[float]) -> str:
+    return " ".join(f"{value:g}" for value in values)
+
+
+Config = TypeVar("Config")
+
+
+def to_json(config: Any) -> str:
+    """A config as readable JSON, in the order of its fields."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(kind: type[Config], text: str, source: str | Path) -> Config:
+    """A config read back from JSON; only plain values are built, so reading one cannot run code.
+
+    Raises:
+        UserError: not JSON, an unknown field, or a value of another type; all of them at once.
+    """
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source}: not JSON ({error})") from None
+    return _built(kind, values, source)
+
+
+def _built(kind: type[Config], values: Any, source: str | Path) -> Config:
+    """A dataclass from plain values, nested ones included; raises UserError with all that is wrong."""
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: expected a JSON object, found {type(values).__name__}")
+    hints = typing.get_type_hints(kind)
+    found = [f"{source}: unknown field {name!r}; {did_you_mean(name, hints)}" for name in values if name not in hints]
+    fields: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in hints:
+            continue
+        try:
+            if dataclasses.is_dataclass(hints[name]):
+                fields[name] = _built(hints[name], value, f"{source}, {name}")
+            else:
+                fields[name] = _checked(value, hints[name])
+        except UserError as error:
+            found += error.problems
+        except TypeError:
+            found.append(f"{source}: field {name!r} is {value!r}, expected {_readable(hints[name])}")
+    for item in dataclasses.fields(kind):  # type: ignore[arg-type]
+        has_default = item.default is not dataclasses.MISSING or item.default_factory is not dataclasses.MISSING
+        if item.name not in values and not has_default:
+            found.append(f"{source}: field {item.name!r} is missing")
+    if found:
+        raise UserError(*found)
+    return kind(**fields)
+
+
+def _checked(value: Any, hint: Any) -> Any:
+    """The value as the hint's type; raises TypeError where it is of another."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        for argument in arguments:
+            try:
+                return _checked(value, argument)
+            except TypeError:
+                continue
+        raise TypeError
+    if origin is Literal:
+        if any(value == choice and type(value) is type(choice) for choice in arguments):
+            return value
+        raise TypeError
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise TypeError
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return tuple(_checked(item, arguments[0]) for item in value)
+        if len(value) != len(arguments):
+            raise TypeError
+        return tuple(_checked(item, argument) for item, argument in zip(value, arguments, strict=True))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise TypeError
+        return {_checked(key, arguments[0]): _checked(item, arguments[1]) for key, item in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint and not (hint is types.NoneType and value is None):
+        raise TypeError
+    return value
+
+
+def _readable(hint: Any) -> str:
+    return str(getattr(hint, "__name__", hint)).replace("typing.", "")

@@ -1,0 +1,118 @@
+"""What every image decoder shares: the error, the limits, and the arithmetic on decoded pixels.
+
+Legend: H height, W width, C channels. Arrays are uint8 in 0..255 or float32, which for 16-bit images is value / 65535.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Pixels: TypeAlias = npt.NDArray[Any]
+
+MAX_PIXELS = 100_000_000
+"""Larger images are refused before their pixels are decoded: a small file can claim any size (a decompression bomb)."""
+
+
+class BadImage(Exception):
+    """An image that cannot be read; the message is a one-line reason, such as 'empty file' or 'truncated JPEG'."""
+
+
+def check_size(height: int, width: int) -> None:
+    """Refuse a size, in pixels, that a header claims.
+
+    Raises:
+        BadImage: no pixels, or more than MAX_PIXELS.
+    """
+    if height < 1 or width < 1:
+        raise BadImage(f"no pixels ({height} x {width})")
+    if height * width > MAX_PIXELS:
+        raise BadImage(f"{height} x {width} pixels are more than {MAX_PIXELS:,} (a decompression bomb?)")
+
+
+def wrong_channels(found: int, in_chans: int) -> BadImage:
+    """The error for data whose number of channels is not the model's."""
+    return BadImage(f"{found} channels where --in-chans is {in_chans}")
+
+
+def to_pixels(values: npt.NDArray[Any]) -> Pixels:
+    """Decoded numbers of any type as uint8, or float32: 16-bit ones divided by 65535, floats as they are.
+
+    Raises:
+        BadImage: another integer type, or a value that is not finite in float32.
+    """
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == np.bool_:
+        return values.astype(np.uint8) * np.uint8(255)
+    if values.dtype.kind == "u" and values.dtype.itemsize == 2:
+        return values.astype(np.float32) / np.float32(65535)
+    if values.dtype.kind != "f":
+        raise BadImage(f"{values.dtype.name} values; uint8, uint16 and float are read")
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite and is refused on the next line
+        values = values.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise BadImage("values that are not finite")
+    return values
+
+
+def over_white(colour_HWC: Pixels, alpha_HW1: Pixels, premultiplied: bool = False) -> Pixels:
+    """Colours laid over a white ground: c x a + white x (1 - a), where white is 255 for uint8 and 1 for float32.
+
+    Where colours are premultiplied, c x a is what the file holds already. uint8 results are rounded to nearest.
+    """
+    if colour_HWC.dtype == np.uint8:
+        alpha = alpha_HW1.astype(np.uint16)  # the largest product, 255 x 255 + 127, fits 16 bits
+        if premultiplied:
+            return np.minimum(colour_HWC.astype(np.uint16) + (255 - alpha), 255).astype(np.uint8)
+        total = colour_HWC * alpha + np.uint16(255) * (255 - alpha) + np.uint16(127)
+        return (total // np.uint16(255)).astype(np.uint8)
+    light = colour_HWC if premultiplied else colour_HWC * alpha_HW1
+    whitened: Pixels = (light + (np.float32(1) - alpha_HW1)).astype(np.float32)
+    return whitened
+
+
+def luminance(colour_HWC: Pixels) -> Pixels:
+    """Luma H W 1 of red, green, blue H W 3 (ITU-R BT.601; for uint8 in the fixed point that Pillow uses)."""
+    if colour_HWC.dtype == np.uint8:
+        weights = np.array([19595, 38470, 7471], np.uint32)  # 0.299, 0.587, 0.114 in 1/65536; they sum to 65536
+        return (((colour_HWC @ weights) + np.uint32(32768)) >> np.uint32(16)).astype(np.uint8)[..., None]
+    return (colour_HWC @ np.array([0.299, 0.587, 0.114], np.float32)).astype(np.float32)[..., None]
+
+
+def fit_channels(values_HWC: Pixels, in_chans: int) -> Pixels:
+    """The channels that the model takes: one channel is replicated, colour becomes luminance where one is wanted.
+
+    Raises:
+        BadImage: any other difference.
+    """
+    found = values_HWC.shape[2]
+    if found == in_chans:
+        return values_HWC
+    if found == 1:
+        return np.repeat(values_HWC, in_chans, axis=2)
+    if found == 3 and in_chans == 1:
+        return luminance(values_HWC)
+    raise wrong_channels(found, in_chans)
+
+
+def upright(values_HWC: Pixels, orientation: int) -> Pixels:
+    """The image as it is meant to be seen, from its EXIF orientation 1..8 (CIPA DC-008, tag 0x0112)."""
+    swapped_WHC = values_HWC.transpose(1, 0, 2)
+    if orientation == 2:  # mirrored left to right
+        return values_HWC[:, ::-1]
+    if orientation == 3:  # rotated by half a turn
+        return values_HWC[::-1, ::-1]
+    if orientation == 4:  # mirrored top to bottom
+        return values_HWC[::-1]
+    if orientation == 5:  # mirrored along the main diagonal
+        return swapped_WHC
+    if orientation == 6:  # needs a quarter turn clockwise
+        return swapped_WHC[:, ::-1]
+    if orientation == 7:  # mirrored along the other diagonal
+        return swapped_WHC[::-1, ::-1]
+    if orientation == 8:  # needs a quarter turn counter-clockwise
+        return swapped_WHC[::-1]
+    return values_HWC

@@ -1,0 +1,162 @@
+"""The TIFFs that Pillow cannot read or reads wrongly: n channels, pages as channels, 16-bit colour, floats.
+
+Pillow drops the low byte of 16-bit colour and the second channel of a two-channel image; `decode` takes over there and
+leaves ordinary pictures to Pillow. Legend: H height, W width, C channels, S samples per pixel.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import IO, Any
+
+import numpy as np
+import tifffile
+
+from maekit.data.pixels import BadImage, Pixels, check_size, over_white, to_pixels, upright, wrong_channels
+
+MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+"""First four bytes of a TIFF or BigTIFF, little or big endian."""
+
+_MIN_IS_WHITE, _MIN_IS_BLACK, _RGB, _SEPARATED = 0, 1, 2, 5
+_ASSOCIATED_ALPHA, _UNASSOCIATED_ALPHA = 1, 2
+_ORIENTATION = 274
+
+# tifffile reports damage to its logger and goes on; what matters here is raised as BadImage instead.
+logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
+
+
+class NeedsPillow(Exception):
+    """tifffile lacks a decompressor for this file; Pillow's libtiff may have it."""
+
+
+def size(file: IO[bytes]) -> tuple[int, int] | None:
+    """Height and width in pixels after the orientation tag, from the header; None where tifffile cannot parse it."""
+    try:
+        with tifffile.TiffFile(file) as tiff:
+            page = _first_page(tiff)
+            height, width = page.imagelength, page.imagewidth
+            orientation = _orientation(page)
+    except Exception:  # damaged headers raise about everything; Pillow then has the last word
+        return None
+    check_size(height, width)
+    return (width, height) if orientation >= 5 else (height, width)
+
+
+def decode(file: IO[bytes], in_chans: int) -> Pixels | None:
+    """The image H W C, or None where Pillow should read it; C may still differ from `in_chans`.
+
+    All pages together are the channels where their number is `in_chans` and the pages are not colour pictures;
+    otherwise a model of 1 or 3 channels sees the first page.
+
+    Raises:
+        BadImage: another number of channels, a bomb, a truncated file.
+        NeedsPillow: a compression that tifffile cannot undo.
+    """
+    try:
+        tiff = tifffile.TiffFile(file)
+        page, series = _first_page(tiff), tiff.series[0]
+        height, width = page.imagelength, page.imagewidth
+        channels = series.size // max(1, height * width)
+    except Exception:
+        return None
+    check_size(height, width)
+    if channels == in_chans and (in_chans not in (1, 3) or (page.samplesperpixel == 1 and in_chans == 3)):
+        if page.photometric in (_MIN_IS_WHITE, _MIN_IS_BLACK, _RGB, _SEPARATED):
+            _check_whole(series, file)
+            return upright(_stack(series, page), _orientation(page))
+    if in_chans not in (1, 3) and channels != 1:
+        raise wrong_channels(channels, in_chans)
+    if _ordinary(page):
+        return None
+    _check_whole(page, file)
+    return upright(_picture(page, in_chans), _orientation(page))
+
+
+def _first_page(tiff: tifffile.TiffFile) -> tifffile.TiffPage:
+    page = tiff.pages[0]
+    assert isinstance(page, tifffile.TiffPage), page
+    return page
+
+
+def _orientation(page: tifffile.TiffPage) -> int:
+    tag = page.tags.get(_ORIENTATION)
+    return int(tag.value) if tag is not None and tag.value in range(1, 9) else 1
+
+
+def _ordinary(page: tifffile.TiffPage) -> bool:
+    """Whether Pillow reads this page and keeps all of it."""
+    if page.photometric not in (_MIN_IS_WHITE, _MIN_IS_BLACK, _RGB, _SEPARATED):
+        return True  # palettes, YCbCr, fax: Pillow or nobody
+    if page.bitspersample > 8 or page.sampleformat != 1:
+        return False
+    gray = page.photometric in (_MIN_IS_WHITE, _MIN_IS_BLACK)
+    if gray and page.samplesperpixel > 1:  # Pillow keeps the second sample only where it is marked as alpha
+        return page.samplesperpixel == 2 and _alpha_kind(page) == _UNASSOCIATED_ALPHA
+    return page.samplesperpixel <= 4
+
+
+def _alpha_kind(page: tifffile.TiffPage) -> int | None:
+    """The first extra sample's meaning where it is alpha, else None."""
+    kind = int(page.extrasamples[0]) if page.extrasamples else 0
+    return kind if kind in (_ASSOCIATED_ALPHA, _UNASSOCIATED_ALPHA) else None
+
+
+def _check_whole(part: Any, file: IO[bytes]) -> None:
+    """Raise BadImage where the pixel data are said to lie beyond the end of the file: tifffile would fill with zeros."""
+    end = file.seek(0, 2)
+    pages = [page for page in part.pages if page is not None] if hasattr(part, "pages") and part.pages else [part]
+    claimed = 0
+    if isinstance(part, tifffile.TiffPageSeries) and part.dataoffset is not None:
+        claimed = part.dataoffset + part.nbytes  # ImageJ: one page header for a whole stack
+    for page in pages:
+        segments = zip(page.dataoffsets, page.databytecounts, strict=False)
+        claimed = max([claimed, *(offset + count for offset, count in segments)])
+    if claimed > end:
+        raise BadImage("truncated TIFF")
+
+
+def _values(part: Any) -> Any:
+    try:
+        return part.asarray(maxworkers=1)  # the loader has its own processes
+    except Exception as error:
+        if "imagecodecs" in str(error):
+            raise NeedsPillow(str(error)) from error
+        raise
+
+
+def _stack(series: tifffile.TiffPageSeries, page: tifffile.TiffPage) -> Pixels:
+    """All pages and samples of a series as the channels of one image, in the file's order."""
+    axes = series.axes
+    if axes.count("Y") != 1 or axes.count("X") != 1:
+        raise BadImage(f"TIFF axes {axes} are not an image")
+    values = np.moveaxis(_values(series), (axes.index("Y"), axes.index("X")), (0, 1))
+    values_HWC = values.reshape(values.shape[0], values.shape[1], -1)
+    return to_pixels(_black_is_zero(values_HWC, page))
+
+
+def _picture(page: tifffile.TiffPage, in_chans: int) -> Pixels:
+    """The first page as gray (C 1), colour (C 3, alpha over white), or n-channel data."""
+    values = _values(page)
+    if page.axes == "YX":
+        values = values[..., None]
+    elif page.axes == "SYX":  # planar: channel first
+        values = values.transpose(1, 2, 0)
+    elif page.axes != "YXS":
+        raise BadImage(f"TIFF axes {page.axes} are not an image")
+    values_HWC = to_pixels(_black_is_zero(values, page))
+    if page.photometric == _SEPARATED and values_HWC.shape[2] == 4:
+        white = 255 if values_HWC.dtype == np.uint8 else 1
+        ink = (white - values_HWC).astype(np.float32) / white
+        light = ink[..., :3] * ink[..., 3:]
+        return np.round(light * 255).astype(np.uint8) if white == 255 else light
+    colours = 3 if page.photometric == _RGB else 1
+    alpha = _alpha_kind(page)
+    if alpha is not None and values_HWC.shape[2] == colours + 1 != in_chans:
+        return over_white(values_HWC[..., :colours], values_HWC[..., colours:], alpha == _ASSOCIATED_ALPHA)
+    return values_HWC
+
+
+def _black_is_zero(values: Any, page: tifffile.TiffPage) -> Any:
+    if page.photometric == _MIN_IS_WHITE and values.dtype.kind == "u":
+        return np.iinfo(values.dtype).max - values
+    return values

@@ -1,0 +1,171 @@
+"""Crops, flips and resizing: decided in integers and float64 on the CPU, applied to one image or a batch on a device.
+
+Shapes: B batch, C channels, H x W pixels in, S x T pixels out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from maekit.config import PretrainConfig
+from maekit.rng import Purpose, uniforms
+
+_ATTEMPTS = 10
+"""Random boxes tried before the centre is taken, as in torchvision's RandomResizedCrop."""
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Where B images are cut and how they are scaled; all arrays are [B] or [B, 2] (vertical, horizontal).
+
+    Output pixel i of an axis is centred at start + (i + offset + 1/2) x scale in the image, and only the pixels
+    start .. start + length take part: `start`, `length` are the box, `offset` a shift in output pixels.
+    """
+
+    start: npt.NDArray[np.int64]
+    length: npt.NDArray[np.int64]
+    scale: npt.NDArray[np.float64]
+    offset: npt.NDArray[np.int64]
+    flip: npt.NDArray[np.bool_]
+
+
+def random_crops(
+    config: PretrainConfig, sizes_B2: npt.NDArray[np.int64], sample_ids: npt.ArrayLike, *, epoch: int, view: int = 0
+) -> Crops:
+    """The training crops of B images of the given heights and widths, each a function of its own key."""
+    ids = np.atleast_1d(np.asarray(sample_ids, np.int64))
+    key = {"seed": config.seed, "epoch": epoch, "view": view}
+    u = uniforms(ids, 4 * _ATTEMPTS, purpose=Purpose.CROP, **key)
+    if config.crop == "random-resized":
+        crops = _random_resized(config, sizes_B2, u.reshape(len(ids), _ATTEMPTS, 4))
+    elif config.crop == "resize-crop":
+        short = config.resize_to or math.ceil(max(config.size_hw) * 9 / 8)
+        crops = _resized(sizes_B2, config.size_hw, short, u[:, :2])
+    else:
+        crops = centre_crops(sizes_B2, config.size_hw)
+    if config.flip:
+        crops.flip[:] = uniforms(ids, 1, purpose=Purpose.FLIP, **key)[:, 0] < 0.5
+    return crops
+
+
+def centre_crops(sizes_B2: npt.NDArray[np.int64], size_hw: tuple[int, int]) -> Crops:
+    """The whole image, resized to cover the output and cut at the centre: what evaluation sees."""
+    return _resized(sizes_B2, size_hw, None, np.full((len(sizes_B2), 2), 0.5))
+
+
+def _random_resized(
+    config: PretrainConfig, sizes_B2: npt.NDArray[np.int64], u_BA4: npt.NDArray[np.float64]
+) -> Crops:
+    """A box of a random share of the area and a random aspect (3/4 to 4/3), scaled to the output size.
+
+    The first of ten random boxes that fits is taken; where none fits, the largest centred box of allowed aspect.
+    """
+    height_B1, width_B1 = sizes_B2[:, :1].astype(np.float64), sizes_B2[:, 1:].astype(np.float64)
+    low, high = config.crop_scale
+    aspect_limits = (3 / 4, 4 / 3)
+    area_BA = height_B1 * width_B1 * (low + (high - low) * u_BA4[..., 0])
+    log_low, log_high = math.log(aspect_limits[0]), math.log(aspect_limits[1])
+    aspect_BA = np.exp(log_low + (log_high - log_low) * u_BA4[..., 1])
+    wide_BA = np.rint(np.sqrt(area_BA * aspect_BA))
+    tall_BA = np.rint(np.sqrt(area_BA / aspect_BA))
+    fits_BA = (wide_BA >= 1) & (tall_BA >= 1) & (wide_BA <= width_B1) & (tall_BA <= height_B1)
+    first_B = fits_BA.argmax(axis=1)
+    rows = np.arange(len(sizes_B2))
+    length = np.stack([tall_BA[rows, first_B], wide_BA[rows, first_B]], axis=1).astype(np.int64)
+    start = np.floor(u_BA4[rows, first_B, 2:] * (sizes_B2 - length + 1)).astype(np.int64)
+    none_B = ~fits_BA.any(axis=1)
+    if none_B.any():
+        ratio_B = sizes_B2[:, 1] / sizes_B2[:, 0]
+        tall = np.where(ratio_B < aspect_limits[0], np.rint(sizes_B2[:, 1] / aspect_limits[0]), sizes_B2[:, 0])
+        wide = np.where(ratio_B > aspect_limits[1], np.rint(sizes_B2[:, 0] * aspect_limits[1]), sizes_B2[:, 1])
+        centred = np.minimum(np.stack([tall, wide], axis=1), sizes_B2).astype(np.int64)
+        length[none_B] = np.maximum(centred, 1)[none_B]
+        start[none_B] = ((sizes_B2 - length) // 2)[none_B]
+    scale = length / np.array(config.size_hw, np.float64)
+    return Crops(start, length, scale, np.zeros_like(start), np.zeros(len(start), np.bool_))
+
+
+def _resized(
+    sizes_B2: npt.NDArray[np.int64], size_hw: tuple[int, int], short: int | None, place_B2: npt.NDArray[np.float64]
+) -> Crops:
+    """The whole image, its aspect kept, resized to a shorter side of `short` (None: to just cover the output), then
+    cut to the output size at the given place (0..1 of the slack).
+    """
+    size = np.array(size_hw, np.float64)
+    zoom_B = (size / sizes_B2).max(axis=1)
+    if short is not None:
+        zoom_B = np.maximum(zoom_B, short / sizes_B2.min(axis=1))
+    resized_B2 = np.maximum(np.rint(sizes_B2 * zoom_B[:, None]), size).astype(np.int64)
+    slack = resized_B2 - size.astype(np.int64)
+    offset = np.minimum(np.floor(place_B2 * (slack + 1)).astype(np.int64), slack)
+    if short is None:
+        offset = slack // 2
+    return Crops(np.zeros_like(offset), sizes_B2.copy(), sizes_B2 / resized_B2, offset, np.zeros(len(offset), np.bool_))
+
+
+def apply_to_batch(images_BCHW: Tensor, crops: Crops, size_hw: tuple[int, int]) -> Tensor:
+    """B images of one size cropped, scaled and flipped on their device: [B, C, S, T], floats in 0..1.
+
+    Bicubic with antialiasing, as Pillow's (a = -1/2, the support grows with the scale, edges renormalised), written
+    as two products with small dense matrices: no loop over samples, and no rounding to 8 bits in between.
+    """
+    batch, _, height, width = images_BCHW.shape
+    whole = bool((crops.length == (height, width)).all() and (crops.scale == 1).all() and (crops.offset == 0).all())
+    pixels = images_BCHW.to(torch.float32)
+    if images_BCHW.dtype == torch.uint8:
+        pixels = pixels / 255
+    if whole and not crops.flip.any() and (height, width) == size_hw:
+        return pixels
+    device = images_BCHW.device
+    rows_BSH = _weights(crops, 0, height, size_hw[0], device)
+    columns_BTW = _weights(crops, 1, width, size_hw[1], device)
+    flipped = torch.from_numpy(crops.flip).to(device, non_blocking=True)
+    columns_BTW = torch.where(flipped[:, None, None], columns_BTW.flip(1), columns_BTW)
+    wide = torch.matmul(pixels, columns_BTW.transpose(1, 2).unsqueeze(1))
+    scaled = torch.matmul(rows_BSH.unsqueeze(1), wide)
+    # Bicubic overshoots at edges; 8-bit pipelines clip there, and so do we. Float data (any range) are left alone.
+    return scaled.clamp_(0, 1) if images_BCHW.dtype == torch.uint8 else scaled
+
+
+def _weights(crops: Crops, axis: int, size_in: int, size_out: int, device: torch.device) -> Tensor:
+    """Resampling weights [B, out, in] along one axis, float32, rows summing to 1."""
+
+    def column(values: npt.NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(values[:, axis].astype(np.float32)).to(device, non_blocking=True)[:, None, None]
+
+    start, length, scale, offset = (column(v) for v in (crops.start, crops.length, crops.scale, crops.offset))
+    out = torch.arange(size_out, device=device, dtype=torch.float32)[None, :, None]
+    source = torch.arange(size_in, device=device, dtype=torch.float32)[None, None, :] - start
+    distance = ((source + 0.5 - (out + offset + 0.5) * scale) / scale.clamp_min(1.0)).abs()
+    weights = torch.where(
+        distance < 1,
+        (1.5 * distance - 2.5) * distance.square() + 1,
+        ((-0.5 * distance + 2.5) * distance - 4) * distance + 2,
+    )
+    inside = (source >= 0) & (source < length) & (distance < 2)
+    weights = torch.where(inside, weights, torch.zeros((), device=device))
+    return weights / weights.sum(dim=2, keepdim=True)
+
+
+def apply_to_image(image_HWC: npt.NDArray[np.generic], crops: Crops, index: int, size_hw: tuple[int, int]) -> Tensor:
+    """One image cropped, scaled and flipped: [C, S, T], uint8 for 8-bit images, else float32.
+
+    The same filter as `apply_to_batch`, by torch's antialiased bicubic, which skips the zeros: large photographs.
+    """
+    (top, left), (tall, wide) = crops.start[index], crops.length[index]
+    box = torch.from_numpy(np.ascontiguousarray(image_HWC[top : top + tall, left : left + wide]))
+    # Channels last without a copy: torch's fast 8-bit path wants it.
+    box_1CHW = box.permute(2, 0, 1).unsqueeze(0)
+    resized_hw = [int(side) for side in np.rint(crops.length[index] / crops.scale[index])]
+    if resized_hw != list(box_1CHW.shape[2:]):
+        box_1CHW = F.interpolate(box_1CHW, size=resized_hw, mode="bicubic", align_corners=False, antialias=True)
+    y, x = crops.offset[index]
+    cut = box_1CHW[0, :, y : y + size_hw[0], x : x + size_hw[1]]
+    return (cut.flip(2) if crops.flip[index] else cut).contiguous()

@@ -1,0 +1,206 @@
+"""timm's vision transformers as MAE encoders: building, checking, positions and the paper's initialisation.
+
+The encoder stays a plain timm `VisionTransformer`, key names included, so that its weights go anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from maekit.config import ModelConfig, UserError, did_you_mean
+
+OFFICIAL_MODELS = {
+    "mae_vit_base_patch16": "vit_base_patch16_224",
+    "mae_vit_large_patch16": "vit_large_patch16_224",
+    "mae_vit_huge_patch14": "vit_huge_patch14_224",
+}
+"""The paper's sizes (table 3; decoder 512 wide, 8 blocks, 16 heads) and the timm model that each one is."""
+
+TOKEN_STD = 0.02
+"""Deviation of the class, register and mask tokens at the start (BERT's; the paper's code)."""
+
+
+def plain_vit(name: str) -> VisionTransformer:
+    """The named model on the meta device (no memory, no weights), checked to be one that MAE can train.
+
+    Raises:
+        UserError: an unknown name (with the nearest ones), or a model that is refused, with the reason.
+    """
+    timm_name = OFFICIAL_MODELS.get(name, name)
+    if not timm.is_model(timm_name):
+        known = [*OFFICIAL_MODELS, *timm.list_models("vit_*"), *timm.list_models("deit*")]
+        raise UserError(f"--model {name}: no such model; {did_you_mean(name, known)}")
+    refuse = f"--model {name}: cannot be pretrained here"
+    with torch.device("meta"):
+        try:
+            model = timm.create_model(timm_name, pretrained=False, num_classes=0)
+        except (RuntimeError, NotImplementedError) as error:  # some models compute on tensors while they are built
+            raise UserError(f"{refuse}: it cannot be built without data ({error})") from None
+    if type(model) is not VisionTransformer:
+        raise UserError(f"{refuse}: it is a {type(model).__name__}, and MAE here needs a timm VisionTransformer")
+    if type(model.patch_embed) is not PatchEmbed:
+        kind = type(model.patch_embed).__name__
+        raise UserError(f"{refuse}: its patch embedding is a {kind}; dropping patches needs a plain one")
+    if model.pos_embed is None:
+        raise UserError(f"{refuse}: it has no absolute position embedding, and hidden patches need a place")
+    return model
+
+
+def resolve(config: ModelConfig) -> ModelConfig:
+    """The config with every "the model's own" replaced by its value.
+
+    Raises:
+        UserError: all that is wrong with model, sizes and heads together, each with the flag to change.
+    """
+    model = plain_vit(config.model)
+    own: dict[str, Any] = {
+        "patch_size": model.patch_embed.patch_size[0],
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "num_heads": model.blocks[0].attn.num_heads,
+        "mlp_ratio": model.blocks[0].mlp.fc1.out_features / model.embed_dim,
+        "class_token": model.has_class_token,
+        "reg_tokens": model.num_reg_tokens,
+    }
+    filled = dataclasses.replace(config, **{k: v for k, v in own.items() if getattr(config, k) is None})
+    problems = []
+    patch, (height, width) = filled.patch_size, filled.size_hw
+    assert patch is not None and filled.embed_dim is not None and filled.num_heads is not None
+    if height % patch or width % patch:
+        nearest = " ".join(str(max(1, round(side / patch)) * patch) for side in filled.img_size)
+        problems.append(
+            f"--img-size {' '.join(map(str, filled.img_size))} is not divisible by --patch-size {patch}: "
+            f"take --img-size {nearest} or another --patch-size"
+        )
+    elif height * width // patch**2 < 2:
+        problems.append(f"--img-size {height} {width} is a single patch of {patch} px: lower --patch-size")
+    if filled.embed_dim % filled.num_heads:
+        problems.append(f"--embed-dim {filled.embed_dim} is not divisible by --num-heads {filled.num_heads}")
+    if filled.pos_embed == "sincos" and filled.embed_dim % 4:
+        problems.append(f"--embed-dim {filled.embed_dim}: 2-D sine-cosine positions need a multiple of 4")
+    if problems:
+        raise UserError(*problems)
+    return filled
+
+
+def build_encoder(config: ModelConfig) -> VisionTransformer:
+    """The encoder of a resolved config, initialised as in the paper."""
+    assert config.patch_size is not None, "resolve the config first"
+    encoder: VisionTransformer = timm.create_model(
+        OFFICIAL_MODELS.get(config.model, config.model),
+        pretrained=False,
+        num_classes=0,
+        global_pool="",
+        img_size=config.size_hw,
+        patch_size=config.patch_size,
+        in_chans=config.in_chans,
+        embed_dim=config.embed_dim,
+        depth=config.depth,
+        num_heads=config.num_heads,
+        mlp_ratio=config.mlp_ratio,
+        class_token=config.class_token,
+        reg_tokens=config.reg_tokens,
+        drop_path_rate=config.drop_path,
+    )
+    init_encoder(encoder, config.pos_embed)
+    return encoder
+
+
+def init_encoder(encoder: VisionTransformer, pos_embed: str) -> None:
+    """Initialise as in the paper (appendix A.1): Xavier-uniform linears, the patch embedding as one of them."""
+    encoder.blocks.apply(init_linear)
+    # A convolution's fan-out counts its kernel; flattened to [D, C*p*p] it is the linear layer that it is.
+    nn.init.xavier_uniform_(encoder.patch_embed.proj.weight.flatten(1))
+    if encoder.patch_embed.proj.bias is not None:
+        nn.init.zeros_(encoder.patch_embed.proj.bias)
+    for token in (encoder.cls_token, encoder.reg_token):
+        if token is not None:
+            nn.init.normal_(token, std=TOKEN_STD)
+    if pos_embed == "learned":
+        nn.init.trunc_normal_(encoder.pos_embed, std=TOKEN_STD)
+        return
+    num_prefix = encoder.pos_embed.shape[1] - encoder.patch_embed.num_patches
+    positions = sincos_positions(encoder.embed_dim, encoder.patch_embed.grid_size, num_prefix)
+    encoder.pos_embed.requires_grad_(False)
+    if not encoder.pos_embed.is_meta:
+        encoder.pos_embed.copy_(positions)
+
+
+def init_linear(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero bias for a linear layer; ones and zeros for a normalisation."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def sincos_positions(dim: int, grid_hw: tuple[int, int], num_prefix: int) -> Tensor:
+    """Fixed 2-D sine-cosine positions [1, num_prefix + gh*gw, dim], float32; prefix tokens get zeros.
+
+    The first half of the channels encodes the column, the second the row, each as [sines, cosines] over frequencies
+    10000^(-k / (dim/4)): the layout of the released weights.
+    """
+    assert dim % 4 == 0, dim
+    rate = 1.0 / 10000 ** (np.arange(dim // 4, dtype=np.float64) / (dim / 4))
+    row, column = np.divmod(np.arange(grid_hw[0] * grid_hw[1]), grid_hw[1])
+    angles = [place[:, None] * rate[None, :] for place in (column, row)]
+    patches = np.concatenate([part for angle in angles for part in (np.sin(angle), np.cos(angle))], axis=1)
+    whole = np.concatenate([np.zeros((num_prefix, dim)), patches])
+    return torch.from_numpy(whole).to(torch.float32).unsqueeze(0)
+
+
+def patch_weight(encoder: VisionTransformer) -> Tensor:
+    """The patch embedding as a linear layer's weight [D, P] for patches flattened (row, column, channel)."""
+    weight_DCpp = encoder.patch_embed.proj.weight
+    return weight_DCpp.permute(0, 2, 3, 1).flatten(1)
+
+
+def prefix_and_positions(encoder: VisionTransformer) -> tuple[Tensor | None, Tensor]:
+    """Class and register tokens with their positions [1, T, D] (None without any), and patch positions [N, D]."""
+    tokens = [token for token in (encoder.cls_token, encoder.reg_token) if token is not None]
+    num_prefix = encoder.pos_embed.shape[1] - encoder.patch_embed.num_patches
+    positions = encoder.pos_embed[0, num_prefix:]
+    if not tokens:
+        return None, positions
+    prefix = torch.cat(tokens, dim=1)
+    return (prefix + encoder.pos_embed[:, :num_prefix] if num_prefix else prefix), positions
+
+
+def use_fused_attention(module: nn.Module, fused: bool) -> None:
+    """Switch every attention layer between scaled_dot_product_attention and plain products with a softmax."""
+    for layer in module.modules():
+        if hasattr(layer, "fused_attn"):
+            layer.fused_attn = fused
+
+
+def flops_per_image(config: ModelConfig, num_visible: int) -> float:
+    """Floating-point operations of one training step on one image: 3 x the forward pass, 2 per multiply-add.
+
+    A block on n tokens of width d costs n (24 d^2 + 4 n d) at MLP ratio 4; embedding, projection to the decoder and
+    prediction are added. The prefix tokens count as tokens.
+    """
+    assert config.embed_dim and config.depth and config.mlp_ratio and config.patch_size
+    size = config.patch_size**2 * config.in_chans
+    patches = math.prod(config.size_hw) // config.patch_size**2
+    prefix = int(bool(config.class_token)) + (config.reg_tokens or 0)
+    seen, width, narrow = num_visible + prefix, config.embed_dim, config.decoder_dim
+
+    def block(tokens: int, dim: int, ratio: float) -> float:
+        return tokens * ((8 + 4 * ratio) * dim**2 + 4 * tokens * dim)
+
+    forward = 2 * num_visible * size * width + config.depth * block(seen, width, config.mlp_ratio)
+    forward += 2 * seen * width * narrow + config.decoder_depth * block(patches + prefix, narrow, 4.0)
+    forward += 2 * (patches - num_visible) * narrow * size
+    return 3 * forward

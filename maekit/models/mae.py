@@ -1,0 +1,202 @@
+"""Masked autoencoders (He et al. 2021, arXiv 2111.06377): the paper in one file.
+
+    images -> patches -> visible patches -> encoder -> + mask tokens -> decoder -> hidden patches -> loss
+
+Only visible patches are embedded; only hidden ones are predicted and scored. The decoder sees [prefix, visible,
+mask tokens], each with the position of its patch: attention does not depend on the order of its tokens, so the
+sequence need not be put back into image order (the tests check this against one that is).
+
+Shapes: B batch, C channels, H x W pixels, N patches of P = p*p*C values, V visible, M hidden, T prefix tokens
+(class, then registers), D encoder width, E decoder width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from maekit.config import ModelConfig, UserError
+from maekit.models.encoder import (
+    TOKEN_STD,
+    build_encoder,
+    init_linear,
+    patch_weight,
+    prefix_and_positions,
+    resolve,
+    sincos_positions,
+)
+from maekit.models.masking import Masks, make_masks, masks_from_keep
+from maekit.models.targets import make_target, patchify, take_patches
+
+EPS = 1e-6
+"""LayerNorm's epsilon in encoder and decoder (the paper's code); it is not stored in weight files."""
+
+
+class MAEOutput(NamedTuple):
+    """What a forward pass gives: a float32 scalar, predictions of the hidden patches, and which patches were which."""
+
+    loss: Tensor
+    pred_BMP: Tensor
+    ids_masked_BM: Tensor
+    ids_keep_BV: Tensor
+
+
+class SelfDecoder(nn.Module):
+    """The paper's decoder: blocks of self-attention over visible tokens and mask tokens (section 3, appendix A.1)."""
+
+    def __init__(self, config: ModelConfig, grid_hw: tuple[int, int], num_prefix: int) -> None:
+        super().__init__()
+        assert config.embed_dim is not None and config.patch_size is not None
+        dim = config.decoder_dim
+        self.embed = nn.Linear(config.embed_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        positions = sincos_positions(dim, grid_hw, num_prefix)
+        self.pos_embed = nn.Parameter(positions.to(self.mask_token.device), requires_grad=False)
+        norm = partial(nn.LayerNorm, eps=EPS)
+        self.blocks = nn.Sequential(
+            *[
+                Block(dim, config.decoder_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm)
+                for _ in range(config.decoder_depth)
+            ]
+        )
+        self.norm = norm(dim)
+        self.pred = nn.Linear(dim, config.patch_size**2 * config.in_chans)
+        self.apply(init_linear)
+        nn.init.normal_(self.mask_token, std=TOKEN_STD)
+
+    def forward(self, latent_BTVD: Tensor, ids_keep_BV: Tensor, ids_masked_BM: Tensor) -> Tensor:
+        """Predictions [B, M, P] from the encoder's output [B, T + V, D]."""
+        num_prefix = latent_BTVD.shape[1] - ids_keep_BV.shape[1]
+        prefix_position, position_NE = self.pos_embed[:, :num_prefix], self.pos_embed[0, num_prefix:]
+        tokens = self.embed(latent_BTVD)
+        prefix = tokens[:, :num_prefix] + prefix_position
+        visible = tokens[:, num_prefix:] + F.embedding(ids_keep_BV, position_NE)
+        hidden = self.mask_token + F.embedding(ids_masked_BM, position_NE)
+        sequence = torch.cat([prefix, visible, hidden], dim=1)
+        last = self.blocks(sequence)[:, -ids_masked_BM.shape[1] :]
+        prediction: Tensor = self.pred(self.norm(last))
+        return prediction
+
+
+class MaskedAutoencoder(nn.Module):
+    """A timm vision transformer with a decoder, trained to predict hidden patches.
+
+    Images are [B, C, H, W]: uint8 pixels (0..255), which are normalised here by `mean` and `std`, or floats that are
+    normalised already (`normalize` does it for pixels in 0..1).
+    """
+
+    mean: Tensor
+    std: Tensor
+    passport: Any = None
+    """Where the weights come from, when they were loaded (`maekit.weights.passport.Passport`)."""
+
+    def __init__(self, config: ModelConfig, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.config = resolve(config)
+        assert self.config.patch_size is not None
+        self.patch_size = self.config.patch_size
+        self.encoder = build_encoder(self.config)
+        self.grid_hw: tuple[int, int] = self.encoder.patch_embed.grid_size
+        self.num_patches = self.grid_hw[0] * self.grid_hw[1]
+        self.num_prefix: int = self.encoder.num_prefix_tokens
+        self.decoder = SelfDecoder(self.config, self.grid_hw, self.num_prefix)
+        # Not weights: they come from the data and travel in the passport.
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def normalize(self, images_BCHW: Tensor) -> Tensor:
+        """Pixels, uint8 in 0..255 or floats in 0..1, brought to the mean 0 and deviation 1 that the model expects."""
+        if images_BCHW.dtype == torch.uint8:
+            images_BCHW = images_BCHW.to(self.mean.dtype) / 255
+        return (images_BCHW - self.mean) / self.std
+
+    def forward(
+        self,
+        images_BCHW: Tensor,
+        ids_keep: Tensor | None = None,
+        seed: int = 0,
+        sample_ids: npt.ArrayLike | None = None,
+        *,
+        ids_masked: Tensor | None = None,
+    ) -> MAEOutput:
+        """Loss and predictions for images [B, C, H, W].
+
+        ids_keep: visible patches [B, V]. Without it the masks are drawn from `seed` and `sample_ids` (default
+            0..B-1) with the mask kind and ratio of the pretraining.
+        ids_masked: hidden patches [B, M], when the caller has them already (it is trusted); else all others.
+
+        Raises:
+            UserError: images of another size, or ids that are no valid masks.
+        """
+        images_BCHW = self._checked(images_BCHW)
+        if ids_keep is None:
+            masks = self.draw_masks(range(len(images_BCHW)) if sample_ids is None else sample_ids, seed=seed)
+            masks = masks.to(images_BCHW.device)
+        elif ids_masked is None:
+            masks = masks_from_keep(ids_keep, self.num_patches)
+        else:
+            masks = Masks(ids_keep, ids_masked)
+        patches_BNP = patchify(images_BCHW, self.patch_size)
+        latent = self.encode_patches(take_patches(patches_BNP, masks.ids_keep_BV), masks.ids_keep_BV)
+        pred_BMP = self.decoder(latent, masks.ids_keep_BV, masks.ids_masked_BM)
+        loss = self.loss(pred_BMP, take_patches(patches_BNP, masks.ids_masked_BM))
+        return MAEOutput(loss, pred_BMP, masks.ids_masked_BM, masks.ids_keep_BV)
+
+    def draw_masks(self, sample_ids: npt.ArrayLike, *, seed: int, epoch: int = 0) -> Masks:
+        """Masks of the pretraining's kind and ratio for these samples, on the CPU."""
+        return make_masks(self.config.mask, self.grid_hw, self.config.mask_ratio, sample_ids, seed=seed, epoch=epoch)
+
+    def encode_patches(self, patches_BVP: Tensor, ids_BV: Tensor | None) -> Tensor:
+        """The encoder's normalised output [B, T + V, D] for the given patches (all, in order, without ids)."""
+        encoder = self.encoder
+        prefix, positions_ND = prefix_and_positions(encoder)
+        tokens = F.linear(patches_BVP, patch_weight(encoder), encoder.patch_embed.proj.bias)
+        tokens = encoder.patch_embed.norm(tokens)
+        tokens = tokens + (positions_ND if ids_BV is None else F.embedding(ids_BV, positions_ND))
+        if prefix is not None:
+            tokens = torch.cat([prefix.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
+        normed: Tensor = encoder.norm(encoder.blocks(encoder.norm_pre(tokens)))
+        return normed
+
+    def loss(self, pred_BMP: Tensor, hidden_BMP: Tensor) -> Tensor:
+        """Mean squared error over the hidden patches, in float32 at least (section 3, equation of the target)."""
+        precise = torch.promote_types(pred_BMP.dtype, torch.float32)
+        with torch.autocast(pred_BMP.device.type, enabled=False):
+            target = make_target(hidden_BMP.to(precise), self.config.target)
+            return (pred_BMP.to(precise) - target).square().mean()
+
+    def encode(self, images_BCHW: Tensor, pool: Literal["cls", "mean", "tokens"] = "mean") -> Tensor:
+        """Features of whole images: never masked, never shuffled.
+
+        cls: the class token [B, D]; mean: the mean of the patch tokens [B, D]; tokens: class, registers, then
+        patches in row-major order [B, T + N, D]. All after the final normalisation.
+
+        Raises:
+            UserError: "cls" of an encoder without a class token, or images of another size.
+        """
+        if pool == "cls" and not self.encoder.has_class_token:
+            raise UserError('pool="cls": this encoder has no class token; take pool="mean" (--pool mean)')
+        tokens = self.encode_patches(patchify(self._checked(images_BCHW), self.patch_size), None)
+        if pool == "tokens":
+            return tokens
+        if pool == "cls":
+            return tokens[:, 0]
+        if pool != "mean":
+            raise UserError(f"pool={pool!r}: choose cls, mean or tokens")
+        return tokens[:, self.num_prefix :].mean(dim=1)
+
+    def _checked(self, images_BCHW: Tensor) -> Tensor:
+        expected = (self.config.in_chans, *self.config.size_hw)
+        if images_BCHW.ndim != 4 or tuple(images_BCHW.shape[1:]) != expected:
+            raise UserError(
+                f"images of shape {list(images_BCHW.shape)}: this model takes [batch, {expected[0]}, {expected[1]}, "
+                f"{expected[2]}] (--in-chans, --img-size)"
+            )
+        return self.normalize(images_BCHW) if images_BCHW.dtype == torch.uint8 else images_BCHW

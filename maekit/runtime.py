@@ -1,0 +1,208 @@
+"""The machine: device, precision, attention kernel, compilation, processes. Each automatic choice is (value, reason).
+
+torch is imported inside the functions, so that the command line can answer before it is needed.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+
+from maekit.config import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+Value = TypeVar("Value")
+
+
+class Choice(NamedTuple, Generic[Value]):
+    """A setting that was chosen, and why."""
+
+    value: Value
+    reason: str
+
+
+def choose_device(requested: str) -> Choice[torch.device]:
+    """The device to compute on.
+
+    Raises:
+        UserError: a device that this machine does not have.
+    """
+    import torch
+
+    if requested == "auto":
+        if torch.cuda.is_available():
+            return Choice(torch.device("cuda"), torch.cuda.get_device_name())
+        if torch.backends.mps.is_available():
+            return Choice(torch.device("mps"), "Apple GPU")
+        return Choice(torch.device("cpu"), f"no GPU found; {torch.get_num_threads()} threads")
+    kind = requested.split(":")[0]
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(kind, False):
+        raise UserError(f"--device {requested}: not available on this machine; take --device auto")
+    return Choice(torch.device(requested), "as asked for")
+
+
+def choose_precision(requested: str, device: torch.device) -> Choice[str]:
+    """fp32 or bf16 for the matrix products: bf16 only where the hardware multiplies in it."""
+    import torch
+
+    if requested != "auto":
+        return Choice(requested, "as asked for")
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device)[0] >= 8:
+            return Choice("bf16", "tensor cores multiply in bfloat16")
+        return Choice("fp32", "this GPU has no fast bfloat16")
+    if device.type == "mps":
+        return Choice("fp32", "bfloat16 is not faster on MPS")
+    flags = _cpu_flags()
+    if "amx_bf16" in flags:
+        return Choice("bf16", "the CPU has AMX matrix units for bfloat16")
+    # avx512_bf16 alone doubles the peak on paper; casts and short rows eat that up at ViT sizes.
+    return Choice("fp32", "the CPU has no matrix units for bfloat16 (AMX), where it would be slower")
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:  # no Linux: macOS and Windows CPUs with AMX are not known to us
+        return set()
+    found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    return set(found.group(1).split()) if found else set()
+
+
+def choose_attention(device: torch.device, precision: str) -> Choice[bool]:
+    """Whether attention is torch's fused kernel, or plain products with a softmax."""
+    if device.type == "cpu" and precision == "bf16":
+        return Choice(False, "plain products: the CPU's fused kernel has a slow bfloat16 backward pass")
+    return Choice(True, f"fused scaled_dot_product_attention on {device.type}")
+
+
+def choose_compile(requested: str, device: torch.device) -> Choice[bool]:
+    """Whether the step is compiled. CPU compilation needs a C++ compiler, which a user's machine need not have."""
+    if requested == "off":
+        return Choice(False, "as asked for")
+    if requested == "auto" and device.type != "cuda":
+        return Choice(False, f"compiling on {device.type} gains little and takes a minute; --compile on forces it")
+    if sys.platform == "win32":
+        return Choice(False, "torch.compile needs a compiler that Windows lacks by default")
+    if device.type == "cpu":
+        import shutil
+
+        if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "c++", "clang++") if name):
+            return Choice(False, "eager: no C++ compiler was found (g++ or clang++), which torch.compile needs on CPU")
+    return Choice(True, "as asked for" if requested == "on" else "CUDA")
+
+
+def start_accelerator(device: torch.device, precision: str, trackers: tuple[str, ...], out: Path) -> Accelerator:
+    """Accelerate's handle on processes and mixed precision, and the trackers that were asked for.
+
+    Raises:
+        UserError: a tracker whose package is not installed.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    try:
+        return Accelerator(
+            cpu=device.type == "cpu",
+            mixed_precision="bf16" if precision == "bf16" else "no",
+            log_with=list(trackers) or None,
+            project_dir=str(out),
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        )
+    except (ImportError, ValueError) as error:
+        if trackers:
+            raise UserError(f"--trackers {' '.join(trackers)}: {error}") from None
+        raise
+
+
+def check_processes(expected: int | None, actual: int) -> None:
+    """Refuse to run on another number of processes than was asked for.
+
+    `accelerate launch --num_processes 2` starts a single process on a machine without GPUs, without a word.
+
+    Raises:
+        UserError: the numbers differ; says how to start that many.
+    """
+    asked = expected if expected is not None else _asked_of_launcher()
+    if asked is not None and asked != actual:
+        raise UserError(
+            f"{asked} processes were asked for, but {actual} started: on a machine without GPUs use "
+            f"torchrun --nproc_per_node {asked} -m maekit ..., which starts them (accelerate launch does not)"
+        )
+
+
+def _asked_of_launcher() -> int | None:
+    """`--num_processes N` in the command line of the parent process, if that is accelerate's launcher."""
+    try:
+        import psutil  # comes with accelerate
+
+        words = psutil.Process(os.getppid()).cmdline()
+    except Exception:
+        return None
+    if not any("accelerate" in word for word in words) or "launch" not in words:
+        return None
+    text = " ".join(words)
+    found = re.search(r"--num[_-]processes[ =](\d+)", text)
+    return int(found.group(1)) if found else None
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch's generators: initial weights, and dropout where a model has any."""
+    import torch
+
+    torch.manual_seed(seed)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what decides about numbers."""
+    names = ("maekit", "torch", "timm", "torchvision", "accelerate", "numpy", "pillow", "safetensors", "scikit-learn")
+    return {name: metadata.version(name) for name in names}
+
+
+@functools.cache
+def _commit() -> str | None:
+    """The commit of maekit's own checkout, where it runs from one."""
+    try:
+        here = Path(__file__).parent
+        answer = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip() or None if answer.returncode == 0 else None
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What env.json holds: versions, hardware, commit and command."""
+    import torch
+
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": package_versions(),
+        "commit": _commit(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found.group(1) if found else platform.processor()

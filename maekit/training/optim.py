@@ -1,0 +1,55 @@
+"""The optimiser as the paper sets it: AdamW, weight decay by kind of parameter, linear warm-up, then a cosine."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from timm.optim import param_groups_weight_decay
+from torch import nn
+
+from maekit.config import PretrainConfig
+
+TOKENS = ("encoder.cls_token", "encoder.reg_token", "encoder.pos_embed", "decoder.mask_token")
+"""Parameters of more than one dimension that weight decay leaves alone."""
+
+
+def make_optimizer(model: nn.Module, config: PretrainConfig, peak_lr: float) -> torch.optim.AdamW:
+    """AdamW (0.9, 0.95) with weight decay on matrices only: none on biases, normalisations and tokens (table 8)."""
+    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=TOKENS)
+    fused = all(parameter.device.type in ("cuda", "cpu") for parameter in model.parameters())
+    return torch.optim.AdamW(groups, lr=peak_lr, betas=config.betas, fused=fused)
+
+
+def peak_learning_rate(config: PretrainConfig) -> tuple[float, str]:
+    """The highest learning rate, and the arithmetic that gave it (the linear rule of arXiv 1706.02677)."""
+    if config.lr is not None:
+        return config.lr, f"{config.lr:g} (--lr)"
+    lr = config.blr * config.batch_size / 256
+    return lr, f"{lr:.3g} = {config.blr:g} x {config.batch_size} / 256"
+
+
+def learning_rate(step: int, total: int, warmup: int, peak: float, lowest: float, start: int = 0) -> float:
+    """The learning rate of a step (0-based): linear from 0 over the warm-up, then half a cosine down to `lowest`.
+
+    start: where the cosine begins anew after a run was lengthened; 0 for a run with one schedule.
+    """
+    if start == 0 and step < warmup:
+        return peak * step / warmup
+    begin = max(start, warmup)
+    done = min(1.0, (step - begin) / max(1, total - begin))
+    return lowest + (peak - lowest) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group the same rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def duration_steps(epochs: float | None, steps: int | None, steps_per_epoch: int) -> int:
+    """A duration given in one of two units, in optimiser steps (at least one where it is not zero)."""
+    if steps is not None:
+        return steps
+    assert epochs is not None
+    return max(1, round(epochs * steps_per_epoch)) if epochs > 0 else 0
