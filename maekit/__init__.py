@@ -1,0 +1,36 @@
+"""maekit: pretrain a vision transformer on your own images by masked autoencoding, see whether it worked, take it along.
+
+    import maekit
+    mae = maekit.load("runs/c10")
+    features = mae.encode(images)
+
+Importing the package loads no torch and has no side effect; its functions load what they need.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from maekit.models.mae import MaskedAutoencoder
+    from maekit.weights.store import load
+
+__all__ = ["MaskedAutoencoder", "__version__", "load"]
+
+_PLACES = {"load": "maekit.weights.store", "MaskedAutoencoder": "maekit.models.mae"}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("maekit")
+    if name in _PLACES:
+        from importlib import import_module
+
+        return getattr(import_module(_PLACES[name]), name)
+    raise AttributeError(f"module 'maekit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -28,6 +28,7 @@ class Purpose(IntEnum):
     HELDOUT_SPLIT = 5
     HELDOUT_MASK = 6
     SUBSET = 7
+    TEST_SPLIT = 8
 
 
 def _mix(values: UInt64s) -> UInt64s:

@@ -9,8 +9,12 @@ import functools
 import os
 import platform
 import re
+import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
@@ -96,8 +100,6 @@ def choose_compile(requested: str, device: torch.device) -> Choice[bool]:
     if sys.platform == "win32":
         return Choice(False, "torch.compile needs a compiler that Windows lacks by default")
     if device.type == "cpu":
-        import shutil
-
         if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "c++", "clang++") if name):
             return Choice(False, "eager: no C++ compiler was found (g++ or clang++), which torch.compile needs on CPU")
     return Choice(True, "as asked for" if requested == "on" else "CUDA")
@@ -155,6 +157,86 @@ def _asked_of_launcher() -> int | None:
     text = " ".join(words)
     found = re.search(r"--num[_-]processes[ =](\d+)", text)
     return int(found.group(1)) if found else None
+
+
+def compile_or_eager(model: torch.nn.Module, report: Callable[[str], None]) -> Callable[..., Any]:
+    """The model compiled for static shapes; where its first call fails to compile, the model itself from then on."""
+    import torch
+
+    compiled = torch.compile(model, dynamic=False)
+    use = {"compiled": True, "proven": False}
+
+    def run(*arguments: Any, **named: Any) -> Any:
+        if use["compiled"]:
+            try:
+                output = compiled(*arguments, **named)
+            except Exception as error:
+                if use["proven"]:
+                    raise
+                use["compiled"] = False
+                report(f"eager from here on, torch.compile failed: {str(error).splitlines()[0]}")
+            else:
+                use["proven"] = True
+                return output
+        return model(*arguments, **named)
+
+    return run
+
+
+class StopRequest:
+    """Remembers that a signal asked the run to stop, so that it ends at a step's end with a checkpoint.
+
+    The first SIGINT, SIGTERM or SIGUSR1 is remembered; the second stops at once, as without a handler.
+    """
+
+    CHECK_EVERY = 10
+    """Steps between two agreements of several GPU processes: each one waits for the device."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle the signals inside the block."""
+        names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+        before = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
+
+        def remember(number: int, _frame: object) -> None:
+            if self.number:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            self.number = number
+
+        for number in before:
+            signal.signal(number, remember)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def agreed(self, accelerator: Accelerator, step: int, save_is_due: bool) -> tuple[bool, bool]:
+        """Whether any process was asked to stop, and whether any finds a save due: the same answer on all."""
+        if accelerator.num_processes == 1:
+            return self.number != 0, save_is_due
+        if accelerator.device.type != "cpu" and step % self.CHECK_EVERY:
+            return False, False
+        import torch
+
+        flags = torch.tensor([self.number, int(save_is_due)], device=accelerator.device)
+        numbers, due = accelerator.gather(flags.unsqueeze(0)).amax(dim=0).tolist()
+        self.number = int(numbers)
+        return self.number != 0, bool(due)
+
+    @property
+    def name(self) -> str:
+        """The signal's name."""
+        return signal.Signals(self.number).name
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number, as a shell reports it: 130 for Ctrl-C, 143 for SIGTERM."""
+        return 128 + self.number
 
 
 def seed_everything(seed: int) -> None:

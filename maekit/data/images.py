@@ -13,6 +13,7 @@ import io
 import os
 import stat
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,6 +61,7 @@ IMAGE_SUFFIXES: frozenset[str] = frozenset(s for name in _FORMATS for s in _SUFF
 _NPY = b"\x93NUMPY"
 _SIGNATURES = {
     b"\xff\xd8": "JPEG", b"\x89PNG": "PNG", b"GIF8": "GIF", b"BM": "BMP", b"RIFF": "WebP", _NPY: ".npy", b"qoif": "QOI",
+    b"P4": "PPM", b"P5": "PPM", b"P6": "PPM",
     b"\0\0\0\x0cjP": "JPEG 2000", b"\xff\x4f\xff\x51": "JPEG 2000", **dict.fromkeys(tiff.MAGICS, "TIFF"),
 }  # fmt: skip
 
@@ -80,7 +82,7 @@ def decode(data: bytes | str | Path, in_chans: int) -> Pixels:
     Raises:
         BadImage: whatever is wrong with the file, on one line.
     """
-    with _bad_image(data) as file, _quiet():
+    with _bad_image(data) as file, _quiet:
         head = _head(file)
         values_HWC: Pixels | None = None
         if head.startswith(_NPY):
@@ -98,14 +100,13 @@ def probe_size(data: bytes | str | Path) -> tuple[int, int]:
     Raises:
         BadImage: no image, or a size that `decode` refuses; damage behind the header is not seen.
     """
-    with _bad_image(data) as file, _quiet():
+    with _bad_image(data) as file, _quiet:
         head = _head(file)
         if head.startswith(_NPY):
             height, width = _npy_header(file)[0][:2]
             return height, width
-        if head[:4] in tiff.MAGICS and (size := tiff.size(file)) is not None:
-            return size
-        file.seek(0)
+        if head[:4] in tiff.MAGICS:
+            return tiff.size(file)
         image = _open_pillow(file)
         height, width = image.height, image.width
         return (width, height) if _orientation(image) >= 5 else (height, width)
@@ -126,7 +127,7 @@ def _bad_image(data: bytes | str | Path) -> Iterator[IO[bytes]]:
             yield file
     except BadImage:
         raise
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, KeyError, MemoryError...
+    except Exception as error:  # OSError, SyntaxError, ValueError, struct.error, KeyError, MemoryError...
         raise BadImage(_reason(error, kind)) from error
 
 
@@ -151,17 +152,41 @@ def _reason(error: Exception, kind: str | None) -> str:
         return "does not fit in memory"
     if isinstance(error, OSError) and error.errno is not None:
         return (error.strerror or message).lower()
-    if any(word in message.lower() for word in ("truncat", "unexpected end", "incomplete")):
+    if any(words in message.lower() for words in ("truncat", "unexpected end", "not enough image data")):
         return f"truncated {kind or 'image'}"
+    if any(words in message.lower() for words in ("broken data stream", "could not create decoder")):
+        return f"broken or truncated {kind or 'image'}"
     return f"broken {kind or 'image'}: {message[:120] or type(error).__name__}"
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the decoders' warnings: what they warn of is either harmless or raised as BadImage."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+class _Quiet:
+    """Without the decoders' warnings: what they warn of is either harmless or raised as BadImage.
+
+    Python's filters belong to the process, and threads that each save and restore them would leave them changed; so
+    the first to enter saves them and the last to leave restores them.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._saved = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._saved = warnings.catch_warnings()
+                self._saved.__enter__()
+                warnings.simplefilter("ignore")
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._saved.__exit__(None, None, None)
+
+
+_quiet = _Quiet()
 
 
 def _head(file: IO[bytes]) -> bytes:
@@ -298,7 +323,7 @@ def _decode_tiff(file: IO[bytes], in_chans: int) -> Pixels | None:
         check_size(image.height, image.width)
         image.load()
         channels.append(_values(image))
-    if {channel.shape for channel in channels} != {channels[0].shape[:2] + (1,)}:
+    if {channel.shape for channel in channels} != {(*channels[0].shape[:2], 1)}:
         raise BadImage("pages of different sizes or with colours cannot be channels")
     return np.concatenate(channels, axis=2)
 

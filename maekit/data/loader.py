@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from maekit.config import PretrainConfig, UserError
 from maekit.data.images import BadImage
-from maekit.data.sources import Part
+from maekit.data.parts import Part
 from maekit.data.transforms import apply_to_batch, apply_to_image, centre_crops, random_crops
 from maekit.rng import Purpose, random_bits, shuffled
 from maekit.runtime import Choice

@@ -46,9 +46,10 @@ def to_pixels(values: npt.NDArray[Any]) -> Pixels:
     if values.dtype == np.uint8:
         return values
     if values.dtype == np.bool_:
-        return values.astype(np.uint8) * np.uint8(255)
+        return np.where(values, np.uint8(255), np.uint8(0))
     if values.dtype.kind == "u" and values.dtype.itemsize == 2:
-        return values.astype(np.float32) / np.float32(65535)
+        unit: Pixels = values.astype(np.float32) / np.float32(65535)
+        return unit
     if values.dtype.kind != "f":
         raise BadImage(f"{values.dtype.name} values; uint8, uint16 and float are read")
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite and is refused on the next line
@@ -66,9 +67,10 @@ def over_white(colour_HWC: Pixels, alpha_HW1: Pixels, premultiplied: bool = Fals
     if colour_HWC.dtype == np.uint8:
         alpha = alpha_HW1.astype(np.uint16)  # the largest product, 255 x 255 + 127, fits 16 bits
         if premultiplied:
-            return np.minimum(colour_HWC.astype(np.uint16) + (255 - alpha), 255).astype(np.uint8)
-        total = colour_HWC * alpha + np.uint16(255) * (255 - alpha) + np.uint16(127)
-        return (total // np.uint16(255)).astype(np.uint8)
+            lit: Pixels = np.minimum(colour_HWC + (255 - alpha), 255)
+            return lit.astype(np.uint8)
+        total: Pixels = (colour_HWC * alpha + np.uint16(255) * (255 - alpha) + np.uint16(127)) // np.uint16(255)
+        return total.astype(np.uint8)
     light = colour_HWC if premultiplied else colour_HWC * alpha_HW1
     whitened: Pixels = (light + (np.float32(1) - alpha_HW1)).astype(np.float32)
     return whitened
@@ -78,8 +80,10 @@ def luminance(colour_HWC: Pixels) -> Pixels:
     """Luma H W 1 of red, green, blue H W 3 (ITU-R BT.601; for uint8 in the fixed point that Pillow uses)."""
     if colour_HWC.dtype == np.uint8:
         weights = np.array([19595, 38470, 7471], np.uint32)  # 0.299, 0.587, 0.114 in 1/65536; they sum to 65536
-        return (((colour_HWC @ weights) + np.uint32(32768)) >> np.uint32(16)).astype(np.uint8)[..., None]
-    return (colour_HWC @ np.array([0.299, 0.587, 0.114], np.float32)).astype(np.float32)[..., None]
+        fixed: Pixels = (colour_HWC @ weights + np.uint32(32768)) >> np.uint32(16)
+        return fixed.astype(np.uint8)[..., None]
+    luma: Pixels = colour_HWC @ np.array([0.299, 0.587, 0.114], np.float32)
+    return luma.astype(np.float32)[..., None]
 
 
 def fit_channels(values_HWC: Pixels, in_chans: int) -> Pixels:

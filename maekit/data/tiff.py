@@ -7,7 +7,7 @@ leaves ordinary pictures to Pillow. Legend: H height, W width, C channels, S sam
 from __future__ import annotations
 
 import logging
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 import tifffile
@@ -18,28 +18,29 @@ MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 """First four bytes of a TIFF or BigTIFF, little or big endian."""
 
 _MIN_IS_WHITE, _MIN_IS_BLACK, _RGB, _SEPARATED = 0, 1, 2, 5
+_PLAIN = (_MIN_IS_WHITE, _MIN_IS_BLACK, _RGB, _SEPARATED)  # palettes, YCbCr, fax are Pillow's or nobody's
 _ASSOCIATED_ALPHA, _UNASSOCIATED_ALPHA = 1, 2
 _ORIENTATION = 274
 
-# tifffile reports damage to its logger and goes on; what matters here is raised as BadImage instead.
-logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
+# Both report damage to their loggers and go on; what matters is raised as BadImage instead, with the file's name.
+for _library in ("tifffile", "PIL"):
+    logging.getLogger(_library).setLevel(logging.CRITICAL + 1)
 
 
 class NeedsPillow(Exception):
     """tifffile lacks a decompressor for this file; Pillow's libtiff may have it."""
 
 
-def size(file: IO[bytes]) -> tuple[int, int] | None:
-    """Height and width in pixels after the orientation tag, from the header; None where tifffile cannot parse it."""
-    try:
-        with tifffile.TiffFile(file) as tiff:
-            page = _first_page(tiff)
-            height, width = page.imagelength, page.imagewidth
-            orientation = _orientation(page)
-    except Exception:  # damaged headers raise about everything; Pillow then has the last word
-        return None
+def size(file: IO[bytes]) -> tuple[int, int]:
+    """Height and width in pixels after the orientation tag, from the first page's header.
+
+    Raises:
+        BadImage: a damaged header, or a size that is refused.
+    """
+    page = _first_page(_opened(file))
+    height, width = page.imagelength, page.imagewidth
     check_size(height, width)
-    return (width, height) if orientation >= 5 else (height, width)
+    return (width, height) if _orientation(page) >= 5 else (height, width)
 
 
 def decode(file: IO[bytes], in_chans: int) -> Pixels | None:
@@ -52,30 +53,65 @@ def decode(file: IO[bytes], in_chans: int) -> Pixels | None:
         BadImage: another number of channels, a bomb, a truncated file.
         NeedsPillow: a compression that tifffile cannot undo.
     """
-    try:
-        tiff = tifffile.TiffFile(file)
-        page, series = _first_page(tiff), tiff.series[0]
-        height, width = page.imagelength, page.imagewidth
-        channels = series.size // max(1, height * width)
-    except Exception:
-        return None
+    opened = _opened(file)
+    page = _first_page(opened)
+    height, width = page.imagelength, page.imagewidth
     check_size(height, width)
-    if channels == in_chans and (in_chans not in (1, 3) or (page.samplesperpixel == 1 and in_chans == 3)):
-        if page.photometric in (_MIN_IS_WHITE, _MIN_IS_BLACK, _RGB, _SEPARATED):
-            _check_whole(series, file)
-            return upright(_stack(series, page), _orientation(page))
+    _check_chain(file)
+    series = opened.series[0]
+    channels = series.size // (height * width)
+    pages_are_channels = in_chans not in (1, 3) or (page.samplesperpixel == 1 and in_chans == 3)
+    if channels == in_chans and pages_are_channels and page.photometric in _PLAIN:
+        _check_whole(series, file)
+        return upright(_stack(series, page), _orientation(page))
     if in_chans not in (1, 3) and channels != 1:
         raise wrong_channels(channels, in_chans)
+    _check_whole(page, file)  # for Pillow's sake too: its libtiff would complain on the terminal
     if _ordinary(page):
         return None
-    _check_whole(page, file)
     return upright(_picture(page, in_chans), _orientation(page))
 
 
+def _opened(file: IO[bytes]) -> tifffile.TiffFile:
+    try:
+        return tifffile.TiffFile(file)
+    except Exception as error:  # damaged headers raise about everything
+        raise BadImage("broken or truncated TIFF header") from error
+
+
 def _first_page(tiff: tifffile.TiffFile) -> tifffile.TiffPage:
-    page = tiff.pages[0]
-    assert isinstance(page, tifffile.TiffPage), page
+    try:
+        page = tiff.pages[0]
+        assert isinstance(page, tifffile.TiffPage), page
+        numbers = (page.imagelength, page.imagewidth, page.samplesperpixel, page.bitspersample, page.photometric)
+        assert all(isinstance(number, int) for number in numbers), numbers  # a damaged tag holds a tuple
+    except Exception as error:
+        raise BadImage("broken or truncated TIFF header") from error
     return page
+
+
+def _check_chain(file: IO[bytes]) -> None:
+    """Raise BadImage where a page header is said to lie beyond the end of the file.
+
+    tifffile would go on with the pages it has, and a stack cut after its first page would pass for a gray image.
+    """
+    end = file.seek(0, 2)
+    file.seek(0)
+    head = file.read(16)
+    order: Literal["little", "big"] = "little" if head[:2] == b"II" else "big"
+    big = int.from_bytes(head[2:4], order) == 43  # BigTIFF: 8-byte offsets
+    count_bytes, entry_bytes, offset_bytes = (8, 20, 8) if big else (2, 12, 4)
+    offset = int.from_bytes(head[8:16] if big else head[4:8], order)
+    seen = set()
+    while offset and offset not in seen:
+        seen.add(offset)
+        file.seek(offset)
+        entries = int.from_bytes(file.read(count_bytes), order)
+        next_at = offset + count_bytes + entries * entry_bytes
+        if next_at + offset_bytes > end:
+            raise BadImage("truncated TIFF")
+        file.seek(next_at)
+        offset = int.from_bytes(file.read(offset_bytes), order)
 
 
 def _orientation(page: tifffile.TiffPage) -> int:
@@ -85,8 +121,8 @@ def _orientation(page: tifffile.TiffPage) -> int:
 
 def _ordinary(page: tifffile.TiffPage) -> bool:
     """Whether Pillow reads this page and keeps all of it."""
-    if page.photometric not in (_MIN_IS_WHITE, _MIN_IS_BLACK, _RGB, _SEPARATED):
-        return True  # palettes, YCbCr, fax: Pillow or nobody
+    if page.photometric not in _PLAIN:
+        return True
     if page.bitspersample > 8 or page.sampleformat != 1:
         return False
     gray = page.photometric in (_MIN_IS_WHITE, _MIN_IS_BLACK)
@@ -102,7 +138,7 @@ def _alpha_kind(page: tifffile.TiffPage) -> int | None:
 
 
 def _check_whole(part: Any, file: IO[bytes]) -> None:
-    """Raise BadImage where the pixel data are said to lie beyond the end of the file: tifffile would fill with zeros."""
+    """Raise BadImage where pixels are said to lie beyond the end of the file: tifffile would fill with zeros."""
     end = file.seek(0, 2)
     pages = [page for page in part.pages if page is not None] if hasattr(part, "pages") and part.pages else [part]
     claimed = 0

@@ -12,6 +12,7 @@ Shapes: B batch, C channels, H x W pixels, N patches of P = p*p*C values, V visi
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -32,7 +33,7 @@ from maekit.models.encoder import (
     resolve,
     sincos_positions,
 )
-from maekit.models.masking import Masks, make_masks, masks_from_keep
+from maekit.models.masking import Masks, make_masks, masks_from_keep, num_visible
 from maekit.models.targets import make_target, patchify, take_patches
 
 EPS = 1e-6
@@ -99,13 +100,15 @@ class MaskedAutoencoder(nn.Module):
 
     def __init__(self, config: ModelConfig, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self.config = resolve(config)
+        own = {f.name: getattr(config, f.name) for f in dataclasses.fields(ModelConfig)}
+        self.config = resolve(ModelConfig(**own))  # a run's config has more fields than the model needs
         assert self.config.patch_size is not None
         self.patch_size = self.config.patch_size
         self.encoder = build_encoder(self.config)
         self.grid_hw: tuple[int, int] = self.encoder.patch_embed.grid_size
         self.num_patches = self.grid_hw[0] * self.grid_hw[1]
         self.num_prefix: int = self.encoder.num_prefix_tokens
+        self.num_visible = num_visible(self.num_patches, self.config.mask_ratio)
         self.decoder = SelfDecoder(self.config, self.grid_hw, self.num_prefix)
         # Not weights: they come from the data and travel in the passport.
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
@@ -200,3 +203,12 @@ class MaskedAutoencoder(nn.Module):
                 f"{expected[2]}] (--in-chans, --img-size)"
             )
         return self.normalize(images_BCHW) if images_BCHW.dtype == torch.uint8 else images_BCHW
+
+
+def model_problems(config: ModelConfig) -> list[str]:
+    """Everything that is wrong with model, sizes and heads, as lines that name the flag; nothing is built."""
+    try:
+        resolve(config)
+    except UserError as error:
+        return list(error.problems)
+    return []

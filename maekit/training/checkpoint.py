@@ -25,8 +25,9 @@ import stat
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -49,7 +50,7 @@ MAX_JSON_BYTES = 16 << 20
 """A larger state.json or manifest.json is refused; real ones hold kilobytes."""
 
 _STEP_NAME = re.compile(r"step-(\d{6,})")
-_OWNER = r"([1-9]\d*)@([A-Za-z0-9_-]+)"
+_OWNER = r"([1-9]\d{0,8})@([A-Za-z0-9_-]+)"
 _HIDDEN_NAME = re.compile(rf"\.step-(\d{{6,}})\.(tmp|old)-{_OWNER}")
 
 
@@ -263,14 +264,11 @@ def _bit_equal(one: Tensor, other: Tensor) -> bool:
 def _check_space(folder: Path, json_bytes: int, checkpoint: Checkpoint) -> None:
     parts = (checkpoint.model, checkpoint.optimizer, checkpoint.rng)
     # 256 bytes: a tensor's line in the header; the last 10 % leave room for the logs
-    needed = json_bytes + sum(tensor.nbytes + 256 for tensors in parts for tensor in tensors.values())
-    needed, free = int(needed * 1.1), shutil.disk_usage(folder).free
+    needed = 1.1 * (json_bytes + sum(tensor.nbytes + 256 for tensors in parts for tensor in tensors.values()))
+    free = shutil.disk_usage(folder).free
     if needed > free:
-        message = (
-            f"a checkpoint needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free: "
-            "free some space, or lower --keep; the earlier checkpoints are untouched"
-        )
-        raise OSError(errno.ENOSPC, message, str(folder))
+        message = f"a checkpoint needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free: free some space, or lower"
+        raise OSError(errno.ENOSPC, f"{message} --keep; the earlier checkpoints are untouched", str(folder))
 
 
 def _sync_file(path: Path) -> None:
@@ -317,7 +315,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _open_plain(path: Path) -> BinaryIO:
+def _open_plain(path: Path) -> BufferedReader:
     """Open for reading; anything but a plain file is an OSError, so that a pipe cannot block the reader."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "not a plain file", str(path))
@@ -378,10 +376,8 @@ def _abandoned(pid: int, host: str, saving: bool) -> bool:
         return saving
     try:
         os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return True
-    except PermissionError:  # it lives, under another user
-        return False
+    except OSError as error:
+        return error.errno == errno.ESRCH  # EPERM: it lives, under another user
     return False
 
 

@@ -8,10 +8,11 @@ Legend: H W height and width in pixels, C channels, M hidden patches of one imag
 
 from __future__ import annotations
 
+import bisect
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,14 +205,19 @@ class _Words:
 
     def paragraph(self, text: str, x: float, y: int, size: float, color: str, **style: Any) -> int:
         """Write text from (x, y) on, wrapped at the right margin; returns the y under it."""
+        room = self._width - _MARGIN_PX - x
         for line in text.splitlines():
-            words = line.split(" ")
-            while words:
-                count = len(words)
-                while count > 1 and self._length(" ".join(words[:count]), size, style) > self._width - _MARGIN_PX - x:
-                    count -= 1
-                self._put(" ".join(words[:count]), x, y, size, color=color, ha="left", va="baseline", **style)
-                words = words[count:]
+            rest = line
+            while rest:
+
+                def begun(count: int, rest: str = rest) -> str:
+                    return rest[:count]
+
+                # Break after the last space that fits; where one word fills the line, inside it.
+                fits = max(1, self._most(len(rest), room, size, begun, style))
+                end = fits if fits == len(rest) else rest.rfind(" ", 0, fits + 1) + 1 or fits
+                self._put(rest[:end].rstrip(), x, y, size, color=color, ha="left", va="baseline", **style)
+                rest = rest[end:]
                 y += math.ceil(size * _LINE)
         return y
 
@@ -221,11 +227,13 @@ class _Words:
 
     def upright(self, text: str, x: float, y: float, room: float) -> None:
         """Write one line upwards, centred on (x, y), its middle left out where it is longer than the room."""
-        shown, kept = text, len(text)
-        while kept > 2 and self._length(shown, _NOTE_PX, {}) > room:
-            kept -= 1
-            shown = f"{text[: (kept + 1) // 2]}...{text[len(text) - kept // 2 :]}"
-        self._put(shown, x, y, _NOTE_PX, color=_PALE, ha="center", va="center", rotation=90)
+
+        def shortened(kept: int) -> str:
+            return f"{text[: (kept + 1) // 2]}...{text[len(text) - kept // 2 :]}"
+
+        if self._length(text, _NOTE_PX, {}) > room:
+            text = shortened(max(2, self._most(len(text), room, _NOTE_PX, shortened, {})))
+        self._put(text, x, y, _NOTE_PX, color=_PALE, ha="center", va="center", rotation=90)
 
     def render(self, height: int) -> npt.NDArray[np.uint8]:
         """The sheet with its words, uint8 [H, W, 3]; its pictures are still white."""
@@ -239,6 +247,10 @@ class _Words:
         if style["va"] == "baseline":  # y is the top of the line: words with and without descenders stand level
             y += size
         self._pending.append((x, y, text, {"fontsize": size * 72.0 / DPI, **style}))
+
+    def _most(self, most: int, room: float, size: float, shown: Callable[[int], str], style: dict[str, Any]) -> int:
+        """The largest count up to `most` whose words, `shown(count)`, are not longer than the room; 0 where none is."""
+        return bisect.bisect_right(range(1, most + 1), room, key=lambda n: self._length(shown(n), size, style))
 
     def _length(self, text: str, size: float, style: dict[str, Any]) -> float:
         mark = self._figure.text(0, 0, text, parse_math=False, fontsize=size * 72.0 / DPI, **style)

@@ -10,13 +10,10 @@ from typing import Any
 
 import matplotlib.style
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from maekit.viz.panels import render, write_png
-
-Floats = npt.NDArray[np.float64]
 
 MAX_POINTS = 1000
 """A longer curve is drawn as the means of this many bins in a band from their smallest to their largest value."""
@@ -32,7 +29,7 @@ _LOOK = {
 
 
 @dataclass
-class _Curve:
+class Curve:
     """The finite points of one quantity, and how many were not finite."""
 
     epochs: list[float] = field(default_factory=list)
@@ -50,6 +47,10 @@ class _Curve:
         self.values.append(float(value))
 
 
+Curves = dict[tuple[str, str], Curve]
+"""By kind of record and quantity, such as ("heldout", "loss")."""
+
+
 def draw_curves(metrics: Iterable[Mapping[str, object]], path: Path, *, title: str) -> None:
     """Write curves.png with four axes over epochs; it appears whole or not at all.
 
@@ -60,29 +61,34 @@ def draw_curves(metrics: Iterable[Mapping[str, object]], path: Path, *, title: s
     Raises:
         OSError: the file cannot be written; nothing is left behind.
     """
-    curves = _collect(metrics)
+    curves = collect(metrics)
     with matplotlib.style.context(["default", _LOOK]):  # a user's matplotlibrc must not change a run's pictures
-        figure = Figure(figsize=(11.0, 7.2), dpi=100)
-        ((loss, skill), (rate, probes)) = figure.subplots(2, 2)
-        figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1, wspace=0.02, hspace=0.02)
-        figure.suptitle(title, x=0.011, ha="left", fontsize=12, fontweight="bold", parse_math=False)
-        _draw_loss(loss, curves)
-        _draw_skill(skill, curves)
-        _draw_rate(rate, curves)
-        _draw_probes(probes, curves)
-        last = max((max(curve.epochs) for curve in curves.values() if curve.epochs), default=0.0)
-        for axes in (loss, skill, rate, probes):
-            axes.set_xlim(0.0, 1.03 * last if last > 0 else 1.0)
-        for axes in (rate, probes):
-            axes.set_xlabel("epochs", color=_PALE)
-        picture = render(figure)
+        picture = render(figure_of(curves, title=title))
     write_png(picture, path)
 
 
-def _collect(metrics: Iterable[Mapping[str, object]]) -> dict[tuple[str, str], _Curve]:
+def figure_of(curves: Curves, *, title: str) -> Figure:
+    """The figure of `draw_curves`, in matplotlib's present style."""
+    figure = Figure(figsize=(11.0, 7.2), dpi=100)
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1, wspace=0.02, hspace=0.02)
+    figure.suptitle(title, x=0.011, ha="left", fontsize=12, fontweight="bold", parse_math=False)
+    ((loss, skill), (rate, probes)) = figure.subplots(2, 2)
+    last = max((max(curve.epochs) for curve in curves.values() if curve.epochs), default=0.0)
+    for axes in (loss, skill, rate, probes):
+        axes.set_xlim(0.0, 1.03 * last if last > 0 else 1.0)
+    for axes in (rate, probes):
+        axes.set_xlabel("epochs", color=_PALE)
+    _draw_loss(loss, curves)
+    _draw_skill(skill, curves)
+    _draw_rate(rate, curves)
+    _draw_probes(probes, curves)
+    return figure
+
+
+def collect(metrics: Iterable[Mapping[str, object]]) -> Curves:
     """The curves by (kind of record, quantity)."""
     wanted = {"step": ("loss", "skill", "lr"), "heldout": ("loss", "skill"), "probe": ("knn", "linear", "rankme")}
-    curves = {(kind, name): _Curve() for kind, names in wanted.items() for name in names}
+    curves = {(kind, name): Curve() for kind, names in wanted.items() for name in names}
     for record in metrics:
         kind, epoch = record.get("kind"), record.get("epoch")
         if not isinstance(kind, str) or isinstance(epoch, bool) or not isinstance(epoch, int | float):
@@ -93,7 +99,7 @@ def _collect(metrics: Iterable[Mapping[str, object]]) -> dict[tuple[str, str], _
     return curves
 
 
-def _draw_loss(axes: Axes, curves: dict[tuple[str, str], _Curve]) -> None:
+def _draw_loss(axes: Axes, curves: Curves) -> None:
     train, heldout = curves["step", "loss"], curves["heldout", "loss"]
     axes.set_title("Loss")
     _line(axes, train, "train", _TRAIN)
@@ -102,7 +108,7 @@ def _draw_loss(axes: Axes, curves: dict[tuple[str, str], _Curve]) -> None:
     _finish(axes, train, heldout)
 
 
-def _draw_skill(axes: Axes, curves: dict[tuple[str, str], _Curve]) -> None:
+def _draw_skill(axes: Axes, curves: Curves) -> None:
     """1 - loss / trivial loss: higher is better, 0 is no better than the trivial predictor."""
     train, heldout = curves["step", "skill"], curves["heldout", "skill"]
     axes.set_title("Skill, higher is better")
@@ -118,7 +124,7 @@ def _draw_skill(axes: Axes, curves: dict[tuple[str, str], _Curve]) -> None:
     _finish(axes, train, heldout)
 
 
-def _draw_rate(axes: Axes, curves: dict[tuple[str, str], _Curve]) -> None:
+def _draw_rate(axes: Axes, curves: Curves) -> None:
     rate = curves["step", "lr"]
     axes.set_title("Learning rate")
     if rate.values:
@@ -129,12 +135,12 @@ def _draw_rate(axes: Axes, curves: dict[tuple[str, str], _Curve]) -> None:
     _finish(axes, rate)
 
 
-def _draw_probes(axes: Axes, curves: dict[tuple[str, str], _Curve]) -> None:
+def _draw_probes(axes: Axes, curves: Curves) -> None:
     """Accuracies in % at the left; the rank of the features, which has another unit, at the right."""
     axes.set_title("Probes")
     knn, linear, rank = (curves["probe", name] for name in ("knn", "linear", "rankme"))
     for curve, name, color, marker in ((linear, "linear", _LINEAR, "o"), (knn, "k-NN", _KNN, "s")):
-        percent = _Curve(curve.epochs, [100.0 * value for value in curve.values])
+        percent = Curve(curve.epochs, [100.0 * value for value in curve.values])
         _points(axes, percent, f"{name} {_last(percent):.1f} %", color, marker=marker)
     if knn.values or linear.values:
         axes.set_ylabel("accuracy, %", color=_PALE)
@@ -155,7 +161,7 @@ def _draw_probes(axes: Axes, curves: dict[tuple[str, str], _Curve]) -> None:
     _say_left_out(axes, knn, linear, rank)
 
 
-def _line(axes: Axes, curve: _Curve, name: str, color: str) -> None:
+def _line(axes: Axes, curve: Curve, name: str, color: str) -> None:
     """A thin line; beyond MAX_POINTS the means of bins, in a band from smallest to largest."""
     if not curve.values:
         return
@@ -169,7 +175,7 @@ def _line(axes: Axes, curve: _Curve, name: str, color: str) -> None:
     axes.plot(epochs, values, color=color, linewidth=1.0, label=f"{name} {_last(curve):.4f}", **_lone(curve))
 
 
-def _points(axes: Axes, curve: _Curve, label: str, color: str, *, marker: str = "o", **style: Any) -> None:
+def _points(axes: Axes, curve: Curve, label: str, color: str, *, marker: str = "o", **style: Any) -> None:
     """A line whose markers thin out before they touch."""
     if curve.values:
         every = math.ceil(len(curve.values) / 50)
@@ -177,16 +183,16 @@ def _points(axes: Axes, curve: _Curve, label: str, color: str, *, marker: str = 
                   markevery=every, label=label, **style)  # fmt: skip
 
 
-def _last(curve: _Curve) -> float:
+def _last(curve: Curve) -> float:
     return curve.values[-1] if curve.values else math.nan
 
 
-def _lone(curve: _Curve) -> dict[str, Any]:
+def _lone(curve: Curve) -> dict[str, Any]:
     """A line of a single point shows nothing: mark it."""
     return {"marker": "o", "markersize": 3.5} if len(curve.values) == 1 else {}
 
 
-def _limit(axes: Axes, train: _Curve, heldout: _Curve, keep: float | None = None) -> None:
+def _limit(axes: Axes, train: Curve, heldout: Curve, keep: float | None = None) -> None:
     """Let the bulk of the training values and every held-out value be seen: a few spikes may leave the frame."""
     shown = list(heldout.values) + ([] if keep is None else [keep])
     if train.values:
@@ -199,7 +205,7 @@ def _limit(axes: Axes, train: _Curve, heldout: _Curve, keep: float | None = None
     axes.set_ylim(low - room, high + room)
 
 
-def _finish(axes: Axes, *curves: _Curve) -> None:
+def _finish(axes: Axes, *curves: Curve) -> None:
     """The legend with the last values, or a word where there is nothing; and what was left out."""
     if not any(curve.values for curve in curves):
         _say(axes, "nothing recorded (yet)")
@@ -220,7 +226,7 @@ def _say(axes: Axes, words: str, y: float = 0.5) -> None:
     axes.text(0.5, y, words, transform=axes.transAxes, ha="center", va="center", color=_PALE)
 
 
-def _say_left_out(axes: Axes, *curves: _Curve) -> None:
+def _say_left_out(axes: Axes, *curves: Curve) -> None:
     count = sum(curve.left_out for curve in curves)
     if count:
         axes.text(0.01, 0.02, f"not finite, not drawn: {count}", transform=axes.transAxes, color="#b00020", fontsize=8)

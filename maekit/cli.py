@@ -1,0 +1,196 @@
+"""The command line: subcommand -> task, nothing else. torch is loaded by the task, so help and errors come at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+from maekit.config import (
+    PretrainConfig,
+    ProbeConfig,
+    ReconstructConfig,
+    ResumeConfig,
+    UserError,
+    did_you_mean,
+    from_json,
+)
+
+Config = TypeVar("Config")
+
+HELP = """\
+maekit: pretrain vision transformers on your own images by masked autoencoding (MAE).
+
+usage: maekit COMMAND ...
+
+  demo                                pretrain and evaluate on bundled photographs, in two minutes
+  recipes                             the named configs, with cost and expected result
+  pretrain RECIPE --data D --out RUN  pretrain; any field of the recipe is a flag
+  resume RUN                          continue a run exactly where its last checkpoint stands
+  probe SRC [SRC ...] --data D        linear probe and k-NN, beside random weights and raw pixels
+  reconstruct SRC --image I --out P   draw original | masked | reconstruction | pasted
+
+SRC   a run's folder, a maekit .safetensors file, or random:MODEL
+D     photos, digits, cifar10, cifar100, a folder of images, a Parquet file or folder, or a text file of paths
+
+maekit COMMAND --help tells every flag; maekit --version; start with: maekit demo
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for a user's error, 128 + signal for a stopped run."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0 if words else 2
+    if words[0] in ("--version", "-V"):
+        import maekit
+
+        print(f"maekit {maekit.__version__}")
+        return 0
+    try:
+        if words[0] not in COMMANDS:
+            raise UserError(f"{words[0]!r}: no such command; {did_you_mean(words[0], COMMANDS)}")
+        return COMMANDS[words[0]](words[1:])
+    except UserError as error:
+        complain(error.problems)
+        return 2
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        complain((f"out of memory: lower --batch-size, or raise --accum to keep it ({str(error).splitlines()[0]})",))
+        return 2
+
+
+def complain(problems: Sequence[str]) -> None:
+    """Print problems to stderr, one a line; with several processes, each says who it is."""
+    who = f" [process {os.environ['RANK']}]" if os.environ.get("RANK", "0") != "0" else ""
+    for problem in problems:
+        print(f"maekit: error{who}: {problem}", file=sys.stderr)
+
+
+def parse(kind: type[Config], prog: str, words: Sequence[str], default: Config | None = None) -> Config:
+    """A config from flags, by tyro; exits with code 2 where a flag is unknown or a value does not fit."""
+    import tyro
+
+    return tyro.cli(kind, prog=prog, args=list(words), default=default)
+
+
+def pretrain(words: list[str]) -> int:
+    """maekit pretrain RECIPE --flags"""
+    from maekit import recipes
+
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: maekit pretrain RECIPE --data D --out RUN [any field of the recipe]\n")
+        print_recipes()
+        print("\nmaekit pretrain RECIPE --help tells every flag with the recipe's values")
+        return 0 if words else 2
+    if words[0].startswith("-"):
+        raise UserError(f"the recipe comes first: maekit pretrain RECIPE ...; recipes: {', '.join(recipes.names())}")
+    if words[0].endswith(".json"):
+        path = Path(words[0]).expanduser()
+        if not path.is_file():
+            raise UserError(f"{words[0]}: no such config file")
+        base = from_json(PretrainConfig, path.read_text(), path)
+        base.out = ""
+    else:
+        base = recipes.get(words[0])
+    config = parse(PretrainConfig, f"maekit pretrain {words[0]}", words[1:], base)
+    for name in ("epochs", "warmup_epochs"):  # a length given in steps replaces the recipe's length in epochs
+        if getattr(config, name.replace("epochs", "steps")) is not None and getattr(config, name) == getattr(base, name):
+            setattr(config, name, None)
+    from maekit.tasks import pretrain as task
+
+    return task.main(config)
+
+
+def resume(words: list[str]) -> int:
+    """maekit resume RUN --flags"""
+    folder, rest = positional(words, "maekit resume RUN", "a run's folder")
+    changes = parse(ResumeConfig, "maekit resume RUN", rest)
+    from maekit.tasks import pretrain as task
+
+    return task.resume(folder[0], changes)
+
+
+def probe(words: list[str]) -> int:
+    """maekit probe SRC [SRC ...] --data D"""
+    sources, rest = positional(words, "maekit probe SRC [SRC ...] --data D", "a source of weights", several=True)
+    config = parse(ProbeConfig, "maekit probe SRC [SRC ...]", rest)
+    from maekit.tasks import probe as task
+
+    return task.main(sources, config)
+
+
+def reconstruct(words: list[str]) -> int:
+    """maekit reconstruct SRC --image I --out P"""
+    source, rest = positional(words, "maekit reconstruct SRC --image I", "a source of weights")
+    config = parse(ReconstructConfig, "maekit reconstruct SRC", rest)
+    from maekit.tasks import reconstruct as task
+
+    return task.main(source[0], config)
+
+
+def positional(words: list[str], usage: str, what: str, several: bool = False) -> tuple[list[str], list[str]]:
+    """The leading words that are no flags, and the rest; `--help` needs none."""
+    count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    if not count and not {"-h", "--help"} & set(words):
+        raise UserError(f"{what} is missing: {usage}")
+    if count > 1 and not several:
+        raise UserError(f"{words[1]!r}: one source at a time: {usage}")
+    return words[:count], words[count:]
+
+
+def list_recipes(words: list[str]) -> int:
+    """maekit recipes [NAME]"""
+    from maekit import recipes
+
+    for name in words:
+        recipes.get(name)
+    print_recipes(words or None)
+    return 0
+
+
+def print_recipes(only: list[str] | None = None) -> None:
+    """Every recipe with its command, cost, expected result and source, as its file's header says."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from maekit import recipes
+
+    table = Table(show_lines=True, title="recipes", title_justify="left", title_style="bold")
+    for column in ("recipe", "what it is", "cost", "expected"):
+        table.add_column(column, overflow="fold", no_wrap=column == "recipe")
+    for name in only or recipes.names():
+        says = recipes.header(name)
+        table.add_row(name, says["what"], says["cost"], says["expected"])
+    console = Console(highlight=False)
+    console.print(table)
+    if only:
+        for name in only:
+            says = recipes.header(name)
+            console.print(f"{name}: {says['command']}\nvalues from: {says['source']}", markup=False)
+
+
+def demo(words: list[str]) -> int:
+    """maekit demo"""
+    from maekit import demo as job
+
+    return job.main(words)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "demo": demo,
+    "recipes": list_recipes,
+    "pretrain": pretrain,
+    "resume": resume,
+    "probe": probe,
+    "reconstruct": reconstruct,
+}
+
+
+def run() -> NoReturn:
+    """The `maekit` program."""
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""Folders of images and text files of paths as parts of a data set.
+
+Paths are bytes throughout: names that are not UTF-8, or hold newlines, are listed, sorted and opened like any other.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+
+from maekit.config import UserError
+from maekit.data.images import IMAGE_SUFFIXES
+from maekit.data.parts import SPLITS, FilePart, Source, evenly_spaced, printable
+
+_SUFFIXES = frozenset(suffix.encode() for suffix in IMAGE_SUFFIXES)
+_SKIPPED = (b"lost+found",)  # on every ext4 disk, readable by root only
+_LIST_SAMPLES = 1000
+
+
+def walk(root: bytes) -> Iterator[tuple[bytes, bool]]:
+    """Each file below a folder: its path relative to it, and whether its suffix is an image's. In no order.
+
+    Hidden names are skipped. Links to folders are followed, but not into a folder that they lie in. No file is
+    stat'ed: a name with an image's suffix that is not an image is found out when it is read.
+
+    Raises:
+        UserError: a folder that cannot be read.
+    """
+    pending: list[tuple[bytes, tuple[tuple[int, int], ...]]] = [(b"", ())]
+    while pending:
+        prefix, above = pending.pop()
+        folder = os.path.join(root, prefix)
+        try:
+            status = os.stat(folder)
+            here = (status.st_dev, status.st_ino)
+            if here in above:
+                continue
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    name = entry.name
+                    if name.startswith(b".") or name in _SKIPPED:
+                        continue
+                    if entry.is_dir():
+                        pending.append((prefix + name + b"/", (*above, here)))
+                    else:
+                        yield prefix + name, name[name.rfind(b".") :].lower() in _SUFFIXES
+        except OSError as error:
+            raise UserError(f"--data: cannot read the folder {printable(folder)} ({error.strerror})") from None
+
+
+def holds_images(root: bytes) -> bool:
+    """Whether any file below a folder has an image's suffix."""
+    return any(is_image for _, is_image in walk(root))
+
+
+def open_folder(root: bytes, spec: str, name: str, in_chans: int) -> Source:
+    """A tree of images: flat, nested, one folder per class, or in parts (train/, val/, test/; any case).
+
+    Folders beside a training part and a validation or test part are ignored. In ADE20K's layout (images/ beside
+    annotations/) only images/ is listed. The top-level folder is the class where every training image lies under one
+    and there are two or more, counted over all parts.
+
+    Raises:
+        UserError: no image, two folders for one part, or a folder that may be a part or a class.
+    """
+    prefix = b""
+    subfolders = _subfolders(root)
+    if b"images" in subfolders and b"annotations" in subfolders:
+        prefix = b"images/"
+        subfolders = _subfolders(os.path.join(root, prefix))
+    parts = _parts(os.path.join(root, prefix), subfolders, spec)
+    roots = {part: prefix + folder + b"/" for part, folder in parts.items()} or {"train": prefix}
+    names: dict[str, list[bytes]] = {}
+    for part, folder in roots.items():
+        seen = 0
+        names[part] = []
+        for path, is_image in walk(os.path.join(root, folder)):
+            seen += 1
+            if is_image:
+                names[part].append(path)
+        names[part].sort()
+        if part == "train" and not names[part]:
+            read = " ".join(sorted(IMAGE_SUFFIXES))
+            where = f" in {printable(folder)}" if folder else ""
+            raise UserError(f"--data {spec}: no image among {seen} files{where}; these suffixes are read: {read}")
+    classes = _classes(names)
+    opened = {
+        part: _labelled(os.path.join(root, roots[part]), roots[part], found, classes, in_chans)
+        for part, found in names.items()
+        if found
+    }
+    return Source(name, opened["train"], opened.get("val"), opened.get("test"))
+
+
+def _subfolders(folder: bytes) -> list[bytes]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(e.name for e in entries if e.is_dir() and e.name[:1] != b"." and e.name not in _SKIPPED)
+    except OSError as error:
+        raise UserError(f"--data: cannot read the folder {printable(folder)} ({error.strerror})") from None
+
+
+def _parts(base: bytes, subfolders: list[bytes], spec: str) -> dict[str, bytes]:
+    """Part -> its folder; empty where no subfolder is named like one."""
+    parts: dict[str, bytes] = {}
+    for folder in subfolders:
+        part = SPLITS.get(os.fsdecode(folder).lower())
+        if part is None:
+            continue
+        if part in parts:
+            two = f"{printable(parts[part])}/ and {printable(folder)}/"
+            raise UserError(f"--data {spec}: {two} are both the {part} part; keep one of them there")
+        parts[part] = folder
+    if not parts or ("train" in parts and len(parts) > 1):
+        return parts
+    # One lone name can be a class, such as a train among vehicles; a wrong guess would mix up parts in silence.
+    some = printable(next(iter(parts.values())))
+    for folder in subfolders:
+        if folder not in parts.values() and holds_images(os.path.join(base, folder)):
+            raise UserError(
+                f"--data {spec}: is {some}/ a part or a class beside {printable(folder)}/? "
+                f"For the part, give --data {os.path.join(spec, some)}; for a class, rename the folder"
+            )
+    if "train" not in parts:
+        path = os.path.join(spec, some)
+        raise UserError(f"--data {spec}: a {some}/ folder but no train/; to train on it, give --data {path}")
+    return parts
+
+
+def _classes(names: dict[str, list[bytes]]) -> list[bytes]:
+    """The class folders over all parts in byte order; empty where the training images are not in class folders."""
+    if any(b"/" not in name for name in names["train"]):
+        return []
+    tops = {name.partition(b"/")[0] for found in names.values() for name in found if b"/" in name}
+    return sorted(tops) if len(tops) > 1 else []
+
+
+def _labelled(root: bytes, prefix: bytes, names: list[bytes], classes: list[bytes], in_chans: int) -> FilePart:
+    if not classes or any(b"/" not in name for name in names):
+        return FilePart(root, names, in_chans, prefix=prefix)
+    ids = {folder: index for index, folder in enumerate(classes)}
+    labels = np.fromiter((ids[name.partition(b"/")[0]] for name in names), np.int64, len(names))
+    class_names = [printable(folder) for folder in classes]
+    return FilePart(root, names, in_chans, prefix=prefix, labels=labels, class_names=class_names)
+
+
+def open_list(path: bytes, spec: str, name: str, in_chans: int) -> Source:
+    """A text file of paths: one to a line, absolute or relative to the text file; blank lines and # are skipped.
+
+    The order is the byte order of the lines; equal lines are kept once.
+
+    Raises:
+        UserError: no path in it, or none of a sample of its paths exists.
+    """
+    try:
+        with open(path, "rb") as file:
+            lines = {line.strip() for line in file.read().removeprefix(b"\xef\xbb\xbf").split(b"\n")}
+    except OSError as error:
+        raise UserError(f"--data {spec}: cannot be read ({error.strerror})") from None
+    names = sorted(line for line in lines if line and not line.startswith(b"#"))
+    if not names:
+        raise UserError(f"--data {spec}: no paths in it; write one path of an image to a line")
+    if any(b"\0" in line for line in names):
+        raise UserError(f"--data {spec}: not a text file of paths")
+    part = FilePart(os.path.dirname(path), names, in_chans)
+    if not any(os.path.exists(part.path(int(index))) for index in evenly_spaced(len(part), _LIST_SAMPLES)):
+        folder = printable(part.root or b".")
+        raise UserError(f"--data {spec}: no such file as {part.name(0)}; relative paths start at {folder}")
+    return Source(name, part)

@@ -1,0 +1,310 @@
+"""Parquet files in the hub's image schema: a column of struct<bytes, path> and a column of class labels.
+
+Schema: https://huggingface.co/docs/datasets/image_dataset (the `huggingface` key of the schema's metadata names each
+column's feature). The encoded images stay in memory as Arrow buffers; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from maekit.config import UserError, did_you_mean
+from maekit.data.folders import holds_images
+from maekit.data.images import BadImage, decode, probe_size
+from maekit.data.parts import SPLITS, Labels, Source, evenly_spaced, printable
+from maekit.data.pixels import Pixels
+
+_FILE_SPLITS = {**SPLITS, "valid": "val", "dev": "val"}
+_LABEL_NAMES = ("label", "labels", "fine_label")
+_MAX_CLASSES = 1_000_000
+_FINGERPRINT_SAMPLES = 100
+
+
+class TablePart:
+    """The rows of one split's Parquet files, in the order of file names and rows.
+
+    A copy that was pickled for a spawned worker carries the files' names only and reads them again when first used.
+    """
+
+    def __init__(
+        self, files: list[str], column: str, in_chans: int, labels: Labels | None, class_names: list[str] | None
+    ) -> None:
+        self.files = files
+        self.column = column
+        self.in_chans = in_chans
+        self.labels = labels
+        self.class_names = class_names
+        self._rows = len(self._table[0])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_table"}
+
+    @cached_property
+    def _table(self) -> tuple[Any, Any, Labels]:
+        """Encoded images and paths as Arrow columns, and each file's first row."""
+        encoded, paths, rows = [], [], [0]
+        for file in self.files:
+            column = pq.ParquetFile(file).read(columns=[self.column]).column(self.column)
+            rows.append(rows[-1] + len(column))
+            fields = [field.name for field in column.type] if pa.types.is_struct(column.type) else None
+            nothing = pa.nulls(len(column))
+            of = {
+                name: pc.struct_field(column, name) if fields and name in fields else nothing
+                for name in ("bytes", "path")
+            }
+            encoded += pa.chunked_array([of["bytes"] if fields else column]).cast(pa.large_binary()).chunks
+            paths += pa.chunked_array([of["path"]]).cast(pa.large_string()).chunks
+        return (
+            pa.chunked_array(encoded, pa.large_binary()),
+            pa.chunked_array(paths, pa.large_string()),
+            np.array(rows, np.int64),
+        )
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def _data(self, index: int) -> bytes | str:
+        """The encoded image, or the path of the file that the row points to."""
+        encoded, paths, first_rows = self._table
+        data = encoded[index].as_py()
+        if data is not None:
+            return bytes(data)
+        relative = paths[index].as_py()
+        if not relative:
+            raise BadImage("no image in this row")
+        file = self.files[int(np.searchsorted(first_rows, index, side="right")) - 1]
+        folder = os.path.realpath(os.path.dirname(file))
+        path = os.path.realpath(os.path.join(folder, relative))
+        if os.path.commonpath([folder, path]) != folder:  # a table from elsewhere must not read this machine's files
+            raise BadImage(f"the path {printable(relative)} leaves the Parquet file's folder")
+        return path
+
+    def read(self, index: int) -> Pixels:
+        """The image H W C; raises BadImage."""
+        return decode(self._data(index), self.in_chans)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width in pixels from the header; raises BadImage."""
+        return probe_size(self._data(index))
+
+    def name(self, index: int) -> str:
+        """'row 17'."""
+        return f"row {index}"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the lengths of all images, the labels, and at most 100 evenly spaced images or paths."""
+        encoded, paths, _ = self._table
+        lengths = pc.fill_null(pc.binary_length(encoded), -1).to_numpy().astype("<i8")
+        digest = hashlib.sha256(lengths.tobytes())
+        digest.update(b"" if self.labels is None else self.labels.astype("<i8").tobytes())
+        for index in evenly_spaced(len(self), _FINGERPRINT_SAMPLES):
+            digest.update(encoded[int(index)].as_py() or (paths[int(index)].as_py() or "").encode())
+        return digest.hexdigest()
+
+
+def find_files(folder: str, spec: str) -> list[str]:
+    """The Parquet files of a folder in the hub's layouts, in byte order; none is no error.
+
+    They lie in the folder itself, in data/, in folders named by split, or (where there are no images) in one other
+    folder, a hub configuration.
+
+    Raises:
+        UserError: several configurations to choose from.
+    """
+    subfolders = sorted((e.name for e in os.scandir(folder) if e.is_dir() and e.name[:1] != "."), key=os.fsencode)
+    splits = [name for name in subfolders if name.lower() in _FILE_SPLITS]
+    for places in ([""], ["data"] if "data" in subfolders else [], splits):
+        found = [path for place in places for path in _in_folder(os.path.join(folder, place))]
+        if found:
+            return found
+    if holds_images(os.fsencode(folder)):  # then it is a folder of images; its thousands of subfolders are not searched
+        return []
+    others = [name for name in subfolders if name not in splits]
+    configurations = [name for name in others if _has_parquet(os.path.join(folder, name))]
+    if len(configurations) > 1:
+        paths = " or ".join(os.path.join(spec, name) for name in configurations[:8])
+        raise UserError(f"--data {spec}: several folders of Parquet files; choose --data {paths}")
+    return find_files(os.path.join(folder, configurations[0]), spec) if configurations else []
+
+
+def _in_folder(folder: str) -> list[str]:
+    with os.scandir(folder) as entries:  # not listdir: a flat folder may hold a million images
+        names = [e.name for e in entries if e.name.lower().endswith(".parquet") and not e.name.startswith(".")]
+    return [os.path.join(folder, name) for name in sorted(names, key=os.fsencode)]
+
+
+def _has_parquet(folder: str) -> bool:
+    try:
+        inside = [entry.path for entry in os.scandir(folder) if entry.is_dir() and entry.name.lower() in _FILE_SPLITS]
+        return any(_in_folder(place) for place in (folder, *inside))
+    except OSError:
+        return False
+
+
+def has_image_column(file: str, image_column: str | None) -> bool:
+    """Whether a file is Parquet with a column of images by schema or metadata (or the one that is named)."""
+    try:
+        schema = pq.ParquetFile(file).schema_arrow
+    except (OSError, pa.ArrowException):
+        return True  # to be reported as a damaged Parquet file, not passed over
+    return bool(_image_columns(schema)) or image_column in schema.names
+
+
+def open_parquet(
+    files: list[str],
+    spec: str,
+    name: str,
+    in_chans: int,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> Source:
+    """Parquet files as a source; more than one file is sorted into parts by name, one file is the training part.
+
+    Raises:
+        UserError: no Parquet, no image column, a column that does not exist or is of another kind, no training part.
+    """
+    parts = {"train": files} if len(files) == 1 else _by_part(files, spec)
+    try:
+        schemas = {part: pq.ParquetFile(found[0]).schema_arrow for part, found in parts.items()}
+        image = _image_column(schemas["train"], image_column, spec)
+        label = _label_column(schemas["train"], label_column, spec)
+        labels: dict[str, Labels | None] = dict.fromkeys(parts)
+        names = None
+        if label is not None:
+            labels, names = _read_labels(parts, schemas, label, spec, asked=label_column is not None)
+        opened = {
+            part: TablePart(found, image, in_chans, labels[part], names if labels[part] is not None else None)
+            for part, found in parts.items()
+        }
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise UserError(f"--data {spec}: cannot be read as Parquet ({' '.join(str(error).split())[:200]})") from None
+    if not len(opened["train"]):
+        raise UserError(f"--data {spec}: the training part has no rows")
+    rest = {part: table for part, table in opened.items() if len(table)}
+    return Source(name, opened["train"], rest.get("val"), rest.get("test"))
+
+
+def _by_part(files: list[str], spec: str) -> dict[str, list[str]]:
+    """Part -> files: by the first word of the file's name (train-00000-of-00001.parquet), else by its folder's name."""
+    parts: dict[str, list[str]] = {}
+    for file in files:
+        word = re.split(r"[-_.]", os.path.basename(file).lower())[0]
+        folder = os.path.basename(os.path.dirname(file)).lower()
+        parts.setdefault(_FILE_SPLITS.get(word) or _FILE_SPLITS.get(folder) or "", []).append(file)
+    unnamed = parts.pop("", [])
+    if unnamed and parts:
+        raise UserError(
+            f"--data {spec}: {printable(os.path.basename(unnamed[0]))} names no part (train, validation or test) "
+            "but other files do; move it away, or give one file as --data"
+        )
+    if unnamed:
+        return {"train": unnamed}
+    if "train" not in parts:
+        raise UserError(f"--data {spec}: no file of a training part; give one file as --data to train on it")
+    return parts
+
+
+def _features(schema: Any) -> dict[str, dict[str, Any]]:
+    """The hub's description of each column; empty where there is none or it is damaged."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _holds_images(kind: Any) -> bool:
+    if pa.types.is_struct(kind):
+        return any(field.name == "bytes" and _is_binary(field.type) for field in kind)
+    return _is_binary(kind)
+
+
+def _is_binary(kind: Any) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _image_columns(schema: Any) -> list[str]:
+    features = _features(schema)
+    return [
+        field.name
+        for field in schema
+        if _holds_images(field.type)
+        and (pa.types.is_struct(field.type) or features.get(field.name, {}).get("_type") == "Image")
+    ]
+
+
+def _columns(schema: Any) -> str:
+    return ", ".join(f"{field.name} ({str(field.type)[:40]})" for field in schema)
+
+
+def _image_column(schema: Any, wanted: str | None, spec: str) -> str:
+    if wanted is None:
+        found = _image_columns(schema)
+        if not found:
+            raise UserError(f"--data {spec}: no image column; name it with --image-column: {_columns(schema)}")
+        return found[0]
+    if wanted not in schema.names:
+        raise UserError(f"--image-column {wanted}: not in {spec}; {did_you_mean(wanted, schema.names)}")
+    if not _holds_images(schema.field(wanted).type):
+        raise UserError(f"--image-column {wanted}: not encoded images; the columns of {spec}: {_columns(schema)}")
+    return wanted
+
+
+def _label_column(schema: Any, wanted: str | None, spec: str) -> str | None:
+    if wanted is not None:
+        if wanted not in schema.names:
+            raise UserError(f"--label-column {wanted}: not in {spec}; {did_you_mean(wanted, schema.names)}")
+        return wanted
+    features = _features(schema)
+    integers = [field.name for field in schema if pa.types.is_integer(field.type)]
+    marked = [name for name in integers if features.get(name, {}).get("_type") == "ClassLabel"]
+    named = [name for name in _LABEL_NAMES if name in integers]
+    return next(iter(marked + named), None)
+
+
+def _read_labels(
+    parts: dict[str, list[str]], schemas: dict[str, Any], column: str, spec: str, *, asked: bool
+) -> tuple[dict[str, Labels | None], list[str] | None]:
+    """Class ids per part (None where all are missing) and the names: the metadata's, the strings, or the numbers."""
+    values: dict[str, Any] = {}
+    for part, files in parts.items():
+        if column in schemas[part].names:
+            tables = [pq.ParquetFile(file).read(columns=[column]).column(column) for file in files]
+            values[part] = pa.chunked_array([chunk for table in tables for chunk in table.chunks], tables[0].type)
+    kinds = {part: value.type for part, value in values.items()}
+    names: list[str] | None = None
+    if all(pa.types.is_integer(kind) or pa.types.is_boolean(kind) for kind in kinds.values()):
+        names = _features(schemas["train"]).get(column, {}).get("names")
+        for part in values:
+            if (other := _features(schemas[part]).get(column, {}).get("names")) != names:
+                raise UserError(f"--data {spec}: the classes of {part} are {other}, those of train {names}")
+        ids = {part: pc.fill_null(value.cast(pa.int64()), -1).to_numpy() for part, value in values.items()}
+    elif all(pa.types.is_string(kind) or pa.types.is_large_string(kind) for kind in kinds.values()):
+        strings = {part: value.to_pylist() for part, value in values.items()}
+        names = sorted({s for found in strings.values() for s in found if s is not None}, key=lambda s: s.encode())
+        rank: dict[str | None, int] = {**{s: index for index, s in enumerate(names)}, None: -1}
+        ids = {part: np.array([rank[s] for s in found], np.int64) for part, found in strings.items()}
+    else:
+        raise UserError(f"--label-column {column}: {kinds['train']} values; integers or strings are read")
+    lowest, highest = (min(i.min(initial=0) for i in ids.values()), max(i.max(initial=-1) for i in ids.values()))
+    if lowest < -1 or highest >= (len(names) if names else _MAX_CLASSES):
+        if not asked and not names:
+            return dict.fromkeys(parts), None  # a column that happens to be called label
+        classes = len(names) if names else _MAX_CLASSES
+        raise UserError(f"--label-column {column}: values {lowest}..{highest}, but ids are 0..{classes - 1} (-1: none)")
+    if names is None:
+        names = [str(index) for index in range(highest + 1)]
+    kept = {part: ids[part] if part in ids and (ids[part] >= 0).any() else None for part in parts}
+    return kept, names

@@ -1,0 +1,181 @@
+"""A part of a data set (training, validation, test) behind one small interface, as files or as arrays in memory.
+
+Parts are handed to loader workers, forked or spawned: they hold paths as one blob of bytes, never as a list of strings,
+whose reference counts would copy every page of memory into every worker.
+Legend: N images, H height, W width, C channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from maekit.data.images import BadImage, decode, probe_size
+from maekit.data.pixels import Pixels, fit_channels
+
+Labels = npt.NDArray[np.int64]
+
+SPLITS = {"train": "train", "training": "train", "val": "val", "validation": "val", "test": "test", "testing": "test"}
+"""Lower-case folder or file name -> the part it stands for."""
+
+_FINGERPRINT_SAMPLES = 1000
+
+
+class Part(Protocol):
+    """One split. A sample's id is its index: the rank of its relative path in byte order, or its row number."""
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of every image that `read` returns."""
+
+    @property
+    def labels(self) -> Labels | None:
+        """Class ids [N], indices into `class_names`; -1 is unlabelled; None where there are no labels."""
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes, the same list for all parts of a source."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over names and sizes or over the samples: the same wherever the data are stored."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Pixels:
+        """The image H W C, uint8 or float32 (see `images.decode`); raises BadImage."""
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width in pixels, from the header only; raises BadImage."""
+
+    def name(self, index: int) -> str:
+        """What to call the sample in a message: its relative path, printable, or 'row 17'."""
+
+
+@dataclass
+class Source:
+    """What `--data` stands for. `name` is short and fit for folder names."""
+
+    name: str
+    train: Part
+    val: Part | None = None
+    test: Part | None = None
+
+
+def evenly_spaced(num: int, count: int) -> Labels:
+    """At most `count` ascending indices below `num`, the first and the last among them."""
+    return np.unique(np.linspace(0, max(0, num - 1), min(num, count)).astype(np.int64))
+
+
+def printable(name: bytes | str) -> str:
+    """A path as one printable line: bytes that are not UTF-8 and control characters become escapes such as \\xff."""
+    raw = os.fsencode(name)
+    text = raw.decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+class FilePart:
+    """Image files below one root, their names in byte order."""
+
+    def __init__(
+        self,
+        root: bytes,
+        names: Iterable[bytes],
+        in_chans: int,
+        *,
+        prefix: bytes = b"",
+        labels: Labels | None = None,
+        class_names: list[str] | None = None,
+    ) -> None:
+        """`names` are relative to `root` and sorted; `prefix` comes before them in messages only."""
+        names = names if isinstance(names, list) else list(names)
+        self.root = root
+        self.prefix = prefix
+        self.in_chans = in_chans
+        self.labels = labels
+        self.class_names = class_names
+        self._starts = np.zeros(len(names) + 1, np.int64)
+        np.cumsum(np.fromiter((len(name) + 1 for name in names), np.int64, len(names)), out=self._starts[1:])
+        blob = io.BytesIO()  # bytes.join would take 80 bytes more for each name
+        blob.writelines(name + b"\0" for name in names)  # no file name holds a zero byte
+        self._blob = blob.getvalue()
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def _relative(self, index: int) -> bytes:
+        return self._blob[self._starts[index] : self._starts[index + 1] - 1]
+
+    def path(self, index: int) -> str:
+        """The file's path, ready to open."""
+        return os.fsdecode(os.path.join(self.root, self._relative(index)))
+
+    def read(self, index: int) -> Pixels:
+        """The image H W C; raises BadImage."""
+        return decode(self.path(index), self.in_chans)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width in pixels from the header; raises BadImage."""
+        return probe_size(self.path(index))
+
+    def name(self, index: int) -> str:
+        """The path relative to the folder that `--data` names, with slashes, on one printable line."""
+        return printable(self.prefix + self._relative(index))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over all names and the sizes of at most 1,000 evenly spaced files."""
+        digest = hashlib.sha256(self._blob)
+        for index in evenly_spaced(len(self), _FINGERPRINT_SAMPLES):
+            try:
+                size = os.stat(self.path(int(index))).st_size
+            except (OSError, ValueError):
+                size = -1
+            digest.update(size.to_bytes(8, "little", signed=True))
+        return digest.hexdigest()
+
+
+class ArrayPart:
+    """Decoded images in memory: `images` N H W C uint8, whose C is 1 or `in_chans` (or 3 where `in_chans` is 1)."""
+
+    def __init__(
+        self, images_NHWC: npt.NDArray[np.uint8], labels: Labels | None, class_names: list[str] | None, in_chans: int
+    ) -> None:
+        self.images = images_NHWC
+        self.labels = labels
+        self.class_names = class_names
+        self.in_chans = in_chans
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> Pixels:
+        """The image H W C as an array of its own; raises BadImage where the channels do not fit."""
+        image = fit_channels(self.images[index], self.in_chans)
+        return image.copy() if np.shares_memory(image, self.images) else image
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width in pixels."""
+        if not 0 <= index < len(self):
+            raise BadImage(f"no row {index}")
+        return self.images.shape[1], self.images.shape[2]
+
+    def name(self, index: int) -> str:
+        """'row 17'."""
+        return f"row {index}"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over shape, labels, and at most 1,000 evenly spaced images."""
+        digest = hashlib.sha256(repr(self.images.shape).encode())
+        digest.update(b"" if self.labels is None else self.labels.astype("<i8").tobytes())
+        digest.update(self.images[evenly_spaced(len(self), _FINGERPRINT_SAMPLES)].tobytes())
+        return digest.hexdigest()

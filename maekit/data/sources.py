@@ -1,0 +1,85 @@
+"""Every form of `--data`: a known name, a folder of images, Parquet in the hub's schema, a text file of paths."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+
+from maekit.config import UserError, did_you_mean
+from maekit.data.folders import holds_images, open_folder, open_list
+from maekit.data.images import IMAGE_SUFFIXES
+from maekit.data.known import KNOWN, open_known
+from maekit.data.parquet import TablePart, find_files, has_image_column, open_parquet
+from maekit.data.parts import ArrayPart, FilePart, Part, Source, printable
+
+__all__ = ["KNOWN", "ArrayPart", "FilePart", "Part", "Source", "TablePart", "open_source"]
+
+
+def open_source(
+    spec: str, *, in_chans: int = 3, image_column: str | None = None, label_column: str | None = None
+) -> Source:
+    """What `--data` names, opened: listed or read into memory, but no image decoded.
+
+    A known name means the known data set even where a file of that name lies here; write ./cifar10 for the file.
+    The columns are for Parquet only.
+
+    Raises:
+        UserError: nothing of that name, nothing readable in it, or a column that does not fit.
+    """
+    if not spec:
+        raise UserError("--data is empty: give a folder, a Parquet file, a text file of paths, or a known name")
+    columns = {"--image-column": image_column, "--label-column": label_column}
+    if spec in KNOWN:
+        _refuse(columns, spec)
+        return open_known(spec, in_chans)
+    path = os.path.expanduser(spec)
+    shown = printable(spec)
+    mode = _mode(path, shown)
+    name = _short_name(path)
+    suffix = os.path.splitext(path)[1].lower()
+    if stat.S_ISDIR(mode):
+        try:
+            files = find_files(path, shown)
+        except OSError as error:
+            raise UserError(f"--data {shown}: the folder cannot be read ({error.strerror})") from None
+        # A table of something else, such as features, may lie beside images.
+        if not files or not (has_image_column(files[0], image_column) or not holds_images(os.fsencode(path))):
+            _refuse(columns, shown)
+            return open_folder(os.fsencode(path), shown, name, in_chans)
+        return open_parquet(files, shown, name, in_chans, image_column=image_column, label_column=label_column)
+    if not stat.S_ISREG(mode):
+        raise UserError(f"--data {shown}: neither a folder nor a regular file")
+    if suffix == ".parquet":
+        return open_parquet([path], shown, name, in_chans, image_column=image_column, label_column=label_column)
+    _refuse(columns, shown)
+    if suffix == ".txt":
+        return open_list(os.fsencode(path), shown, name, in_chans)
+    if suffix in IMAGE_SUFFIXES:
+        raise UserError(f"--data {shown}: one image; give its folder, or a .txt file with its path")
+    raise UserError(f"--data {shown}: a {suffix or 'nameless'} file; folders, .parquet and .txt (paths) are read")
+
+
+def _mode(path: str, shown: str) -> int:
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        known = ", ".join(KNOWN)
+        guess = did_you_mean(shown, KNOWN)
+        hint = f"; {guess}" if guess.startswith("did") else ""
+        raise UserError(f"--data {shown}: no such file or folder, and not a known name ({known}){hint}") from None
+    except OSError as error:
+        raise UserError(f"--data {shown}: cannot be read ({error.strerror})") from None
+
+
+def _short_name(path: str) -> str:
+    """The last part of the path without a file's suffix, in characters that suit any folder's name."""
+    base = os.path.basename(os.path.realpath(path))
+    base = base if os.path.isdir(path) else os.path.splitext(base)[0]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", base).strip("-.") or "data"
+
+
+def _refuse(columns: dict[str, str | None], shown: str) -> None:
+    given = [flag for flag, value in columns.items() if value is not None]
+    if given:
+        raise UserError(f"{' and '.join(given)}: only for Parquet, which --data {shown} is not")

@@ -1,0 +1,544 @@
+"""Pretrain by masked autoencoding: one job, one file, from the config to the last checkpoint.
+
+    maekit pretrain cifar10 --data cifar10 --out runs/c10
+    maekit resume runs/c10
+    torchrun --nproc_per_node 2 -m maekit pretrain cifar10 --data cifar10 --out runs/c10
+
+`main` reads: prepare everything, say what was chosen and why, train, say what to type next.
+Cost and expected numbers: see the recipes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+
+from maekit.config import PretrainConfig, ResumeConfig, UserError, from_json, to_json
+from maekit.data.loader import (
+    Pool,
+    Quarantine,
+    SampleOrder,
+    channel_statistics,
+    choose_workers,
+    lowest_hash,
+    open_pool,
+    split_heldout,
+)
+from maekit.data.parts import Part
+from maekit.data.sources import open_source
+from maekit.models.encoder import use_fused_attention
+from maekit.models.mae import MaskedAutoencoder, model_problems
+from maekit.rng import Purpose
+from maekit.runtime import (
+    Choice,
+    StopRequest,
+    check_processes,
+    choose_attention,
+    choose_compile,
+    choose_device,
+    choose_precision,
+    compile_or_eager,
+    environment,
+    package_versions,
+    seed_everything,
+    start_accelerator,
+)
+from maekit.terminal import counting, make_console, make_progress, make_table, print_settings
+from maekit.training import checkpoint as checkpoints
+from maekit.training.metrics import MetricsLog
+from maekit.training.monitor import (
+    PANEL_IMAGES,
+    TRIVIAL_IMAGES,
+    Heldout,
+    heldout_masks,
+    heldout_sums,
+    online_probe,
+    reconstruct,
+    statistics_note,
+    training_trivial,
+)
+from maekit.training.optim import (
+    duration_steps,
+    learning_rate,
+    make_optimizer,
+    peak_learning_rate,
+    set_learning_rate,
+)
+from maekit.training.run_state import load_optimizer_tensors, optimizer_tensors, restore_rng, rng_tensors
+from maekit.viz.panels import compose, draw
+from maekit.viz.plots import draw_curves
+from maekit.weights.passport import Passport
+from maekit.weights.store import WEIGHTS_FILE, check_names
+
+EVAL_BATCH = 256
+"""Images per forward pass in evaluation; it has no say in the numbers."""
+
+
+@dataclass
+class Position:
+    """How far a run is. All of it goes into a checkpoint's state.json and comes back on resume."""
+
+    total_steps: int
+    """Optimiser steps of the whole run."""
+    step: int = 0
+    """Optimiser steps done."""
+    schedule_start: int = 0
+    """Step where the cosine began anew, after the run was lengthened."""
+    loss_sum: float = 0.0
+    """Training loss summed since the last line of metrics.jsonl."""
+    loss_count: int = 0
+    """Steps in that sum."""
+    train_trivial: float = 1.0
+    """Loss of the better trivial predictor on augmented training images."""
+    heldout_trivial: tuple[float, ...] = (1.0, 1.0)
+    """Losses of the two trivial predictors on the held-out images."""
+    metrics_bytes: int = 0
+    """Length of metrics.jsonl at this position."""
+    fingerprint: str = ""
+    """Fingerprint of the data."""
+
+
+@dataclass
+class Job:
+    """A run that is ready to step: what `prepare` made and the functions below share."""
+
+    config: PretrainConfig
+    out: Path
+    console: Console
+    accelerator: Accelerator
+    data_name: str
+    part: Part
+    pool: Pool
+    train_ids: npt.NDArray[np.int64]
+    heldout_ids: npt.NDArray[np.int64]
+    order: SampleOrder
+    model: MaskedAutoencoder
+    optimizer: torch.optim.AdamW
+    peak_lr: float
+    warmup_steps: int
+    position: Position
+    metrics: MetricsLog
+    quarantine: Quarantine
+    choices: dict[str, Choice[Any]]
+    heldout: Heldout | None = None
+    rng: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Generators' states of processes that this run does not have, kept for a later one that does."""
+
+    @property
+    def epochs_done(self) -> float:
+        """Passes over the training images so far."""
+        return self.position.step / self.order.steps_per_epoch
+
+
+def main(config: PretrainConfig, resume_from: Path | None = None) -> int:
+    """Train from the start, or from a checkpoint's folder on.
+
+    Returns: the exit code: 0, or 128 + the signal's number when a signal stopped the run.
+
+    Raises:
+        UserError: everything that is wrong with the config, before any data is read; then what is wrong with the data.
+    """
+    job = prepare(config, resume_from, make_console())
+    config, model, position, accelerator = job.config, job.model, job.position, job.accelerator
+    step_model = accelerator.prepare_model(model, evaluation_mode=accelerator.num_processes == 1)
+    forward = (
+        compile_or_eager(step_model, job.console.print) if job.choices["compile"].value else step_model.__call__
+    )
+    bf16 = job.choices["precision"].value == "bf16"
+    every = {
+        name: max(1, round(epochs * job.order.steps_per_epoch)) if epochs > 0 else 0
+        for name, epochs in (("eval", config.eval_every), ("probe", config.probe_every),
+                             ("panel", config.panel_every), ("save", config.save_every))
+    }  # fmt: skip
+    if resume_from is None:
+        measure_trivial(job)
+    steps = range(position.step, position.total_steps)
+    batches = job.pool.train_batches(
+        job.order.micro_batches(steps, accelerator.process_index, accelerator.num_processes, config.accum)
+    )
+    loss_sum = torch.tensor(position.loss_sum, device=accelerator.device)
+    stop = StopRequest()
+    began = saved = logged = time.monotonic()
+    logged_step = first_step = position.step
+    model.train()
+    with (
+        stop.listening(),
+        make_progress(
+            job.console, "loss {task.fields[loss]:.4f}", "skill {task.fields[skill]:.3f}", "{task.fields[speed]} images/s"
+        ) as progress,
+    ):
+        bar = progress.add_task("epoch 1", total=position.total_steps, loss=math.nan, skill=math.nan, speed="-")
+        for step in steps:
+            lr = learning_rate(
+                step, position.total_steps, job.warmup_steps, job.peak_lr, config.min_lr, position.schedule_start
+            )
+            set_learning_rate(job.optimizer, lr)
+            epoch = step // job.order.steps_per_epoch
+            for part_number in range(config.accum):
+                batch = next(batches)
+                if batch.bad:
+                    report_unreadable(job, batch.bad)
+                masks = model.draw_masks(batch.sample_ids, seed=config.seed, epoch=epoch).to(accelerator.device)
+                images = model.normalize(batch.images)
+                # Earlier parts add up on their own process; the backward pass of the last one averages over all.
+                lonely = part_number < config.accum - 1
+                with accelerator.no_sync(step_model) if lonely else contextlib.nullcontext():
+                    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
+                        output = forward(images, masks.ids_keep_BV, ids_masked=masks.ids_masked_BM)
+                    loss = output.loss / config.accum
+                    loss.backward()
+                loss_sum += loss.detach()
+            if config.clip_grad is not None:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
+            job.optimizer.step()
+            job.optimizer.zero_grad(set_to_none=True)
+            position.step, position.loss_count = step + 1, position.loss_count + 1
+
+            # ---- the step is done; what follows happens now and then, and never changes a weight ----
+            last = position.step == position.total_steps
+            if position.step % config.log_every == 0 or last:
+                now = time.monotonic()
+                speed = (position.step - logged_step) * config.batch_size / (now - logged)
+                value, skill = log_training(job, loss_sum, lr, speed, now - began)
+                loss_sum.zero_()
+                position.loss_count, logged, logged_step = 0, now, position.step
+                progress.update(bar, loss=value, skill=skill, speed=f"{speed:,.0f}")
+            progress.update(bar, completed=position.step, description=f"epoch {epoch + 1}")
+            paused = time.monotonic()
+            if position.step % every["eval"] == 0 or last:
+                evaluate(job)
+                say_heldout(job, first_step, paused - began)
+            if every["probe"] and (position.step % every["probe"] == 0 or last):
+                probe(job)
+            if last or (every["panel"] and position.step % every["panel"] == 0):
+                draw_pictures(job)
+            stopping, due = stop.agreed(accelerator, position.step, paused - saved > 60 * config.save_minutes)
+            if last or stopping or due or position.step % every["save"] == 0:
+                position.loss_sum = float(accelerator.reduce(loss_sum, "mean"))
+                save(job)
+                saved = time.monotonic()
+            logged += time.monotonic() - paused  # images/s is about training alone
+            if stopping and not last:
+                job.console.print(f"stopped by {stop.name} after step {position.step:,}: maekit resume {job.out}")
+                return stop.exit_code
+    accelerator.end_training()
+    finish(job, first_step, time.monotonic() - began)
+    return 0
+
+
+def prepare(config: PretrainConfig, resume_from: Path | None, console: Console) -> Job:
+    """Check the config, open the data, build the model, print what was chosen, and start the run's folder."""
+    problems = config.problems() + model_problems(config)
+    if problems:
+        raise UserError(*problems)
+    out = Path(config.out or f"runs/{config.recipe}")
+    if resume_from is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(
+            f"--out {out}: exists and is not empty: maekit resume {out} continues the run in it; else name another folder"
+        )
+    device = choose_device(config.device)
+    choices: dict[str, Choice[Any]] = {
+        "device": device,
+        "precision": choose_precision(config.precision, device.value),
+        "compile": choose_compile(config.compile, device.value),
+        "workers": choose_workers(config.workers, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
+    }
+    choices["attention"] = choose_attention(device.value, choices["precision"].value)
+    accelerator = start_accelerator(device.value, choices["precision"].value, config.trackers, out)
+    check_processes(config.processes, accelerator.num_processes)
+    check_batch(config, accelerator.num_processes)
+
+    source = open_source(
+        config.data, in_chans=config.in_chans, image_column=config.image_column, label_column=config.label_column
+    )
+    part = source.train
+    train_ids, heldout_ids = split_heldout(len(part), config.heldout_share)
+    order = SampleOrder(train_ids, config.batch_size, config.seed)
+    with counting(console, "reading images") as progress:
+        pool, choices["in memory"] = open_pool(part, config, accelerator.device, choices["workers"], progress)
+    if config.mean is None or config.std is None:
+        with counting(console, "measuring mean and deviation") as progress:
+            mean, std = channel_statistics(pool, train_ids, progress)
+        config = dataclasses.replace(config, mean=tuple(mean), std=tuple(std))
+    assert config.mean is not None and config.std is not None
+
+    seed_everything(config.seed)
+    model = MaskedAutoencoder(config, config.mean, config.std).to(accelerator.device)
+    use_fused_attention(model, choices["attention"].value)
+    # Choices that touch the numbers are fixed from here on: a resume must not choose anew.
+    config = dataclasses.replace(
+        config,
+        **{f.name: getattr(model.config, f.name) for f in dataclasses.fields(model.config)},
+        data=os.path.abspath(os.path.expanduser(config.data)) if os.path.exists(config.data) else config.data,
+        out=str(out),
+        precision=choices["precision"].value,
+        in_memory="yes" if choices["in memory"].value else "no",
+    )
+    peak_lr, peak_reason = peak_learning_rate(config)
+    per_epoch = order.steps_per_epoch
+    total = duration_steps(config.epochs, config.steps, per_epoch)
+    warmup = duration_steps(config.warmup_epochs, config.warmup_steps, per_epoch) if has_warmup(config) else 0
+    job = Job(
+        config=config, out=out, console=console, accelerator=accelerator, data_name=source.name, part=part, pool=pool,
+        train_ids=train_ids, heldout_ids=heldout_ids, order=order, model=model,
+        optimizer=make_optimizer(model, config, peak_lr), peak_lr=peak_lr, warmup_steps=min(warmup, total),
+        position=Position(total, fingerprint=part.fingerprint), metrics=MetricsLog(out / "metrics.jsonl"),
+        quarantine=Quarantine(out / "quarantine.jsonl", part, config.max_bad_share), choices=choices,
+    )  # fmt: skip
+    if resume_from is not None:
+        restore(job, resume_from)
+    print_settings(console, f"maekit pretrain {config.recipe}", describe(job, peak_reason) | choices)
+    if accelerator.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(to_json(config))
+        (out / "env.json").write_text(json.dumps(environment(accelerator.device), indent=2) + "\n")
+    accelerator.wait_for_everyone()
+    if config.trackers:
+        accelerator.init_trackers("maekit", config={k: str(v) for k, v in dataclasses.asdict(config).items()})
+    return job
+
+
+def has_warmup(config: PretrainConfig) -> bool:
+    """Whether a warm-up is set in either unit."""
+    return config.warmup_epochs is not None or config.warmup_steps is not None
+
+
+def check_batch(config: PretrainConfig, world: int) -> None:
+    """The global batch must split evenly over processes and accumulation steps."""
+    if config.batch_size % (world * config.accum):
+        raise UserError(
+            f"--batch-size {config.batch_size} is not divisible by {world} processes x --accum {config.accum}: it counts "
+            "the images of one optimiser step over all of them"
+        )
+
+
+def describe(job: Job, peak_reason: str) -> dict[str, str]:
+    """The run's settings with their arithmetic, for the reader who wants to check it."""
+    config, model, world = job.config, job.model, job.accelerator.num_processes
+    total, per_epoch = job.position.total_steps, job.order.steps_per_epoch
+    millions = [sum(p.numel() for p in room.parameters()) / 1e6 for room in (model.encoder, model.decoder)]
+    hidden = model.num_patches - model.num_visible
+    return {
+        "data": f"{config.data}: {len(job.train_ids):,} images to train on, {len(job.heldout_ids):,} held out",
+        "run": str(job.out),
+        "model": f"{config.model}, encoder {millions[0]:.2f} M, decoder {millions[1]:.2f} M parameters",
+        "masking": f"{config.mask}, {hidden} of {model.num_patches} patches of {config.patch_size} px hidden, {config.target}",
+        "batch": f"{config.batch_size} = {config.batch_size // world // config.accum} images x {world} processes x "
+        f"{config.accum} accumulation",
+        "learning rate": f"{peak_reason}, {job.warmup_steps:,} steps of warm-up, then a cosine to {config.min_lr:g}",
+        "length": f"{total:,} steps = {total / per_epoch:.4g} epochs x {per_epoch:,} steps",
+    }
+
+
+def restore(job: Job, path: Path) -> None:
+    """Put a checkpoint's weights, optimiser, position and generators into the job, and cut metrics.jsonl to it."""
+    saved = checkpoints.load(path)
+    state = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.state.items()}
+    position = Position(**state)
+    if position.fingerprint != job.part.fingerprint:
+        raise UserError(
+            f"--data {job.config.data}: not the images that this run was trained on (names or sizes differ): exact "
+            "resume is impossible; start a new run on them"
+        )
+    check_names(job.model, saved.model, str(path))
+    job.model.load_state_dict(saved.model)
+    load_optimizer_tensors(job.optimizer, job.model.named_parameters(), saved.optimizer)
+    restore_rng(saved.rng, job.accelerator.process_index)
+    job.rng = saved.rng
+    if job.position.total_steps != position.total_steps:
+        job.console.print(
+            f"the run's length changes from {position.total_steps:,} to {job.position.total_steps:,} steps: the cosine "
+            f"starts again at its peak from step {position.step:,}"
+        )
+        position.total_steps, position.schedule_start = job.position.total_steps, position.step
+    job.position = position
+    if job.accelerator.is_main_process:
+        job.metrics.truncate(position.metrics_bytes)
+    job.console.print(f"continuing from {path.name} of {position.total_steps:,}")
+
+
+def measure_trivial(job: Job) -> None:
+    """Before the first step: what does a predictor that learns nothing lose, in training and on held-out images?"""
+    some = lowest_hash(job.train_ids, TRIVIAL_IMAGES, Purpose.SUBSET)
+    shares = ((0, some[start : start + EVAL_BATCH]) for start in range(0, len(some), EVAL_BATCH))
+    batches = job.pool.train_batches(shares)
+    job.position.train_trivial = training_trivial(job.model, batches, job.config.seed)
+    evaluate(job, with_trivial=True)
+
+
+def evaluate(job: Job, with_trivial: bool = False) -> None:
+    """Held-out loss with fixed masks; every process takes its share of the images, and the sums are added."""
+    rank, world = job.accelerator.process_index, job.accelerator.num_processes
+    job.model.eval()
+    sums = heldout_sums(job.model, job.pool, job.heldout_ids[rank::world], EVAL_BATCH, with_trivial=with_trivial)
+    job.model.train()
+    loss, constant, fill, count = job.accelerator.reduce(sums, "sum").tolist()
+    if with_trivial:
+        job.position.heldout_trivial = (constant / count, fill / count)
+    job.heldout = Heldout(loss / count, job.position.heldout_trivial)
+    log(job, {"kind": "heldout", "loss": job.heldout.loss, "skill": job.heldout.skill})
+
+
+def log(job: Job, record: dict[str, Any]) -> None:
+    """One line of metrics.jsonl, and the same numbers to the trackers."""
+    record = {"kind": record["kind"], "step": job.position.step, "epoch": job.epochs_done, **record}
+    if job.accelerator.is_main_process:
+        job.metrics.append(record)
+    if job.config.trackers:
+        numbers = {f"{record['kind']}/{key}": value for key, value in record.items() if isinstance(value, float)}
+        job.accelerator.log(numbers, step=job.position.step)
+
+
+def log_training(
+    job: Job, loss_sum: torch.Tensor, lr: float, speed: float, seconds: float
+) -> tuple[float, float]:
+    """Mean training loss since the last line, with its skill; the only wait for the device between two lines."""
+    value = float(job.accelerator.reduce(loss_sum.clone(), "mean")) / job.position.loss_count
+    skill = 1 - value / job.position.train_trivial
+    log(job, {"kind": "step", "loss": value, "skill": skill, "lr": lr, "images_per_s": speed, "seconds": seconds})
+    if not math.isfinite(value):
+        raise UserError(
+            f"the loss became {value} before step {job.position.step}: lower --blr, add --clip-grad 1 or use "
+            f"--precision fp32; the checkpoints in {job.out / 'checkpoints'} are from before"
+        )
+    return value, skill
+
+
+def probe(job: Job) -> None:
+    """Online probes by the first process, on training and held-out images only."""
+    if job.accelerator.is_main_process:
+        job.model.eval()
+        found = online_probe(job.model, job.pool, job.train_ids, job.heldout_ids, job.part.labels, EVAL_BATCH)
+        job.model.train()
+        log(job, {"kind": "probe", **found})
+        if "knn" in found:
+            job.console.print(f"  held-out k-NN {found['knn']:.1%}, linear {found['linear']:.1%}, rank {found['rankme']:.0f}")
+    job.accelerator.wait_for_everyone()
+
+
+def draw_pictures(job: Job) -> None:
+    """The panel of the same held-out images and masks, and the curves, by the first process."""
+    if job.accelerator.is_main_process:
+        job.model.eval()
+        ids = lowest_hash(job.heldout_ids, PANEL_IMAGES, Purpose.HELDOUT_SPLIT)
+        batch = next(iter(job.pool.eval_batches(ids, PANEL_IMAGES)))
+        keep, masked = heldout_masks(job.model, ids)
+        shown = reconstruct(job.model, batch.images, keep, masked, "true-patch")
+        rows = [compose(r.image_HWC, r.ids_masked_M, r.pred_MP, job.model.patch_size) for r in shown]
+        path = job.out / "panels" / f"epoch-{round(job.epochs_done):04d}.png"
+        title = f"{job.out.name}: held-out images after {job.epochs_done:.4g} epochs"
+        draw(rows, path, title=title, note=statistics_note(job.model, "true-patch"))
+        draw_curves(job.metrics.read(), job.out / "curves.png", title=f"{job.out.name} ({job.config.recipe})")
+        job.model.train()
+    job.accelerator.wait_for_everyone()
+
+
+def save(job: Job) -> None:
+    """A checkpoint with all that an exact continuation needs, then the run's model.safetensors."""
+    rng = job.rng | gather_rng(job.accelerator)
+    if job.accelerator.is_main_process:
+        config = job.config
+        assert config.mean is not None and config.std is not None
+        job.metrics.sync()
+        job.position.metrics_bytes = job.metrics.position
+        passport = Passport(
+            model=job.model.config, mean=config.mean, std=config.std, grid=job.model.grid_hw, steps=job.position.step,
+            epochs=job.epochs_done, data=job.data_name, fingerprint=job.part.fingerprint, recipe=config.recipe,
+            versions=package_versions(),
+        )  # fmt: skip
+        content = checkpoints.Checkpoint(
+            model=job.model.state_dict(),
+            optimizer=optimizer_tensors(job.optimizer, job.model.named_parameters()),
+            rng=rng,
+            state=dataclasses.asdict(job.position),
+            model_metadata=passport.to_metadata(),
+        )
+        path = checkpoints.save(job.out / "checkpoints", job.position.step, content, config.keep)
+        checkpoints.publish(path, job.out / WEIGHTS_FILE)
+    job.accelerator.wait_for_everyone()
+
+
+def gather_rng(accelerator: Accelerator) -> dict[str, torch.Tensor]:
+    """The generators' states of all processes."""
+    own = rng_tensors(accelerator.process_index)
+    if accelerator.num_processes == 1:
+        return own
+    everyone: list[Any] = [None] * accelerator.num_processes
+    torch.distributed.all_gather_object(everyone, {name: state.cpu() for name, state in own.items()})
+    return {name: state for states in everyone for name, state in states.items()}
+
+
+def report_unreadable(job: Job, bad: list[tuple[int, str]]) -> None:
+    """Name files that could not be read; stops the run above --max-bad-share."""
+    for line in job.quarantine.add(bad):
+        job.console.print(f"[yellow]unreadable, the next image takes its place:[/yellow] {line}", markup=True)
+
+
+def say_heldout(job: Job, first_step: int, seconds: float) -> None:
+    """One line after each held-out pass, which is all that a log file without a terminal shows."""
+    assert job.heldout is not None
+    speed = (job.position.step - first_step) * job.config.batch_size / max(seconds, 1e-9)
+    left = (job.position.total_steps - job.position.step) * job.config.batch_size / max(speed, 1e-9)
+    job.console.print(
+        f"epoch {job.epochs_done:.4g}  step {job.position.step:,}  held-out loss {job.heldout.loss:.4f}  "
+        f"skill {job.heldout.skill:.3f}  {speed:,.0f} images/s  {left / 60:,.0f} min left"
+    )
+
+
+def finish(job: Job, first_step: int, seconds: float) -> None:
+    """What was done and what to type next."""
+    heldout, out = job.heldout, job.out
+    assert heldout is not None
+    images = (job.position.step - first_step) * job.config.batch_size
+    rows = [
+        ["images seen", f"{images:,} in {seconds:,.0f} s, evaluation and saving included"],
+        ["held-out loss", f"{heldout.loss:.4f}; a predictor that learns nothing: {min(heldout.trivial):.4f}"],
+        ["skill", f"{heldout.skill:.3f} (0: no better than that, 1: perfect)"],
+        ["weights", str(out / WEIGHTS_FILE)],
+        ["pictures", f"{out / 'panels'}, {out / 'curves.png'}"],
+    ]
+    job.console.print(make_table("done", ["", ""], rows))
+    job.console.print(
+        "next:\n"
+        f"  maekit probe {out} --data {job.config.data}\n"
+        f"  maekit reconstruct {out} --image photo.jpg --out panel.png"
+    )
+
+
+def resume(folder: str, changes: ResumeConfig) -> int:
+    """Continue the run in a folder from its newest whole checkpoint.
+
+    Raises:
+        UserError: no run there, no whole checkpoint, or a change that would alter the numbers.
+    """
+    out = Path(folder)
+    path = out / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: holds no run (no config.json); runs are started by maekit pretrain")
+    config = from_json(PretrainConfig, path.read_text(), path)
+    given = {key: value for key, value in dataclasses.asdict(changes).items() if value is not None}
+    if "epochs" in given and "steps" in given:
+        raise UserError("give the length of the run either as --epochs or as --steps")
+    if "epochs" in given or "steps" in given:
+        given = {"epochs": None, "steps": None} | given
+    config = dataclasses.replace(config, out=str(out), **given)
+    console = make_console()
+    newest, messages = checkpoints.latest(out / "checkpoints")
+    for message in messages:
+        console.print(f"[red]damaged checkpoint:[/red] {message}")
+    if newest is None:
+        raise UserError(f"{folder}: no whole checkpoint; start again with maekit pretrain into another folder")
+    return main(config, resume_from=newest)

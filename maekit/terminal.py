@@ -1,0 +1,67 @@
+"""What a user sees while waiting: one console for the first process, progress bars, tables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from maekit.runtime import Choice
+
+
+def make_console() -> Console:
+    """A console that speaks for the first process and is silent in the others."""
+    return Console(quiet=int(os.environ.get("RANK", "0")) != 0, highlight=False, soft_wrap=True)
+
+
+def make_progress(console: Console, *columns: str) -> Progress:
+    """A bar with count, rich-formatted fields and time left; nothing is drawn where output is no terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        *(TextColumn(column) for column in columns),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        disable=not console.is_terminal or console.quiet,
+        transient=True,
+    )
+
+
+@contextmanager
+def counting(console: Console, description: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar for work that reports (done, total)."""
+    with make_progress(console) as progress:
+        task = progress.add_task(description, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def print_settings(console: Console, title: str, settings: Mapping[str, str | Choice[Any]]) -> None:
+    """Settings, one a line; automatic choices with their reasons."""
+    console.print(f"[bold]{title}[/bold]")
+    table = Table.grid(padding=(0, 2))
+    for name, setting in settings.items():
+        if isinstance(setting, Choice):
+            value = {True: "yes", False: "no"}[setting.value] if isinstance(setting.value, bool) else setting.value
+            table.add_row(f"[dim]{name}[/dim]", f"{value}  [dim]({escape(setting.reason)})[/dim]")
+        else:
+            table.add_row(f"[dim]{name}[/dim]", escape(setting))
+    console.print(table)
+
+
+def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A plain table; the first column is left-aligned, the others right-aligned."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table

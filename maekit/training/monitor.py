@@ -1,0 +1,179 @@
+"""What is measured during training, on held-out images only: loss with fixed masks, skill, probes, panels.
+
+No test split is ever opened here. Shapes as in models/mae.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from maekit.data.loader import Batch, Pool, Progress, lowest_hash
+from maekit.models.mae import MaskedAutoencoder
+from maekit.models.masking import make_masks
+from maekit.models.targets import patchify, take_patches, trivial_losses, undo_target
+from maekit.rng import Purpose
+from maekit.training.probes import knn_accuracy, rankme, ridge_accuracy
+
+PROBE_IMAGES = 5000
+"""Training images, at most, whose features the online probes are fitted on (lowest id hash)."""
+TRIVIAL_IMAGES = 1024
+"""Training images, at most, that the training loss's trivial predictors are measured on."""
+PANEL_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """Loss on the held-out images with fixed masks, and the losses of the two trivial predictors there."""
+
+    loss: float
+    trivial: tuple[float, float]
+
+    @property
+    def skill(self) -> float:
+        """1 - L / L_trivial against the better trivial predictor: 0 is no better than it, 1 is perfect."""
+        return 1 - self.loss / min(self.trivial)
+
+
+def heldout_masks(model: MaskedAutoencoder, sample_ids: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    """The masks of held-out images, the same in every epoch and in every run: visible [B, V] and hidden [B, M] ids."""
+    config = model.config
+    masks = make_masks(
+        config.mask, model.grid_hw, config.mask_ratio, sample_ids, seed=0, purpose=Purpose.HELDOUT_MASK
+    ).to(model.mean.device)
+    return masks.ids_keep_BV, masks.ids_masked_BM
+
+
+@torch.no_grad()
+def heldout_sums(
+    model: MaskedAutoencoder, pool: Pool, ids: npt.NDArray[np.int64], batch_size: int, *, with_trivial: bool
+) -> Tensor:
+    """[loss x images, trivial 1 x images, trivial 2 x images, images] over this process's held-out ids, float64.
+
+    Sums add up over processes, so the division is the caller's.
+    """
+    sums = torch.zeros(4, dtype=torch.float64, device=model.mean.device)
+    for batch in pool.eval_batches(ids, batch_size):
+        images = model.normalize(batch.images)
+        keep, masked = heldout_masks(model, batch.sample_ids)
+        count = len(images)
+        sums[0] += model(images, keep, ids_masked=masked).loss.double() * count
+        if with_trivial:
+            patches = patchify(images, model.patch_size)
+            sums[1:3] += (
+                trivial_losses(patches, keep, masked, model.config.target, model.grid_hw, model.patch_size) * count
+            )
+        sums[3] += count
+    return sums
+
+
+@torch.no_grad()
+def training_trivial(model: MaskedAutoencoder, batches: Iterator[Batch], seed: int) -> float:
+    """The better trivial loss on the first training images as the training sees them: augmented, with their masks."""
+    sums, count = torch.zeros(2, dtype=torch.float64), 0
+    for batch in batches:
+        images = model.normalize(batch.images)
+        masks = model.draw_masks(batch.sample_ids, seed=seed).to(images.device)
+        losses = trivial_losses(
+            patchify(images, model.patch_size),
+            masks.ids_keep_BV,
+            masks.ids_masked_BM,
+            model.config.target,
+            model.grid_hw,
+            model.patch_size,
+        )
+        sums += losses.double().cpu() * len(images)
+        count += len(images)
+    return float(sums.min()) / count
+
+
+@torch.no_grad()
+def extract_features(
+    model: MaskedAutoencoder,
+    pool: Pool,
+    ids: npt.NDArray[np.int64],
+    batch_size: int,
+    pool_kinds: tuple[Literal["cls", "mean"], ...],
+    on_progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Features [S, D] of the images, float32, for each kind of pooling, from one pass."""
+    done = 0
+    parts: dict[str, list[Tensor]] = {kind: [] for kind in pool_kinds}
+    for batch in pool.eval_batches(ids, batch_size):
+        tokens = model.encode(model.normalize(batch.images), pool="tokens")
+        for kind in pool_kinds:
+            pooled = tokens[:, 0] if kind == "cls" else tokens[:, model.num_prefix :].mean(dim=1)
+            parts[kind].append(pooled.float())
+        done += len(batch.sample_ids)
+        if on_progress is not None:
+            on_progress(done, len(ids))
+    return {kind: torch.cat(rows) for kind, rows in parts.items()}
+
+
+def online_probe(
+    model: MaskedAutoencoder,
+    pool: Pool,
+    train_ids: npt.NDArray[np.int64],
+    heldout_ids: npt.NDArray[np.int64],
+    labels: npt.NDArray[np.int64] | None,
+    batch_size: int,
+) -> dict[str, float]:
+    """RankMe of the held-out features and, with labels, k-NN and ridge accuracy from training to held-out images."""
+    device = model.mean.device
+    heldout = extract_features(model, pool, heldout_ids, batch_size, ("mean",))["mean"]
+    found = {"rankme": rankme(heldout)}
+    if labels is not None:
+        some = lowest_hash(train_ids, PROBE_IMAGES, Purpose.SUBSET)
+        train = extract_features(model, pool, some, batch_size, ("mean",))["mean"]
+        train_labels = torch.from_numpy(labels[some]).to(device)
+        heldout_labels = torch.from_numpy(labels[heldout_ids]).to(device)
+        found["knn"] = knn_accuracy(train, train_labels, heldout, heldout_labels)
+        found["linear"] = ridge_accuracy(train, train_labels, heldout, heldout_labels)
+    return found
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What a panel shows of one image: pixels in 0..1 [H, W, C], hidden patch numbers [M], their pixels [M, P]."""
+
+    image_HWC: npt.NDArray[np.float32]
+    ids_masked_M: npt.NDArray[np.int64]
+    pred_MP: npt.NDArray[np.float32]
+
+
+@torch.no_grad()
+def reconstruct(
+    model: MaskedAutoencoder, images_BCHW: Tensor, ids_keep_BV: Tensor, ids_masked_BM: Tensor, statistics: str
+) -> list[Reconstruction]:
+    """Predictions for pixels in 0..1 (or uint8), brought back to pixels under the named statistics."""
+    normal = model.normalize(images_BCHW)
+    pred_BMP = model(normal, ids_keep_BV, ids_masked=ids_masked_BM).pred_BMP.float()
+    patches = patchify(normal, model.patch_size)
+    pred_BMP = undo_target(
+        pred_BMP, model.config.target, statistics, patches, ids_keep_BV, ids_masked_BM, model.grid_hw
+    )
+    repeat = model.patch_size**2  # channels are the fastest axis of a patch
+    pixels_BMP = pred_BMP * model.std.flatten().repeat(repeat) + model.mean.flatten().repeat(repeat)
+    shown = images_BCHW.float() / 255 if images_BCHW.dtype == torch.uint8 else images_BCHW
+    return [
+        Reconstruction(image.permute(1, 2, 0).cpu().numpy(), hidden.cpu().numpy(), pixels.cpu().numpy())
+        for image, hidden, pixels in zip(shown, ids_masked_BM, pixels_BMP, strict=True)
+    ]
+
+
+STATISTICS_NOTE = {
+    "true-patch": "normalised target: each hidden patch is un-normalised by the mean and deviation of the true patch",
+    "visible": "normalised target: un-normalised by statistics interpolated from the nearest visible patches",
+    "none": "normalised target, shown as predicted (no patch statistics)",
+}
+
+
+def statistics_note(model: MaskedAutoencoder, statistics: str) -> str:
+    """The line under a panel that says whose statistics it shows; empty for pixel targets, which need none."""
+    return STATISTICS_NOTE[statistics] if model.config.target == "norm-pixels" else ""
