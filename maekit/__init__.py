@@ -1,4 +1,4 @@
-"""maekit: pretrain a vision transformer on your own images by masked autoencoding, see whether it worked, take it along.
+"""maekit: pretrain a vision transformer on your own images by masked autoencoding, and see whether it worked.
 
     import maekit
     mae = maekit.load("runs/c10")

@@ -15,8 +15,8 @@ from maekit.config import (
     ResumeConfig,
     UserError,
     did_you_mean,
-    from_json,
 )
+from maekit.configfile import from_json
 
 Config = TypeVar("Config")
 
@@ -75,6 +75,8 @@ def parse(kind: type[Config], prog: str, words: Sequence[str], default: Config |
     """A config from flags, by tyro; exits with code 2 where a flag is unknown or a value does not fit."""
     import tyro
 
+    if default is None:
+        return tyro.cli(kind, prog=prog, args=list(words))
     return tyro.cli(kind, prog=prog, args=list(words), default=default)
 
 
@@ -98,12 +100,29 @@ def pretrain(words: list[str]) -> int:
     else:
         base = recipes.get(words[0])
     config = parse(PretrainConfig, f"maekit pretrain {words[0]}", words[1:], base)
-    for name in ("epochs", "warmup_epochs"):  # a length given in steps replaces the recipe's length in epochs
-        if getattr(config, name.replace("epochs", "steps")) is not None and getattr(config, name) == getattr(base, name):
-            setattr(config, name, None)
+    adapt_durations(config, base)
     from maekit.tasks import pretrain as task
 
     return task.main(config)
+
+
+def adapt_durations(config: PretrainConfig, base: PretrainConfig) -> None:
+    """What a flag for one duration means for the recipe's others.
+
+    A length in steps replaces the recipe's length in epochs. A shorter run keeps the share of its warm-up, unless a
+    warm-up is given too.
+    """
+    if config.steps is not None and config.epochs == base.epochs:
+        config.epochs = None
+    if config.warmup_steps is not None and config.warmup_epochs == base.warmup_epochs:
+        config.warmup_epochs = None
+    if not base.epochs or not base.warmup_epochs or config.warmup_epochs != base.warmup_epochs:
+        return
+    share = base.warmup_epochs / base.epochs
+    if config.epochs is None and config.steps is not None:
+        config.warmup_epochs, config.warmup_steps = None, int(share * config.steps)
+    elif config.epochs is not None and 0 < config.epochs < base.epochs:
+        config.warmup_epochs = share * config.epochs
 
 
 def resume(words: list[str]) -> int:

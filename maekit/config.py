@@ -6,15 +6,10 @@ A recipe is a complete value of `PretrainConfig`; the resolved value is saved as
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import json
-import types
-import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Literal
 
 MAX_MASK_RATIO = 0.95
 """Above this share of hidden patches a ViT-B/16 sees fewer than ten patches of a 224 px image."""
@@ -96,7 +91,6 @@ class ModelConfig:
     """Blocks of the decoder."""
     decoder_heads: int = 16
     """Attention heads of the decoder."""
-
 
     mask: Literal["random", "block", "grid"] = "random"
     """Which patches are hidden: at random (the paper), in blocks, or all but a regular grid."""
@@ -331,89 +325,3 @@ def flag(field_name: str) -> str:
 
 def _spaced(values: Sequence[float]) -> str:
     return " ".join(f"{value:g}" for value in values)
-
-
-Config = TypeVar("Config")
-
-
-def to_json(config: Any) -> str:
-    """A config as readable JSON, in the order of its fields."""
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-
-
-def from_json(kind: type[Config], text: str, source: str | Path) -> Config:
-    """A config read back from JSON; only plain values are built, so reading one cannot run code.
-
-    Raises:
-        UserError: not JSON, an unknown field, or a value of another type; all of them at once.
-    """
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{source}: not JSON ({error})") from None
-    return _built(kind, values, source)
-
-
-def _built(kind: type[Config], values: Any, source: str | Path) -> Config:
-    """A dataclass from plain values, nested ones included; raises UserError with all that is wrong."""
-    if not isinstance(values, dict):
-        raise UserError(f"{source}: expected a JSON object, found {type(values).__name__}")
-    hints = typing.get_type_hints(kind)
-    found = [f"{source}: unknown field {name!r}; {did_you_mean(name, hints)}" for name in values if name not in hints]
-    fields: dict[str, Any] = {}
-    for name, value in values.items():
-        if name not in hints:
-            continue
-        try:
-            if dataclasses.is_dataclass(hints[name]):
-                fields[name] = _built(hints[name], value, f"{source}, {name}")
-            else:
-                fields[name] = _checked(value, hints[name])
-        except UserError as error:
-            found += error.problems
-        except TypeError:
-            found.append(f"{source}: field {name!r} is {value!r}, expected {_readable(hints[name])}")
-    for item in dataclasses.fields(kind):  # type: ignore[arg-type]
-        has_default = item.default is not dataclasses.MISSING or item.default_factory is not dataclasses.MISSING
-        if item.name not in values and not has_default:
-            found.append(f"{source}: field {item.name!r} is missing")
-    if found:
-        raise UserError(*found)
-    return kind(**fields)
-
-
-def _checked(value: Any, hint: Any) -> Any:
-    """The value as the hint's type; raises TypeError where it is of another."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        for argument in arguments:
-            try:
-                return _checked(value, argument)
-            except TypeError:
-                continue
-        raise TypeError
-    if origin is Literal:
-        if any(value == choice and type(value) is type(choice) for choice in arguments):
-            return value
-        raise TypeError
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise TypeError
-        if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return tuple(_checked(item, arguments[0]) for item in value)
-        if len(value) != len(arguments):
-            raise TypeError
-        return tuple(_checked(item, argument) for item, argument in zip(value, arguments, strict=True))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise TypeError
-        return {_checked(key, arguments[0]): _checked(item, arguments[1]) for key, item in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not hint and not (hint is types.NoneType and value is None):
-        raise TypeError
-    return value
-
-
-def _readable(hint: Any) -> str:
-    return str(getattr(hint, "__name__", hint)).replace("typing.", "")

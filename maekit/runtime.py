@@ -99,9 +99,9 @@ def choose_compile(requested: str, device: torch.device) -> Choice[bool]:
         return Choice(False, f"compiling on {device.type} gains little and takes a minute; --compile on forces it")
     if sys.platform == "win32":
         return Choice(False, "torch.compile needs a compiler that Windows lacks by default")
-    if device.type == "cpu":
-        if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "c++", "clang++") if name):
-            return Choice(False, "eager: no C++ compiler was found (g++ or clang++), which torch.compile needs on CPU")
+    compilers = [name for name in (os.environ.get("CXX"), "g++", "c++", "clang++") if name]
+    if device.type == "cpu" and not any(shutil.which(name) for name in compilers):
+        return Choice(False, "eager: no C++ compiler was found (g++ or clang++), which torch.compile needs on a CPU")
     return Choice(True, "as asked for" if requested == "on" else "CUDA")
 
 
@@ -147,7 +147,7 @@ def check_processes(expected: int | None, actual: int) -> None:
 def _asked_of_launcher() -> int | None:
     """`--num_processes N` in the command line of the parent process, if that is accelerate's launcher."""
     try:
-        import psutil  # comes with accelerate
+        import psutil  # type: ignore[import-untyped]  # comes with accelerate
 
         words = psutil.Process(os.getppid()).cmdline()
     except Exception:

@@ -170,6 +170,9 @@ def test_a_crash_at_any_operation_leaves_a_whole_checkpoint(
             operations = count
             assert not raised
             assert operations >= 20
+            assert all(name.startswith("step-") for name in names(folder))
+        if folder.exists():
+            assert all(verify(path) == [] for path in folder.glob("step-*")), (at, "half of one has a good name")
         path, _ = latest(folder)
         value = value_of(path) if path else None
         assert value in ((max(there) if there else None, 9.0) if raised else (9.0,)), (at, value)

@@ -1,72 +1,21 @@
-"""maekit/data/images.py: each rule of "any image" against values worked out here, and every kind of damage."""
+"""maekit/data/images.py: each rule of "any image" against values worked out here."""
 
 from __future__ import annotations
 
-import io
-import os
 import struct
-import threading
-import time
-import warnings
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tifffile
+from image_files import RGB, RNG, STACK, encoded, npy, png16, reason, tiff, unit
 from PIL import Image
 
-from maekit.data import images
-from maekit.data.images import IMAGE_SUFFIXES, MAX_PIXELS, BadImage, decode, probe_size
+from maekit.data.images import IMAGE_SUFFIXES, decode, probe_size
 from maekit.data.pixels import luminance
 
-RNG = np.random.default_rng(0)
-RGB = RNG.integers(0, 256, (13, 17, 3), dtype=np.uint8)
 GRAY16 = np.array([[0, 1, 255, 256], [1000, 40000, 65534, 65535]], np.uint16)
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def tiff(array: Any, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    tifffile.imwrite(buffer, array, **options)
-    return buffer.getvalue()
-
-
-def npy(array: Any) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()
-
-
-def png_chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-
-def png16(array: Any, key: bytes | None = None) -> bytes:
-    """A 16-bit PNG, which Pillow cannot write; 1 gray, 2 gray and alpha, 3 colour, 4 colour and alpha."""
-    height, width, channels = array.shape
-    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
-    transparent = png_chunk(b"tRNS", key) if key else b""
-    body = png_chunk(b"IHDR", header) + transparent + png_chunk(b"IDAT", zlib.compress(rows))
-    return b"\x89PNG\r\n\x1a\n" + body + png_chunk(b"IEND", b"")
-
-
-def reason(data: Any, in_chans: int = 3) -> str:
-    with pytest.raises(BadImage) as caught:
-        decode(data, in_chans)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def unit(values: Any) -> Any:
-    return values.astype(np.float32) / np.float32(65535)
 
 
 # ---- 8 bits ----
@@ -140,7 +89,7 @@ def test_alpha_lies_over_white() -> None:
 def test_first_frame_of_animations() -> None:
     frames = [Image.new("RGB", (6, 5), colour) for colour in ((250, 0, 0), (0, 250, 0))]
     for kind in ("GIF", "PNG", "WEBP", "TIFF"):
-        options = {"lossless": True} if kind == "WEBP" else {}
+        options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
         data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
         np.testing.assert_array_equal(decode(data, 3), np.broadcast_to([250, 0, 0], (5, 6, 3)))
 
@@ -254,14 +203,12 @@ def test_floats_stay_as_they_are() -> None:
 
 
 def test_wide_integers_are_refused() -> None:
-    assert "beyond 0..65535" in reason(encoded(Image.fromarray(np.array([[70000]], np.int32)), "TIFF"), 1) or True
+    assert "uint8, uint16 and float" in reason(tiff(np.array([[70000]], np.int32)), 1)
     assert "uint8, uint16 and float" in reason(tiff(np.array([[70000]], np.uint32)), 1)
     assert "uint8, uint16 and float" in reason(npy(np.array([[1]], np.int64)), 1)
 
 
 # ---- n channels ----
-
-STACK = RNG.integers(0, 256, (9, 11, 5), dtype=np.uint8)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
@@ -316,127 +263,6 @@ def test_four_samples_are_alpha_or_data_by_in_chans() -> None:
 def test_white_is_zero() -> None:
     data = tiff(GRAY16, photometric="miniswhite")
     np.testing.assert_array_equal(decode(data, 1)[..., 0], unit(65535 - GRAY16))
-
-
-# ---- damage ----
-
-
-def test_huge_headers_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    header = struct.pack(">IIBBBBB", 10_001, 10_000, 8, 2, 0, 0, 0)
-    bomb = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(b"")) + b""
-    huge = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
-    claim = io.BytesIO()
-    np.lib.format.write_array_header_1_0(claim, {"descr": "|u1", "fortran_order": False, "shape": (10_001, 10_000, 3)})
-    lie = io.BytesIO()
-    np.lib.format.write_array_header_1_0(lie, {"descr": "<f8", "fortran_order": False, "shape": (9_000, 9_000, 3)})
-    files = [bomb, bomb.replace(png_chunk(b"IHDR", header), png_chunk(b"IHDR", huge)), claim.getvalue()]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for data in files:
-            assert "bomb" in reason(data)
-            with pytest.raises(BadImage, match="bomb"):
-                probe_size(data)
-        assert reason(lie.getvalue()) == "truncated .npy"
-        near = encoded(Image.new("1", (10_000, 9_500)))  # Pillow itself warns above 89 million pixels
-        assert probe_size(near) == (9_500, 10_000)
-    assert 10_001 * 10_000 > MAX_PIXELS > 10_000 * 9_500
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "LZW", "QOI"])
-def test_truncated_files_are_bad(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
-    options = {"compression": "tiff_lzw"} if kind == "LZW" else {}
-    data = encoded(Image.fromarray(RGB), {"LZW": "TIFF"}.get(kind, kind), **options)
-    decode(data, 3)
-    for end in (1, 10, len(data) // 4, len(data) // 2, len(data) * 3 // 4, len(data) - 30):
-        found = reason(data[:end])
-        assert "truncated" in found or (end <= 10 and found == "not an image"), (end, found)
-    assert capfd.readouterr().err == ""
-
-
-def test_a_cut_stack_is_never_taken_for_fewer_channels() -> None:
-    planes = np.ascontiguousarray(STACK.transpose(2, 0, 1))
-    for data in (
-        tiff(planes, photometric="minisblack"),
-        tiff(planes, imagej=True),
-        tiff(planes, ome=True, metadata={"axes": "CYX"}),
-        tiff(planes, photometric="minisblack", bigtiff=True),
-    ):
-        for end in range(1, len(data), 7):
-            try:
-                found = decode(data[:end], 5)
-            except BadImage:
-                continue
-            np.testing.assert_array_equal(found, STACK, err_msg=str(end))
-
-
-def test_noise_raises_nothing_but_bad_image() -> None:
-    rng = np.random.default_rng(1)
-    files = [encoded(Image.fromarray(RGB), kind) for kind in ("JPEG", "PNG", "GIF", "WEBP", "TIFF")]
-    files += [tiff(STACK, photometric="minisblack"), npy(STACK)]
-    for data in files:
-        for _ in range(60):
-            noisy = bytearray(data)
-            for at in rng.integers(0, min(len(data), 300), 3):
-                noisy[at] = rng.integers(0, 256)
-            for call in (lambda d=bytes(noisy): decode(d, 3), lambda d=bytes(noisy): probe_size(d)):
-                try:
-                    call()
-                except BadImage as error:
-                    assert "\n" not in str(error)
-                    assert 0 < len(str(error)) < 200
-
-
-def test_whatever_is_no_image_says_so(tmp_path: Path) -> None:
-    (tmp_path / "text.jpg").write_text("not a picture at all")
-    (tmp_path / "empty.png").write_bytes(b"")
-    (tmp_path / "folder.png").mkdir()
-    assert reason(tmp_path / "text.jpg") == "not an image"
-    assert reason(tmp_path / "empty.png") == "empty file"
-    assert reason(b"") == "empty file"
-    assert reason(tmp_path / "folder.png") == "a folder, not a file"
-    assert reason(tmp_path / "gone.png") == "no such file or directory"
-    assert "null" in reason(str(tmp_path / "a\0b.png"))
-    with pytest.raises(BadImage, match="empty file"):
-        probe_size(tmp_path / "empty.png")
-    assert "object" in reason(npy(np.array([[{}]], object))) or "pickle" in reason(npy(np.array([[{}]], object)))
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
-def test_permission_denied(tmp_path: Path) -> None:
-    path = tmp_path / "x.png"
-    path.write_bytes(encoded(Image.fromarray(RGB)))
-    path.chmod(0)
-    assert reason(path) == "permission denied"
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
-def test_a_fifo_does_not_block(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "x.png")
-    found: list[str] = []
-    thread = threading.Thread(target=lambda: found.append(reason(tmp_path / "x.png")), daemon=True)
-    start = time.monotonic()
-    thread.start()
-    thread.join(5)
-    assert found == ["not a regular file"], time.monotonic() - start
-
-
-def test_running_out_of_memory_is_a_bad_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: Any) -> Any:
-        raise MemoryError
-
-    monkeypatch.setattr(images, "_decode_pillow", full)
-    assert reason(encoded(Image.fromarray(RGB))) == "does not fit in memory"
-
-
-def test_threads_leave_the_warning_filters_as_they_were() -> None:
-    before = list(warnings.filters)
-    data = encoded(Image.fromarray(RGB))
-    threads = [threading.Thread(target=lambda: [decode(data, 3) for _ in range(100)]) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert list(warnings.filters) == before
 
 
 def test_suffixes_are_those_that_pillow_opens() -> None:

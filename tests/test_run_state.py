@@ -65,6 +65,7 @@ def test_adamw_continues_bit_equal(tmp_path: Path, options: dict[str, Any]) -> N
 
     model, optimizer = make_run(1, **options)
     train(model, optimizer, 1)  # what is there before must not matter
+    optimizer.state[model.unused] = {"step": torch.tensor(1.0)}
     read = load(path)
     model.load_state_dict(read.model)
     by_parameter = {parameter: name for name, parameter in model.named_parameters()}

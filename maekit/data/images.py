@@ -154,7 +154,7 @@ def _reason(error: Exception, kind: str | None) -> str:
         return (error.strerror or message).lower()
     if any(words in message.lower() for words in ("truncat", "unexpected end", "not enough image data")):
         return f"truncated {kind or 'image'}"
-    if any(words in message.lower() for words in ("broken data stream", "could not create decoder")):
+    if any(words in message.lower() for words in ("broken data stream", "could not create decoder", "bmff")):
         return f"broken or truncated {kind or 'image'}"
     return f"broken {kind or 'image'}: {message[:120] or type(error).__name__}"
 

@@ -41,7 +41,7 @@ _REPLACEMENTS = 100
 
 
 class Batch(NamedTuple):
-    """Images [B, C, H, W] on the device (uint8, or floats in 0..1), their slots' sample ids, and what was unreadable."""
+    """Images [B, C, H, W] on the device (uint8, or floats in 0..1), their sample ids, and what was unreadable."""
 
     images: Tensor
     sample_ids: Ids
@@ -234,7 +234,7 @@ def _read_all(
     part: Part, size_hw: tuple[int, int], on_progress: Progress | None
 ) -> tuple[npt.NDArray[Any], list[tuple[int, str]]]:
     """All images of a part [N, H, W, C]; an unreadable one is replaced by the next readable one."""
-    pixels = np.zeros((len(part), *size_hw, part.in_chans), np.uint8)
+    pixels: npt.NDArray[Any] = np.zeros((len(part), *size_hw, part.in_chans), np.uint8)
     bad: dict[int, str] = {}
 
     def read(index: int) -> npt.NDArray[Any] | None:
@@ -328,9 +328,7 @@ class _Decoder(Dataset[Decoded]):
             raise UserError(f"{len(bad)} images in a row cannot be read, from {self.part.name(slot)}: {bad[0][1]}")
         sizes = np.array([image.shape[:2]], np.int64)
         size_hw = self.config.size_hw
-        crops = (
-            centre_crops(sizes, size_hw) if epoch is None else random_crops(self.config, sizes, [slot], epoch=epoch)
-        )
+        crops = centre_crops(sizes, size_hw) if epoch is None else random_crops(self.config, sizes, [slot], epoch=epoch)
         return apply_to_image(image, crops, 0, size_hw), slot, bad
 
 

@@ -60,9 +60,7 @@ def centre_crops(sizes_B2: npt.NDArray[np.int64], size_hw: tuple[int, int]) -> C
     return _resized(sizes_B2, size_hw, None, np.full((len(sizes_B2), 2), 0.5))
 
 
-def _random_resized(
-    config: PretrainConfig, sizes_B2: npt.NDArray[np.int64], u_BA4: npt.NDArray[np.float64]
-) -> Crops:
+def _random_resized(config: PretrainConfig, sizes_B2: npt.NDArray[np.int64], u_BA4: npt.NDArray[np.float64]) -> Crops:
     """A box of a random share of the area and a random aspect (3/4 to 4/3), scaled to the output size.
 
     The first of ten random boxes that fits is taken; where none fits, the largest centred box of allowed aspect.

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from timm.layers import PatchEmbed
+from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -42,7 +42,7 @@ def plain_vit(name: str) -> VisionTransformer:
     refuse = f"--model {name}: cannot be pretrained here"
     with torch.device("meta"):
         try:
-            model = timm.create_model(timm_name, pretrained=False, num_classes=0)
+            model: Any = timm.create_model(timm_name, pretrained=False, num_classes=0)
         except (RuntimeError, NotImplementedError) as error:  # some models compute on tensors while they are built
             raise UserError(f"{refuse}: it cannot be built without data ({error})") from None
     if type(model) is not VisionTransformer:
@@ -52,7 +52,8 @@ def plain_vit(name: str) -> VisionTransformer:
         raise UserError(f"{refuse}: its patch embedding is a {kind}; dropping patches needs a plain one")
     if model.pos_embed is None:
         raise UserError(f"{refuse}: it has no absolute position embedding, and hidden patches need a place")
-    return model
+    checked: VisionTransformer = model
+    return checked
 
 
 def resolve(config: ModelConfig) -> ModelConfig:
@@ -61,7 +62,7 @@ def resolve(config: ModelConfig) -> ModelConfig:
     Raises:
         UserError: all that is wrong with model, sizes and heads together, each with the flag to change.
     """
-    model = plain_vit(config.model)
+    model: Any = plain_vit(config.model)
     own: dict[str, Any] = {
         "patch_size": model.patch_embed.patch_size[0],
         "embed_dim": model.embed_dim,
@@ -95,7 +96,7 @@ def resolve(config: ModelConfig) -> ModelConfig:
 def build_encoder(config: ModelConfig) -> VisionTransformer:
     """The encoder of a resolved config, initialised as in the paper."""
     assert config.patch_size is not None, "resolve the config first"
-    encoder: VisionTransformer = timm.create_model(
+    encoder: Any = timm.create_model(
         OFFICIAL_MODELS.get(config.model, config.model),
         pretrained=False,
         num_classes=0,
@@ -112,10 +113,11 @@ def build_encoder(config: ModelConfig) -> VisionTransformer:
         drop_path_rate=config.drop_path,
     )
     init_encoder(encoder, config.pos_embed)
-    return encoder
+    built: VisionTransformer = encoder
+    return built
 
 
-def init_encoder(encoder: VisionTransformer, pos_embed: str) -> None:
+def init_encoder(encoder: Any, pos_embed: str) -> None:
     """Initialise as in the paper (appendix A.1): Xavier-uniform linears, the patch embedding as one of them."""
     encoder.blocks.apply(init_linear)
     # A convolution's fan-out counts its kernel; flattened to [D, C*p*p] it is the linear layer that it is.
@@ -161,13 +163,14 @@ def sincos_positions(dim: int, grid_hw: tuple[int, int], num_prefix: int) -> Ten
     return torch.from_numpy(whole).to(torch.float32).unsqueeze(0)
 
 
-def patch_weight(encoder: VisionTransformer) -> Tensor:
+def patch_weight(encoder: Any) -> Tensor:
     """The patch embedding as a linear layer's weight [D, P] for patches flattened (row, column, channel)."""
     weight_DCpp = encoder.patch_embed.proj.weight
-    return weight_DCpp.permute(0, 2, 3, 1).flatten(1)
+    weight_DP: Tensor = weight_DCpp.permute(0, 2, 3, 1).flatten(1)
+    return weight_DP
 
 
-def prefix_and_positions(encoder: VisionTransformer) -> tuple[Tensor | None, Tensor]:
+def prefix_and_positions(encoder: Any) -> tuple[Tensor | None, Tensor]:
     """Class and register tokens with their positions [1, T, D] (None without any), and patch positions [N, D]."""
     tokens = [token for token in (encoder.cls_token, encoder.reg_token) if token is not None]
     num_prefix = encoder.pos_embed.shape[1] - encoder.patch_embed.num_patches
@@ -182,7 +185,7 @@ def use_fused_attention(module: nn.Module, fused: bool) -> None:
     """Switch every attention layer between scaled_dot_product_attention and plain products with a softmax."""
     for layer in module.modules():
         if hasattr(layer, "fused_attn"):
-            layer.fused_attn = fused
+            layer.fused_attn = fused  # type: ignore[assignment]  # timm's own switch, read in every forward pass
 
 
 def flops_per_image(config: ModelConfig, num_visible: int) -> float:

@@ -60,7 +60,7 @@ class SelfDecoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         positions = sincos_positions(dim, grid_hw, num_prefix)
         self.pos_embed = nn.Parameter(positions.to(self.mask_token.device), requires_grad=False)
-        norm = partial(nn.LayerNorm, eps=EPS)
+        norm: Any = partial(nn.LayerNorm, eps=EPS)
         self.blocks = nn.Sequential(
             *[
                 Block(dim, config.decoder_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm)

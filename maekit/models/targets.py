@@ -76,8 +76,8 @@ def undo_target(
         return pred_BMP * deviation + mean
     assert statistics == "visible", statistics
     visible = torch.cat(patch_statistics(take_patches(patches_BNP, ids_keep_BV)), dim=-1)
-    mean, deviation = take_patches(fill_grid(visible, ids_keep_BV, grid_hw), ids_masked_BM).split(1, dim=-1)
-    return pred_BMP * deviation + mean
+    hidden = take_patches(fill_grid(visible, ids_keep_BV, grid_hw), ids_masked_BM)
+    return pred_BMP * hidden[..., 1:] + hidden[..., :1]
 
 
 def fill_grid(values_BVK: Tensor, ids_keep_BV: Tensor, grid_hw: tuple[int, int]) -> Tensor:
@@ -100,7 +100,8 @@ def fill_grid(values_BVK: Tensor, ids_keep_BV: Tensor, grid_hw: tuple[int, int])
     weight_BNk = torch.where(near_BNk[..., :1] == 0, (near_BNk == 0).float(), 1 / near_BNk.clamp_min(1e-9))
     weight_BNk = (weight_BNk / weight_BNk.sum(dim=-1, keepdim=True)).to(values_BVK.dtype)
     batch = torch.arange(len(ids_BV), device=ids_BV.device)[:, None, None]
-    return torch.einsum("bnk,bnkc->bnc", weight_BNk, values_BVK[batch, place_BNk])
+    filled: Tensor = torch.einsum("bnk,bnkc->bnc", weight_BNk, values_BVK[batch, place_BNk])
+    return filled
 
 
 def bilinear_fill(patches_BNP: Tensor, ids_keep_BV: Tensor, grid_hw: tuple[int, int], patch: int) -> Tensor:

@@ -16,19 +16,15 @@ import json
 import math
 import os
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 
-from maekit.config import PretrainConfig, ResumeConfig, UserError, from_json, to_json
+from maekit.config import PretrainConfig, ResumeConfig, UserError
+from maekit.configfile import from_json, to_json
 from maekit.data.loader import (
-    Pool,
     Quarantine,
     SampleOrder,
     channel_statistics,
@@ -37,7 +33,6 @@ from maekit.data.loader import (
     open_pool,
     split_heldout,
 )
-from maekit.data.parts import Part
 from maekit.data.sources import open_source
 from maekit.models.encoder import use_fused_attention
 from maekit.models.mae import MaskedAutoencoder, model_problems
@@ -52,24 +47,13 @@ from maekit.runtime import (
     choose_precision,
     compile_or_eager,
     environment,
-    package_versions,
     seed_everything,
     start_accelerator,
 )
 from maekit.terminal import counting, make_console, make_progress, make_table, print_settings
-from maekit.training import checkpoint as checkpoints
+from maekit.training.checkpoint import latest
 from maekit.training.metrics import MetricsLog
-from maekit.training.monitor import (
-    PANEL_IMAGES,
-    TRIVIAL_IMAGES,
-    Heldout,
-    heldout_masks,
-    heldout_sums,
-    online_probe,
-    reconstruct,
-    statistics_note,
-    training_trivial,
-)
+from maekit.training.monitor import PANEL_IMAGES, heldout_masks, reconstruct, statistics_note
 from maekit.training.optim import (
     duration_steps,
     learning_rate,
@@ -77,70 +61,20 @@ from maekit.training.optim import (
     peak_learning_rate,
     set_learning_rate,
 )
-from maekit.training.run_state import load_optimizer_tensors, optimizer_tensors, restore_rng, rng_tensors
+from maekit.training.run import (
+    Job,
+    Position,
+    evaluate,
+    log_training,
+    measure_trivial,
+    probe,
+    report_unreadable,
+    restore,
+    save,
+)
 from maekit.viz.panels import compose, draw
 from maekit.viz.plots import draw_curves
-from maekit.weights.passport import Passport
-from maekit.weights.store import WEIGHTS_FILE, check_names
-
-EVAL_BATCH = 256
-"""Images per forward pass in evaluation; it has no say in the numbers."""
-
-
-@dataclass
-class Position:
-    """How far a run is. All of it goes into a checkpoint's state.json and comes back on resume."""
-
-    total_steps: int
-    """Optimiser steps of the whole run."""
-    step: int = 0
-    """Optimiser steps done."""
-    schedule_start: int = 0
-    """Step where the cosine began anew, after the run was lengthened."""
-    loss_sum: float = 0.0
-    """Training loss summed since the last line of metrics.jsonl."""
-    loss_count: int = 0
-    """Steps in that sum."""
-    train_trivial: float = 1.0
-    """Loss of the better trivial predictor on augmented training images."""
-    heldout_trivial: tuple[float, ...] = (1.0, 1.0)
-    """Losses of the two trivial predictors on the held-out images."""
-    metrics_bytes: int = 0
-    """Length of metrics.jsonl at this position."""
-    fingerprint: str = ""
-    """Fingerprint of the data."""
-
-
-@dataclass
-class Job:
-    """A run that is ready to step: what `prepare` made and the functions below share."""
-
-    config: PretrainConfig
-    out: Path
-    console: Console
-    accelerator: Accelerator
-    data_name: str
-    part: Part
-    pool: Pool
-    train_ids: npt.NDArray[np.int64]
-    heldout_ids: npt.NDArray[np.int64]
-    order: SampleOrder
-    model: MaskedAutoencoder
-    optimizer: torch.optim.AdamW
-    peak_lr: float
-    warmup_steps: int
-    position: Position
-    metrics: MetricsLog
-    quarantine: Quarantine
-    choices: dict[str, Choice[Any]]
-    heldout: Heldout | None = None
-    rng: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Generators' states of processes that this run does not have, kept for a later one that does."""
-
-    @property
-    def epochs_done(self) -> float:
-        """Passes over the training images so far."""
-        return self.position.step / self.order.steps_per_epoch
+from maekit.weights.store import WEIGHTS_FILE
 
 
 def main(config: PretrainConfig, resume_from: Path | None = None) -> int:
@@ -154,9 +88,7 @@ def main(config: PretrainConfig, resume_from: Path | None = None) -> int:
     job = prepare(config, resume_from, make_console())
     config, model, position, accelerator = job.config, job.model, job.position, job.accelerator
     step_model = accelerator.prepare_model(model, evaluation_mode=accelerator.num_processes == 1)
-    forward = (
-        compile_or_eager(step_model, job.console.print) if job.choices["compile"].value else step_model.__call__
-    )
+    forward = compile_or_eager(step_model, job.console.print) if job.choices["compile"].value else step_model.__call__
     bf16 = job.choices["precision"].value == "bf16"
     every = {
         name: max(1, round(epochs * job.order.steps_per_epoch)) if epochs > 0 else 0
@@ -177,7 +109,10 @@ def main(config: PretrainConfig, resume_from: Path | None = None) -> int:
     with (
         stop.listening(),
         make_progress(
-            job.console, "loss {task.fields[loss]:.4f}", "skill {task.fields[skill]:.3f}", "{task.fields[speed]} images/s"
+            job.console,
+            "loss {task.fields[loss]:.4f}",
+            "skill {task.fields[skill]:.3f}",
+            "{task.fields[speed]} images/s",
         ) as progress,
     ):
         bar = progress.add_task("epoch 1", total=position.total_steps, loss=math.nan, skill=math.nan, speed="-")
@@ -247,7 +182,7 @@ def prepare(config: PretrainConfig, resume_from: Path | None, console: Console) 
     out = Path(config.out or f"runs/{config.recipe}")
     if resume_from is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(
-            f"--out {out}: exists and is not empty: maekit resume {out} continues the run in it; else name another folder"
+            f"--out {out}: is not empty: maekit resume {out} continues the run in it; else name another folder"
         )
     device = choose_device(config.device)
     choices: dict[str, Choice[Any]] = {
@@ -300,7 +235,7 @@ def prepare(config: PretrainConfig, resume_from: Path | None, console: Console) 
     )  # fmt: skip
     if resume_from is not None:
         restore(job, resume_from)
-    print_settings(console, f"maekit pretrain {config.recipe}", describe(job, peak_reason) | choices)
+    print_settings(console, f"maekit pretrain {config.recipe}", {**describe(job, peak_reason), **choices})
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(to_json(config))
@@ -320,8 +255,8 @@ def check_batch(config: PretrainConfig, world: int) -> None:
     """The global batch must split evenly over processes and accumulation steps."""
     if config.batch_size % (world * config.accum):
         raise UserError(
-            f"--batch-size {config.batch_size} is not divisible by {world} processes x --accum {config.accum}: it counts "
-            "the images of one optimiser step over all of them"
+            f"--batch-size {config.batch_size} is not divisible by {world} processes x --accum {config.accum}: it "
+            "counts the images of one optimiser step over all of them"
         )
 
 
@@ -335,98 +270,13 @@ def describe(job: Job, peak_reason: str) -> dict[str, str]:
         "data": f"{config.data}: {len(job.train_ids):,} images to train on, {len(job.heldout_ids):,} held out",
         "run": str(job.out),
         "model": f"{config.model}, encoder {millions[0]:.2f} M, decoder {millions[1]:.2f} M parameters",
-        "masking": f"{config.mask}, {hidden} of {model.num_patches} patches of {config.patch_size} px hidden, {config.target}",
+        "masking": f"{config.mask}: {hidden} of {model.num_patches} patches of {config.patch_size} px are hidden",
+        "target": config.target,
         "batch": f"{config.batch_size} = {config.batch_size // world // config.accum} images x {world} processes x "
         f"{config.accum} accumulation",
         "learning rate": f"{peak_reason}, {job.warmup_steps:,} steps of warm-up, then a cosine to {config.min_lr:g}",
         "length": f"{total:,} steps = {total / per_epoch:.4g} epochs x {per_epoch:,} steps",
     }
-
-
-def restore(job: Job, path: Path) -> None:
-    """Put a checkpoint's weights, optimiser, position and generators into the job, and cut metrics.jsonl to it."""
-    saved = checkpoints.load(path)
-    state = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.state.items()}
-    position = Position(**state)
-    if position.fingerprint != job.part.fingerprint:
-        raise UserError(
-            f"--data {job.config.data}: not the images that this run was trained on (names or sizes differ): exact "
-            "resume is impossible; start a new run on them"
-        )
-    check_names(job.model, saved.model, str(path))
-    job.model.load_state_dict(saved.model)
-    load_optimizer_tensors(job.optimizer, job.model.named_parameters(), saved.optimizer)
-    restore_rng(saved.rng, job.accelerator.process_index)
-    job.rng = saved.rng
-    if job.position.total_steps != position.total_steps:
-        job.console.print(
-            f"the run's length changes from {position.total_steps:,} to {job.position.total_steps:,} steps: the cosine "
-            f"starts again at its peak from step {position.step:,}"
-        )
-        position.total_steps, position.schedule_start = job.position.total_steps, position.step
-    job.position = position
-    if job.accelerator.is_main_process:
-        job.metrics.truncate(position.metrics_bytes)
-    job.console.print(f"continuing from {path.name} of {position.total_steps:,}")
-
-
-def measure_trivial(job: Job) -> None:
-    """Before the first step: what does a predictor that learns nothing lose, in training and on held-out images?"""
-    some = lowest_hash(job.train_ids, TRIVIAL_IMAGES, Purpose.SUBSET)
-    shares = ((0, some[start : start + EVAL_BATCH]) for start in range(0, len(some), EVAL_BATCH))
-    batches = job.pool.train_batches(shares)
-    job.position.train_trivial = training_trivial(job.model, batches, job.config.seed)
-    evaluate(job, with_trivial=True)
-
-
-def evaluate(job: Job, with_trivial: bool = False) -> None:
-    """Held-out loss with fixed masks; every process takes its share of the images, and the sums are added."""
-    rank, world = job.accelerator.process_index, job.accelerator.num_processes
-    job.model.eval()
-    sums = heldout_sums(job.model, job.pool, job.heldout_ids[rank::world], EVAL_BATCH, with_trivial=with_trivial)
-    job.model.train()
-    loss, constant, fill, count = job.accelerator.reduce(sums, "sum").tolist()
-    if with_trivial:
-        job.position.heldout_trivial = (constant / count, fill / count)
-    job.heldout = Heldout(loss / count, job.position.heldout_trivial)
-    log(job, {"kind": "heldout", "loss": job.heldout.loss, "skill": job.heldout.skill})
-
-
-def log(job: Job, record: dict[str, Any]) -> None:
-    """One line of metrics.jsonl, and the same numbers to the trackers."""
-    record = {"kind": record["kind"], "step": job.position.step, "epoch": job.epochs_done, **record}
-    if job.accelerator.is_main_process:
-        job.metrics.append(record)
-    if job.config.trackers:
-        numbers = {f"{record['kind']}/{key}": value for key, value in record.items() if isinstance(value, float)}
-        job.accelerator.log(numbers, step=job.position.step)
-
-
-def log_training(
-    job: Job, loss_sum: torch.Tensor, lr: float, speed: float, seconds: float
-) -> tuple[float, float]:
-    """Mean training loss since the last line, with its skill; the only wait for the device between two lines."""
-    value = float(job.accelerator.reduce(loss_sum.clone(), "mean")) / job.position.loss_count
-    skill = 1 - value / job.position.train_trivial
-    log(job, {"kind": "step", "loss": value, "skill": skill, "lr": lr, "images_per_s": speed, "seconds": seconds})
-    if not math.isfinite(value):
-        raise UserError(
-            f"the loss became {value} before step {job.position.step}: lower --blr, add --clip-grad 1 or use "
-            f"--precision fp32; the checkpoints in {job.out / 'checkpoints'} are from before"
-        )
-    return value, skill
-
-
-def probe(job: Job) -> None:
-    """Online probes by the first process, on training and held-out images only."""
-    if job.accelerator.is_main_process:
-        job.model.eval()
-        found = online_probe(job.model, job.pool, job.train_ids, job.heldout_ids, job.part.labels, EVAL_BATCH)
-        job.model.train()
-        log(job, {"kind": "probe", **found})
-        if "knn" in found:
-            job.console.print(f"  held-out k-NN {found['knn']:.1%}, linear {found['linear']:.1%}, rank {found['rankme']:.0f}")
-    job.accelerator.wait_for_everyone()
 
 
 def draw_pictures(job: Job) -> None:
@@ -444,47 +294,6 @@ def draw_pictures(job: Job) -> None:
         draw_curves(job.metrics.read(), job.out / "curves.png", title=f"{job.out.name} ({job.config.recipe})")
         job.model.train()
     job.accelerator.wait_for_everyone()
-
-
-def save(job: Job) -> None:
-    """A checkpoint with all that an exact continuation needs, then the run's model.safetensors."""
-    rng = job.rng | gather_rng(job.accelerator)
-    if job.accelerator.is_main_process:
-        config = job.config
-        assert config.mean is not None and config.std is not None
-        job.metrics.sync()
-        job.position.metrics_bytes = job.metrics.position
-        passport = Passport(
-            model=job.model.config, mean=config.mean, std=config.std, grid=job.model.grid_hw, steps=job.position.step,
-            epochs=job.epochs_done, data=job.data_name, fingerprint=job.part.fingerprint, recipe=config.recipe,
-            versions=package_versions(),
-        )  # fmt: skip
-        content = checkpoints.Checkpoint(
-            model=job.model.state_dict(),
-            optimizer=optimizer_tensors(job.optimizer, job.model.named_parameters()),
-            rng=rng,
-            state=dataclasses.asdict(job.position),
-            model_metadata=passport.to_metadata(),
-        )
-        path = checkpoints.save(job.out / "checkpoints", job.position.step, content, config.keep)
-        checkpoints.publish(path, job.out / WEIGHTS_FILE)
-    job.accelerator.wait_for_everyone()
-
-
-def gather_rng(accelerator: Accelerator) -> dict[str, torch.Tensor]:
-    """The generators' states of all processes."""
-    own = rng_tensors(accelerator.process_index)
-    if accelerator.num_processes == 1:
-        return own
-    everyone: list[Any] = [None] * accelerator.num_processes
-    torch.distributed.all_gather_object(everyone, {name: state.cpu() for name, state in own.items()})
-    return {name: state for states in everyone for name, state in states.items()}
-
-
-def report_unreadable(job: Job, bad: list[tuple[int, str]]) -> None:
-    """Name files that could not be read; stops the run above --max-bad-share."""
-    for line in job.quarantine.add(bad):
-        job.console.print(f"[yellow]unreadable, the next image takes its place:[/yellow] {line}", markup=True)
 
 
 def say_heldout(job: Job, first_step: int, seconds: float) -> None:
@@ -536,7 +345,7 @@ def resume(folder: str, changes: ResumeConfig) -> int:
         given = {"epochs": None, "steps": None} | given
     config = dataclasses.replace(config, out=str(out), **given)
     console = make_console()
-    newest, messages = checkpoints.latest(out / "checkpoints")
+    newest, messages = latest(out / "checkpoints")
     for message in messages:
         console.print(f"[red]damaged checkpoint:[/red] {message}")
     if newest is None:

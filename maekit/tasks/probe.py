@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from maekit.config import PretrainConfig, ProbeConfig, UserError
-from maekit.data.loader import Pool, choose_workers, lowest_hash, open_pool, split_heldout
+from maekit.data.loader import Pool, choose_workers, lowest_hash, open_pool
 from maekit.data.parts import Part
 from maekit.data.sources import Source, open_source
 from maekit.models.encoder import use_fused_attention

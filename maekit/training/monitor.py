@@ -17,7 +17,7 @@ from torch import Tensor
 from maekit.data.loader import Batch, Pool, Progress, lowest_hash
 from maekit.models.mae import MaskedAutoencoder
 from maekit.models.masking import make_masks
-from maekit.models.targets import patchify, take_patches, trivial_losses, undo_target
+from maekit.models.targets import patchify, trivial_losses, undo_target
 from maekit.rng import Purpose
 from maekit.training.probes import knn_accuracy, rankme, ridge_accuracy
 

@@ -90,7 +90,7 @@ def load_optimizer_settings(optimizer: torch.optim.Optimizer, settings: list[dic
 def rng_tensors(rank: int) -> Tensors:
     """The states of this process's torch generators: the CPU's, and the current CUDA device's if it is in use."""
     states = {f"torch_cpu/rank{rank}": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
         states[f"torch_cuda/rank{rank}"] = torch.cuda.get_rng_state()
     return states
 

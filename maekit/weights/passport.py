@@ -6,7 +6,8 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 
-from maekit.config import ModelConfig, UserError, from_json
+from maekit.config import ModelConfig, UserError
+from maekit.configfile import from_json
 
 FORMAT = 1
 _KEY = "maekit"

@@ -1,0 +1,203 @@
+"""maekit/data/sources.py: folders, text files of paths, and which form of --data is meant."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from image_files import SHARED, listed, make_tree, png, problem
+
+from maekit.data.images import BadImage
+from maekit.data.sources import FilePart, open_source
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Callable[..., Path]:
+    """Make images below tmp_path / root: tree(name, name, ..., root="set")."""
+    return lambda *names, root="set": make_tree(tmp_path / root, *names)
+
+
+# ---- folders ----
+
+
+def test_flat_and_nested_folders_in_byte_order(tree: Callable[..., Path]) -> None:
+    root = tree("b/x.png", "b-c.png", "B.PNG", "a.jpg", "b/.hidden.png", ".git/y.png", "notes.txt", "b/deep/er/z.tif")
+    source = open_source(str(root))
+    # '-' (0x2d) comes before '/' (0x2f), and capitals before small letters
+    assert listed(source.train) == ["B.PNG", "a.jpg", "b-c.png", "b/deep/er/z.tif", "b/x.png"]
+    assert (source.name, source.val, source.test, source.train.labels) == ("set", None, None, None)
+    assert source.train.read(4).shape == (3, 4, 3)
+    assert source.train.size(4) == (3, 4)
+    assert source.train.read(4)[0, 0, 0] == 0  # b/x.png was written first
+    assert open_source(str(root) + "/", in_chans=5).train.read(1).shape == (3, 4, 5)
+
+
+def test_names_that_are_not_utf8_or_hold_newlines(tree: Callable[..., Path]) -> None:
+    root = tree(b"\xff.png", b"two\nlines.png", "\u00e4.png", b"plain.png")
+    part = open_source(str(root)).train
+    assert listed(part) == ["plain.png", "two\\nlines.png", "\u00e4.png", "\\xff.png"]
+    assert [int(part.read(index)[0, 0, 0]) for index in range(4)] == [3, 1, 2, 0]
+    assert all("\n" not in name and name.encode("utf-8") for name in listed(part))
+
+
+def test_a_folder_per_class(tree: Callable[..., Path]) -> None:
+    part = open_source(str(tree("dog/a.png", "cat/x/b.png", "cat/c.png"))).train
+    assert part.class_names == ["cat", "dog"]
+    assert part.labels is not None
+    assert part.labels.dtype == np.int64
+    classes = {"cat/c.png": 0, "cat/x/b.png": 0, "dog/a.png": 1}
+    assert dict(zip(listed(part), part.labels.tolist(), strict=True)) == classes
+
+
+def test_no_labels_where_an_image_lies_outside_or_there_is_one_folder(tree: Callable[..., Path]) -> None:
+    assert open_source(str(tree("dog/a.png", "cat/b.png", "c.png", root="one"))).train.labels is None
+    assert open_source(str(tree("dog/a.png", "dog/b.png", root="two"))).train.labels is None
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "test"), [("train", "val", "test"), ("Training", "VALIDATION", "testing"), ("TRAIN", "val", "")]
+)
+def test_parts_share_their_class_ids(tree: Callable[..., Path], train: str, val: str, test: str) -> None:
+    names = [f"{train}/b/1.png", f"{train}/c/2.png", f"{val}/a/3.png", f"{val}/c/4.png", "masks/m.png"]
+    source = open_source(str(tree(*names, *([f"{test}/c/5.png"] if test else []))))
+    assert listed(source.train) == [f"{train}/b/1.png", f"{train}/c/2.png"]
+    assert source.train.class_names == ["a", "b", "c"]
+    assert source.train.labels is not None
+    assert source.train.labels.tolist() == [1, 2]
+    assert source.val is not None
+    assert source.val.labels is not None
+    assert source.val.labels.tolist() == [0, 2]
+    assert (source.test is not None) == bool(test)
+    if source.test is not None:
+        assert source.test.class_names == ["a", "b", "c"]
+        assert source.test.labels is not None
+        assert source.test.labels.tolist() == [2]
+
+
+def test_ade20k_lists_images_and_never_annotations(tree: Callable[..., Path]) -> None:
+    root = tree("images/training/a.jpg", "images/validation/b.jpg", "annotations/training/a.png", "annotations/x.png")
+    source = open_source(str(root))
+    assert listed(source.train) == ["images/training/a.jpg"]
+    assert source.val is not None
+    assert listed(source.val) == ["images/validation/b.jpg"]
+    assert source.train.read(0).shape == (3, 4, 3)
+
+
+def test_a_folder_that_may_be_a_part_or_a_class_is_asked_about(tree: Callable[..., Path]) -> None:
+    root = tree("train/a.png", "bus/b.png", root="one")
+    assert f"--data {root}/train" in problem(root)
+    assert "bus" in problem(root)
+    assert "no train/" in problem(tree("test/a.png", root="two"))
+    assert "both the train part" in problem(tree("train/a.png", "Training/b.png", "val/c.png", root="three"))
+    assert listed(open_source(str(tree("train/a.png", root="four"))).train) == ["train/a.png"]
+
+
+def test_link_loops_are_cut_and_linked_folders_followed(tree: Callable[..., Path], tmp_path: Path) -> None:
+    root = tree("a/x.png")
+    (root / "a" / "up").symlink_to(root)
+    (root / "self").symlink_to(".")
+    tree("y.png", root="elsewhere")
+    (root / "link").symlink_to(tmp_path / "elsewhere")
+    (root / "gone.png").symlink_to("nowhere.png")
+    part = open_source(str(root)).train
+    assert listed(part) == ["a/x.png", "gone.png", "link/y.png"]
+    with pytest.raises(BadImage, match="no such file"):
+        part.read(1)
+
+
+def test_a_folder_without_images_says_what_was_seen(tree: Callable[..., Path]) -> None:
+    message = problem(tree("a.txt", "b/c.csv"))
+    assert "no image among 2 files" in message
+    assert ".jpg" in message
+    assert "--data" in message
+
+
+def test_fingerprint_depends_on_names_and_sizes_not_on_the_place(tree: Callable[..., Path]) -> None:
+    def fingerprint(*names: str, root: str) -> str:
+        return open_source(str(tree(*names, root=root))).train.fingerprint
+
+    first = fingerprint("a.png", "b/c.png", root="one")
+    assert first == fingerprint("a.png", "b/c.png", root="two")
+    assert len(bytes.fromhex(first)) == 32
+    assert first != fingerprint("a.png", "b/d.png", root="three")
+    (tree("a.png", "b/c.png", root="four") / "a.png").write_bytes(png(0, (40, 30)))
+    assert first != open_source(str(tree(root="four"))).train.fingerprint
+
+
+def test_a_part_is_small_and_travels(tree: Callable[..., Path]) -> None:
+    names = [f"{number:07d}.png".encode() for number in range(100_000)]
+    part = FilePart(b"/data", names, 3)
+    held = sum(sys.getsizeof(value) for value in part.__dict__.values())
+    assert held < 100_000 * (12 + 8) + 2000  # the names, their ends, and next to nothing else
+    assert part.name(99_999) == "0099999.png"
+    copy = pickle.loads(pickle.dumps(open_source(str(tree("dog/a.png", "cat/b.png"))).train))
+    assert listed(copy) == ["cat/b.png", "dog/a.png"]
+    assert copy.read(0)[0, 0, 0] == 1
+
+
+# ---- lists of paths ----
+
+
+def test_text_file_of_paths(tree: Callable[..., Path], tmp_path: Path) -> None:
+    root = tree("b.png", "a.png", root="pictures")
+    text = f"# mine\r\n\npictures/b.png\r\npictures/a.png\npictures/b.png\n  {root}/a.png\ngone.png\n"
+    (tmp_path / "list.txt").write_bytes(text.encode())
+    source = open_source(str(tmp_path / "list.txt"))
+    assert source.name == "list"
+    assert listed(source.train) == [f"{root}/a.png", "gone.png", "pictures/a.png", "pictures/b.png"]
+    assert [int(source.train.read(index)[0, 0, 0]) for index in (0, 2, 3)] == [1, 1, 0]
+    assert source.train.labels is None
+    with pytest.raises(BadImage):
+        source.train.read(1)
+
+
+def test_text_files_without_paths(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("# nothing\n\n")
+    assert "no paths" in problem(tmp_path / "empty.txt")
+    (tmp_path / "wrong.txt").write_text("nowhere/a.png\n")
+    assert "nowhere/a.png" in problem(tmp_path / "wrong.txt")
+    (tmp_path / "binary.txt").write_bytes(b"\0\1\2")
+    assert "not a text file" in problem(tmp_path / "binary.txt")
+
+
+# ---- which form it is ----
+
+
+def test_paths_and_known_names(tree: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree("a.png", root="digits")
+    monkeypatch.chdir(tmp_path)
+    assert len(open_source("digits").train) == 1438
+    assert listed(open_source("./digits").train) == ["a.png"]
+    tree("b.png", root="mine")
+    assert listed(open_source("mine").train) == ["b.png"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert listed(open_source("~/mine").train) == ["b.png"]
+    assert open_source(".").name == tmp_path.name
+
+
+def test_what_cannot_be_data_is_explained(tmp_path: Path) -> None:
+    assert "did you mean cifar10" in problem("cifar-10")
+    assert "no such file or folder" in problem(tmp_path / "nowhere")
+    assert "photos" in problem(tmp_path / "nowhere")
+    (tmp_path / "one.png").write_bytes(png())
+    assert "one image" in problem(tmp_path / "one.png")
+    (tmp_path / "x.zip").write_bytes(b"PK")
+    assert ".zip" in problem(tmp_path / "x.zip")
+    assert "empty" in problem("")
+    assert "--label-column" in problem("digits", label_column="x")
+    assert "--image-column" in problem(tmp_path, image_column="x")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.txt")
+        assert "regular file" in problem(tmp_path / "pipe.txt")
+
+
+@pytest.mark.skipif(not (SHARED / "data" / "camvid").exists(), reason="../shared/data/camvid is not here")
+def test_the_shared_camvid() -> None:
+    source = open_source(str(SHARED / "data" / "camvid"))
+    assert (len(source.train), len(source.val or ()), source.test) == (367, 101, None)
+    assert source.train.size(0) == (360, 480)
