@@ -15,6 +15,7 @@ from PIL import Image
 from maekit.data.images import IMAGE_SUFFIXES, decode, probe_size
 from maekit.data.pixels import luminance
 
+LOSSLESS: dict[str, Any] = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}
 GRAY16 = np.array([[0, 1, 255, 256], [1000, 40000, 65534, 65535]], np.uint16)
 
 
@@ -76,8 +77,8 @@ def test_palette_with_transparency() -> None:
 
 
 def test_alpha_lies_over_white() -> None:
-    pixels = np.array([[[10, 20, 30, 255], [10, 20, 30, 0], [10, 20, 30, 51], [0, 0, 0, 128]]], np.uint8)
-    white = [[[10, 20, 30], [255, 255, 255], [206, 208, 210], [127, 127, 127]]]
+    pixels = np.array([[[10, 20, 30, 255], [10, 20, 30, 0], [10, 20, 30, 51], [0, 2, 3, 200]]], np.uint8)
+    white = [[[10, 20, 30], [255, 255, 255], [206, 208, 210], [55, 57, 57]]]
     for kind in ("PNG", "TIFF"):
         np.testing.assert_array_equal(decode(encoded(Image.fromarray(pixels), kind), 3), white)
     gray = Image.fromarray(np.array([[[10, 255], [10, 0], [10, 51]]], np.uint8), "LA")
@@ -89,8 +90,7 @@ def test_alpha_lies_over_white() -> None:
 def test_first_frame_of_animations() -> None:
     frames = [Image.new("RGB", (6, 5), colour) for colour in ((250, 0, 0), (0, 250, 0))]
     for kind in ("GIF", "PNG", "WEBP", "TIFF"):
-        options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
-        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **LOSSLESS.get(kind, {}))
         np.testing.assert_array_equal(decode(data, 3), np.broadcast_to([250, 0, 0], (5, 6, 3)))
 
 
@@ -112,8 +112,7 @@ def test_exif_orientation(orientation: int, kind: str) -> None:
     }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    options: dict[str, Any] = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
-    data = encoded(Image.fromarray(np.ascontiguousarray(as_stored)), kind, exif=exif, **options)
+    data = encoded(Image.fromarray(np.ascontiguousarray(as_stored)), kind, exif=exif, **LOSSLESS.get(kind, {}))
     assert probe_size(data) == (16, 24)
     np.testing.assert_allclose(decode(data, 3).astype(int), scene, atol=3)
 
@@ -232,6 +231,8 @@ def test_n_channel_layouts(dtype: Any) -> None:
         assert found.dtype == expected.dtype, number
         np.testing.assert_array_equal(found, expected, err_msg=str(number))
         assert probe_size(data) == (9, 11)
+        assert found.flags.writeable
+        assert found.flags.c_contiguous
         assert reason(data, 4) == "5 channels where --in-chans is 4"
     two = tiff(stack[..., :2], photometric="minisblack", planarconfig="contig")
     np.testing.assert_array_equal(decode(two, 2), expected[..., :2])

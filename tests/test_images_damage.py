@@ -41,15 +41,23 @@ def test_huge_headers_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatc
     assert 10_001 * 10_000 > MAX_PIXELS > 10_000 * 9_500
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "LZW", "QOI"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "LZW", "ZIP", "QOI"])
 def test_truncated_files_are_bad(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
     options = {"compression": "tiff_lzw"} if kind == "LZW" else {}
-    data = encoded(Image.fromarray(RGB), {"LZW": "TIFF"}.get(kind, kind), **options)
+    data = encoded(Image.fromarray(RGB), {"LZW": "TIFF", "ZIP": "TIFF"}.get(kind, kind), **options)
+    if kind == "ZIP":  # with its header first, so that only pixels are cut
+        data = tiff(RGB, photometric="rgb", compression="zlib")
     decode(data, 3)
     for end in (1, 10, len(data) // 4, len(data) // 2, len(data) * 3 // 4, len(data) - 30):
         found = reason(data[:end])
         assert "truncated" in found or (end <= 10 and found == "not an image"), (end, found)
     assert capfd.readouterr().err == ""
+
+
+def test_a_cut_n_channel_tiff_says_so() -> None:
+    for compression in (None, "zlib"):
+        data = tiff(STACK, photometric="minisblack", planarconfig="contig", compression=compression)
+        assert reason(data[:-5], 5) == "truncated TIFF"
 
 
 def test_a_cut_stack_is_never_taken_for_fewer_channels() -> None:
@@ -99,6 +107,7 @@ def test_whatever_is_no_image_says_so(tmp_path: Path) -> None:
     assert "null" in reason(str(tmp_path / "a\0b.png"))
     with pytest.raises(BadImage, match="empty file"):
         probe_size(tmp_path / "empty.png")
+    assert reason(npy(STACK).replace(b"NUMPY\1", b"NUMPY\3"), 5) == ".npy version 3.0; 1.0 and 2.0 are read"
     assert reason(npy(np.array([[{}]], object))) == ".npy of object; uint8, uint16 and float are read"
 
 

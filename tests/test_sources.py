@@ -57,6 +57,9 @@ def test_a_folder_per_class(tree: Callable[..., Path]) -> None:
 def test_no_labels_where_an_image_lies_outside_or_there_is_one_folder(tree: Callable[..., Path]) -> None:
     assert open_source(str(tree("dog/a.png", "cat/b.png", "c.png", root="one"))).train.labels is None
     assert open_source(str(tree("dog/a.png", "dog/b.png", root="two"))).train.labels is None
+    source = open_source(str(tree("train/a.png", "val/cat/b.png", "val/dog/c.png", root="three")))
+    assert source.val is not None
+    assert source.val.labels is None
 
 
 @pytest.mark.parametrize(
@@ -145,7 +148,7 @@ def test_a_part_is_small_and_travels(tree: Callable[..., Path]) -> None:
 
 def test_text_file_of_paths(tree: Callable[..., Path], tmp_path: Path) -> None:
     root = tree("b.png", "a.png", root="pictures")
-    text = f"# mine\r\n\npictures/b.png\r\npictures/a.png\npictures/b.png\n  {root}/a.png\ngone.png\n"
+    text = f"\ufeff# mine\r\n\npictures/b.png\r\npictures/a.png\npictures/b.png\n  {root}/a.png\ngone.png\n"
     (tmp_path / "list.txt").write_bytes(text.encode())
     source = open_source(str(tmp_path / "list.txt"))
     assert source.name == "list"

@@ -69,7 +69,7 @@ def decode(file: IO[bytes], in_chans: int) -> Pixels | None:
     _check_whole(page, file)  # for Pillow's sake too: its libtiff would complain on the terminal
     if _ordinary(page):
         return None
-    return upright(_picture(page, in_chans), _orientation(page))
+    return upright(_picture(page), _orientation(page))
 
 
 def _opened(file: IO[bytes]) -> tifffile.TiffFile:
@@ -170,7 +170,7 @@ def _stack(series: tifffile.TiffPageSeries, page: tifffile.TiffPage) -> Pixels:
     return to_pixels(_black_is_zero(values_HWC, page))
 
 
-def _picture(page: tifffile.TiffPage, in_chans: int) -> Pixels:
+def _picture(page: tifffile.TiffPage) -> Pixels:
     """The first page as gray (C 1), colour (C 3, alpha over white), or n-channel data."""
     values = _values(page)
     if page.axes == "YX":
@@ -187,7 +187,7 @@ def _picture(page: tifffile.TiffPage, in_chans: int) -> Pixels:
         return np.round(light * 255).astype(np.uint8) if white == 255 else light
     colours = 3 if page.photometric == _RGB else 1
     alpha = _alpha_kind(page)
-    if alpha is not None and values_HWC.shape[2] == colours + 1 != in_chans:
+    if alpha is not None and values_HWC.shape[2] == colours + 1:
         return over_white(values_HWC[..., :colours], values_HWC[..., colours:], alpha == _ASSOCIATED_ALPHA)
     return values_HWC
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import RidgeClassifier
 from torch import Tensor
 
 KNN_NEIGHBOURS, KNN_TEMPERATURE = 20, 0.07
@@ -46,6 +45,8 @@ def knn_accuracy(
 
 def ridge_accuracy(train_SD: Tensor, train_labels_S: Tensor, test_SD: Tensor, test_labels_S: Tensor) -> float:
     """Accuracy of a closed-form linear classifier on standardised features: quick enough to run during training."""
+    from sklearn.linear_model import RidgeClassifier  # seconds of import that a run without labels need not pay
+
     mean, deviation = train_SD.mean(dim=0), train_SD.std(dim=0).clamp_min(1e-6)
     classifier = RidgeClassifier(alpha=0.01 * len(train_SD))
     classifier.fit(((train_SD - mean) / deviation).cpu().numpy(), train_labels_S.cpu().numpy())

@@ -193,7 +193,9 @@ def restore(job: Job, path: Path) -> None:
     check_names(job.model, saved.model, str(path))
     job.model.load_state_dict(saved.model)
     load_optimizer_tensors(job.optimizer, job.model.named_parameters(), saved.optimizer)
-    restore_rng(saved.rng, job.accelerator.process_index)
+    unknown = restore_rng(saved.rng, job.accelerator.process_index)
+    if unknown and job.config.drop_path > 0:
+        job.console.print(f"no saved generator state for {', '.join(unknown)}: --drop-path draws anew there")
     job.rng = saved.rng
     if job.position.total_steps != position.total_steps:
         job.console.print(
