@@ -41,7 +41,9 @@ def test_huge_headers_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatc
     assert 10_001 * 10_000 > MAX_PIXELS > 10_000 * 9_500
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "LZW", "ZIP", "QOI"])
+@pytest.mark.parametrize(
+    "kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "LZW", "ZIP", "QOI"]
+)
 def test_truncated_files_are_bad(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
     options = {"compression": "tiff_lzw"} if kind == "LZW" else {}
     data = encoded(Image.fromarray(RGB), {"LZW": "TIFF", "ZIP": "TIFF"}.get(kind, kind), **options)

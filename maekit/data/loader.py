@@ -182,17 +182,24 @@ class _SizesDiffer(Exception):
 
 
 def _common_size(part: Part) -> tuple[tuple[int, int] | None, str]:
-    """The size shared by up to 64 evenly spaced images, or None with the reason."""
+    """The size shared by up to 64 evenly spaced images, or None with the reason.
+
+    Raises:
+        UserError: not one of them can be read.
+    """
     sizes: set[tuple[int, int]] = set()
+    reasons = []
     for index in np.linspace(0, len(part) - 1, min(64, len(part))).astype(int):
         try:
             sizes.add(part.size(int(index)))
-        except BadImage:
-            continue
-    if len(sizes) == 1:
-        height, width = size = sizes.pop()
-        return size, f"all images are {height} x {width}"
-    return None, "the images differ in size" if sizes else "no sampled image could be read"
+        except BadImage as error:
+            reasons.append(f"{part.name(int(index))}: {error}")
+    if not sizes:
+        raise UserError(f"--data: none of {len(reasons)} sampled images can be read, such as {reasons[0]}")
+    if len(sizes) > 1:
+        return None, "the images differ in size"
+    height, width = size = sizes.pop()
+    return size, f"all images are {height} x {width}"
 
 
 class MemoryPool:
@@ -292,6 +299,10 @@ class StreamPool:
             prefetch_factor=4 if self.workers else None,
         )
         for images, ids, bad in loader:
+            if images is None:  # raised here, since an exception loses its words on the way out of a worker
+                raise UserError(
+                    f"{_REPLACEMENTS} images in a row cannot be read: {self.part.name(bad[-1][0])}: {bad[-1][1]}"
+                )
             yield Batch(images.to(self.device, non_blocking=True), ids.numpy(), bad)
 
 
@@ -305,7 +316,7 @@ class _Once:
         return iter(self.keys)
 
 
-Decoded = tuple[Tensor, int, list[tuple[int, str]]]
+Decoded = tuple[Tensor | None, int, list[tuple[int, str]]]
 
 
 class _Decoder(Dataset[Decoded]):
@@ -325,15 +336,17 @@ class _Decoder(Dataset[Decoded]):
             except BadImage as error:
                 bad.append((index, str(error)))
         else:
-            raise UserError(f"{len(bad)} images in a row cannot be read, from {self.part.name(slot)}: {bad[0][1]}")
+            return None, slot, bad
         sizes = np.array([image.shape[:2]], np.int64)
         size_hw = self.config.size_hw
         crops = centre_crops(sizes, size_hw) if epoch is None else random_crops(self.config, sizes, [slot], epoch=epoch)
         return apply_to_image(image, crops, 0, size_hw), slot, bad
 
 
-def _collate(samples: list[Decoded]) -> tuple[Tensor, Tensor, list[tuple[int, str]]]:
-    images = [image for image, _, _ in samples]
+def _collate(samples: list[Decoded]) -> tuple[Tensor | None, Tensor, list[tuple[int, str]]]:
+    images = [image for image, _, _ in samples if image is not None]
+    if len(images) < len(samples):
+        return None, torch.tensor([]), next(bad for image, _, bad in samples if image is None)
     if any(image.dtype != torch.uint8 for image in images):
         images = [image / 255 if image.dtype == torch.uint8 else image for image in images]
     ids = torch.tensor([slot for _, slot, _ in samples])

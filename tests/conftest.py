@@ -1,0 +1,66 @@
+"""Helpers that several test files share: the smallest model that can go wrong, and where the shared data lie."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from maekit.config import ModelConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+"""Data sets and notes beside the checkout; a fresh clone has none."""
+
+TINY: dict[str, Any] = {
+    "model": "vit_tiny_patch16_224",
+    "img_size": (16, 24),  # not square: a grid of 4 x 6, so that rows and columns cannot be confused
+    "patch_size": 4,
+    "embed_dim": 32,
+    "depth": 2,
+    "num_heads": 4,
+    "decoder_dim": 16,
+    "decoder_depth": 2,
+    "decoder_heads": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Tiny tensors on one thread: quicker, and the same sums whatever the machine."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(1)
+
+
+def tiny_config(**changes: Any) -> ModelConfig:
+    """A model that trains in milliseconds, with any field changed."""
+    return ModelConfig(**{**TINY, **changes})
+
+
+def shared_data(name: str) -> Path:
+    """The path of something under the shared data; without it the test is skipped."""
+    path = SHARED / "data" / name
+    if not path.exists():
+        pytest.skip(f"needs shared/data/{name} beside the checkout, which is not there")
+    return path
+
+
+def sincos_loops(dim: int, grid_hw: tuple[int, int]) -> list[list[float]]:
+    """2-D sine-cosine positions, one row a patch in row-major order, one number at a time in float64.
+
+    Layout of the released weights: sines, then cosines of the column, then the same of the row.
+    """
+    quarter = dim // 4
+    table = []
+    for row in range(grid_hw[0]):
+        for column in range(grid_hw[1]):
+            line = []
+            for place in (column, row):
+                line += [math.sin(place / 10000 ** (k / quarter)) for k in range(quarter)]
+                line += [math.cos(place / 10000 ** (k / quarter)) for k in range(quarter)]
+            table.append(line)
+    return table
