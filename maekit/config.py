@@ -299,6 +299,16 @@ class ReconstructConfig:
 
 
 @dataclass(kw_only=True)
+class DemoConfig:
+    """Pretrain on bundled photographs, evaluate, draw a panel: two minutes on two CPU cores, no network."""
+
+    out: str = "runs/demo"
+    """Folder of the run; runs/demo-2 and so on where it holds one already."""
+    epochs: float | None = None
+    """Length of the pretraining. Default: the recipe's."""
+
+
+@dataclass(kw_only=True)
 class ResumeConfig:
     """Continue a run exactly where its last checkpoint stands. Only durations, logging, device and workers change."""
 

@@ -225,8 +225,9 @@ def test_gradients_are_the_papers(case: str) -> None:
     model(images, ids_keep).loss.backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            assert parameter.grad is not None and weights[name].grad is not None, name
-            assert (parameter.grad - weights[name].grad).abs().max() < TOLERANCE, name
+            ours, expected = parameter.grad, weights[name].grad
+            assert ours is not None and expected is not None, name
+            assert (ours - expected).abs().max() < TOLERANCE, name
 
 
 @pytest.mark.parametrize(("grid_hw", "num_prefix"), [((3, 5), 1), ((5, 3), 0), ((4, 4), 3)])

@@ -52,6 +52,13 @@ def plain_vit(name: str) -> VisionTransformer:
         raise UserError(f"{refuse}: its patch embedding is a {kind}; dropping patches needs a plain one")
     if model.pos_embed is None:
         raise UserError(f"{refuse}: it has no absolute position embedding, and hidden patches need a place")
+    block = model.blocks[0]
+    mlp = getattr(block, "mlp", None)
+    if not hasattr(block, "attn") or not hasattr(mlp, "fc1"):
+        parts = f"{type(block).__name__} with {type(mlp).__name__}" if mlp is not None else type(block).__name__
+        raise UserError(
+            f"{refuse}: its blocks are of the kind {parts}; only one attention, then one plain MLP, is known"
+        )
     checked: VisionTransformer = model
     return checked
 

@@ -1,0 +1,41 @@
+"""`maekit demo`: pretrain on bundled photographs, evaluate, draw a panel; two minutes on two CPU cores, no network.
+
+It runs the same tasks that the commands run, one after the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from maekit import recipes
+from maekit.cli import parse
+from maekit.config import DemoConfig, ProbeConfig
+
+
+def main(words: Sequence[str]) -> int:
+    """Pretrain, probe, and say where the pictures are."""
+    asked = parse(DemoConfig, "maekit demo", words)
+    out = fresh_folder(Path(asked.out))
+    from maekit.tasks import pretrain, probe
+
+    recipe = recipes.get("photos")
+    code = pretrain.main(dataclasses.replace(recipe, out=str(out), epochs=asked.epochs or recipe.epochs))
+    if code:
+        return code
+    probe.main([str(out)], ProbeConfig(data="photos"))
+    panel = max((out / "panels").iterdir())
+    print(
+        f"\nreconstruction panel: {panel}\nthe run's folder:     {out}\nyour own images next: maekit pretrain folder --help"
+    )
+    return 0
+
+
+def fresh_folder(wanted: Path) -> Path:
+    """The wanted folder, or, where a run lies in it, the first of NAME-2, NAME-3 ... that is free."""
+    folder, number = wanted, 1
+    while folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    return folder

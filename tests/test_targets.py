@@ -1,0 +1,240 @@
+"""Patches, targets and their inverses, the fill from visible patches and the trivial losses, by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from maekit.models.masking import make_masks
+from maekit.models.targets import (
+    bilinear_fill,
+    fill_grid,
+    make_target,
+    patchify,
+    take_patches,
+    trivial_losses,
+    undo_target,
+    unpatchify,
+)
+
+
+def random_patches(batch: int = 3, num: int = 24, size: int = 48) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch, num, size, dtype=torch.float64, generator=generator) * 2 + 5
+
+
+# ---- patches ----
+
+
+def test_patchify_by_hand() -> None:
+    """A patch is flattened (row, column, channel): the channel is the fastest."""
+    image = torch.tensor([[[1, 2], [3, 4]], [[10, 20], [30, 40]]]).unsqueeze(0)
+    assert patchify(image, 2).tolist() == [[[1, 10, 2, 20, 3, 30, 4, 40]]]
+    assert patchify(image, 1).tolist() == [[[1, 10], [2, 20], [3, 30], [4, 40]]]
+
+
+def test_patches_are_row_major() -> None:
+    """In an image that is wider than high, patches are counted along the rows."""
+    image = torch.arange(24).reshape(1, 1, 4, 6)
+    assert patchify(image, 2).tolist() == [
+        [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11], [12, 13, 18, 19], [14, 15, 20, 21], [16, 17, 22, 23]]
+    ]
+
+
+@pytest.mark.parametrize(("channels", "grid_hw", "patch"), [(1, (2, 3), 2), (3, (3, 1), 4), (5, (2, 2), 3)])
+def test_unpatchify_is_the_inverse(channels: int, grid_hw: tuple[int, int], patch: int) -> None:
+    """Both ways round, for any channels and shape."""
+    image = torch.rand(2, channels, grid_hw[0] * patch, grid_hw[1] * patch)
+    patches = patchify(image, patch)
+    assert patches.shape == (2, grid_hw[0] * grid_hw[1], patch * patch * channels)
+    assert torch.equal(unpatchify(patches, patch, grid_hw), image)
+
+
+def test_take_patches() -> None:
+    """Each sample's own ids, in their order."""
+    patches = torch.arange(12).reshape(2, 3, 2)
+    assert take_patches(patches, torch.tensor([[2, 0], [1, 1]])).tolist() == [[[4, 5], [0, 1]], [[8, 9], [8, 9]]]
+
+
+# ---- targets ----
+
+
+def test_normalised_target_by_hand() -> None:
+    """Unbiased variance plus 1e-6: (1, 2, 3) has mean 2 and variance 1."""
+    target = make_target(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64), "norm-pixels")
+    root = math.sqrt(1 + 1e-6)
+    torch.testing.assert_close(target, torch.tensor([-1 / root, 0, 1 / root]).double(), rtol=0, atol=1e-7)
+
+
+def test_normalised_target_has_mean_0_and_variance_1() -> None:
+    """Whatever the patch's brightness and contrast; a flat patch becomes zero, not infinite."""
+    target = make_target(random_patches() * torch.linspace(1, 100, 24)[:, None], "norm-pixels")
+    assert target.mean(dim=-1).abs().max() < 1e-9
+    assert (target.var(dim=-1) - 1).abs().max() < 1e-5
+    assert not make_target(torch.full((1, 1, 12), 0.7), "norm-pixels").abs().max() > 1e-3
+
+
+def test_pixel_target_is_the_pixels() -> None:
+    """Nothing is changed, and nothing is brought back."""
+    patches = random_patches()
+    assert make_target(patches, "pixels") is patches
+    ids = torch.arange(24).expand(3, -1)
+    assert undo_target(patches, "pixels", "true-patch", patches, ids[:, :6], ids[:, 6:], (4, 6)) is patches
+
+
+def test_true_patch_statistics_are_the_exact_inverse() -> None:
+    """A perfect prediction, un-normalised by the hidden patch's own statistics, is the hidden patch."""
+    patches = random_patches()
+    masks = make_masks("random", (4, 6), 0.75, range(3), seed=0)
+    hidden = take_patches(patches, masks.ids_masked_BM)
+    perfect = make_target(hidden, "norm-pixels")
+    ids = (masks.ids_keep_BV, masks.ids_masked_BM)
+    torch.testing.assert_close(undo_target(perfect, "norm-pixels", "true-patch", patches, *ids, (4, 6)), hidden)
+    assert torch.equal(undo_target(perfect, "norm-pixels", "none", patches, *ids, (4, 6)), perfect)
+
+
+def test_visible_statistics_leak_nothing() -> None:
+    """Other hidden pixels leave the picture as it was; other visible pixels change it; true-patch would leak."""
+    patches = random_patches()
+    masks = make_masks("random", (4, 6), 0.75, range(3), seed=0)
+    ids = (masks.ids_keep_BV, masks.ids_masked_BM)
+    prediction = random_patches()[:, :18]
+    other = torch.where(masks.masked_BN.unsqueeze(-1), patches * 3 - 7, patches)
+
+    def drawn(statistics: str, seen: Tensor) -> Tensor:
+        return undo_target(prediction, "norm-pixels", statistics, seen, *ids, (4, 6))
+
+    assert torch.equal(drawn("visible", patches), drawn("visible", other))
+    assert not torch.equal(drawn("true-patch", patches), drawn("true-patch", other))
+    assert not torch.equal(drawn("visible", patches), drawn("visible", patches * 3 - 7))
+
+
+def test_visible_statistics_by_hand() -> None:
+    """With one visible patch, its mean and deviation serve every hidden one."""
+    patches = torch.tensor([[[1.0, 3.0], [7.0, 7.0], [0.0, 9.0]]])
+    prediction = torch.tensor([[[0.0, 1.0], [-1.0, 2.0]]])
+    drawn = undo_target(
+        prediction, "norm-pixels", "visible", patches, torch.tensor([[0]]), torch.tensor([[1, 2]]), (1, 3)
+    )
+    root = math.sqrt(2 + 1e-6)
+    torch.testing.assert_close(drawn, torch.tensor([[[2.0, 2 + root], [2 - root, 2 + 2 * root]]]))
+
+
+# ---- the fill ----
+
+
+def fill(values: list[float], visible: list[int], grid_hw: tuple[int, int]) -> list[float]:
+    filled = fill_grid(torch.tensor(values, dtype=torch.float64)[None, :, None], torch.tensor([visible]), grid_hw)
+    return filled[0, :, 0].tolist()
+
+
+def test_fill_by_hand() -> None:
+    """Weights 1 / distance, visible patches keep their value."""
+    near, far = 1.0, 1 / math.sqrt(2)
+    assert fill([10, 20], [0, 2], (1, 3)) == pytest.approx([10, 15, 20])
+    assert fill([10, 20], [0, 1], (1, 3)) == pytest.approx([10, 20, (10 / 2 + 20) / 1.5])
+    assert fill([1, 2], [0, 1], (2, 2)) == pytest.approx(
+        [1, 2, (near * 1 + far * 2) / (near + far), (far * 1 + near * 2) / (near + far)]
+    )
+    assert fill([7], [3], (2, 2)) == pytest.approx([7] * 4)
+
+
+def test_fill_follows_the_ids_not_their_order() -> None:
+    """The value belongs to its id, in whatever order the visible patches come."""
+    assert fill([20, 10], [2, 0], (1, 3)) == pytest.approx([10, 15, 20])
+    ascending = fill([1, 2, 3, 4, 5, 6], [0, 3, 7, 8, 11, 14], (3, 5))
+    assert fill([4, 1, 6, 3, 2, 5], [8, 0, 14, 7, 3, 11], (3, 5)) == pytest.approx(ascending)
+
+
+def test_fill_takes_four_and_breaks_ties_by_number() -> None:
+    """Eight visible patches a knight's move from the centre of 5 x 5: the four of the smallest numbers count."""
+    knight = [1, 3, 5, 9, 15, 19, 21, 23]
+    values = [1.0, 2.0, 3.0, 4.0, 100.0, 100.0, 100.0, 100.0]
+    assert fill(values, knight, (5, 5))[12] == pytest.approx(2.5)
+    assert fill(values[::-1], knight[::-1], (5, 5))[12] == pytest.approx(2.5)
+
+
+def test_fill_is_per_sample() -> None:
+    """Two samples with different masks in one batch are filled as each alone."""
+    values = torch.rand(2, 3, 2)
+    ids = torch.tensor([[0, 5, 7], [1, 2, 8]])
+    together = fill_grid(values, ids, (3, 3))
+    for index in range(2):
+        torch.testing.assert_close(
+            fill_grid(values[index : index + 1], ids[index : index + 1], (3, 3))[0], together[index]
+        )
+
+
+def test_bilinear_fill_keeps_a_constant_image() -> None:
+    """Each channel's colour comes back at every pixel, whatever the mask."""
+    image = torch.tensor([0.2, 0.5, 0.9]).reshape(1, 3, 1, 1).expand(2, 3, 12, 16)
+    patches = patchify(image, 4)
+    masks = make_masks("random", (3, 4), 0.75, range(2), seed=0)
+    torch.testing.assert_close(bilinear_fill(patches, masks.ids_keep_BV, (3, 4), 4), patches, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [2, 3])
+def test_bilinear_fill_keeps_a_ramp_inside(axis: int) -> None:
+    """A linear ramp with one hidden inner patch is reproduced, but for the half patch at the edges (clamped)."""
+    size = [20, 28]
+    ramp = torch.arange(size[axis - 2], dtype=torch.float64)
+    image = (ramp[:, None] if axis == 2 else ramp[None, :]).expand(1, 2, *size).contiguous()
+    visible = torch.tensor([[number for number in range(35) if number != 17]])
+    filled = unpatchify(bilinear_fill(patchify(image, 4), visible, (5, 7), 4), 4, (5, 7))
+    inside = (slice(None), slice(None), slice(2, -2), slice(2, -2))
+    torch.testing.assert_close(filled[inside], image[inside], rtol=0, atol=1e-6)
+    assert filled.select(axis, 0).unique().tolist() == pytest.approx([1.5])
+
+
+def test_bilinear_fill_uses_no_hidden_pixels() -> None:
+    """The trivial predictor sees what the model sees."""
+    patches = random_patches()
+    masks = make_masks("random", (4, 6), 0.75, range(3), seed=0)
+    other = torch.where(masks.masked_BN.unsqueeze(-1), -patches, patches)
+    first, second = (bilinear_fill(seen, masks.ids_keep_BV, (4, 6), 4) for seen in (patches, other))
+    assert torch.equal(first, second)
+
+
+# ---- trivial losses ----
+
+
+def test_trivial_pixel_losses_by_hand() -> None:
+    """2 x 2 patches of one pixel, 1 and 2 visible, 3 and 4 hidden: the mean says 1.5, the fill is worked above."""
+    patches = torch.tensor([[[1.0], [2.0], [3.0], [4.0]]], dtype=torch.float64)
+    ids = torch.tensor([[0, 1]]), torch.tensor([[2, 3]])
+    far = 1 / math.sqrt(2)
+    third, fourth = (1 + far * 2) / (1 + far), (far * 1 + 2) / (1 + far)
+    expected = [(1.5**2 + 2.5**2) / 2, ((3 - third) ** 2 + (4 - fourth) ** 2) / 2]
+    assert trivial_losses(patches, *ids, "pixels", (2, 2), 1).tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_trivial_pixel_mean_is_per_image_and_channel() -> None:
+    """Images of one colour each are predicted exactly by both: the mean is not one over the batch or the channels."""
+    colours = torch.rand(3, 2, 1, 1, dtype=torch.float64).expand(3, 2, 8, 12)
+    masks = make_masks("random", (4, 6), 0.75, range(3), seed=0)
+    losses = trivial_losses(patchify(colours, 2), masks.ids_keep_BV, masks.ids_masked_BM, "pixels", (4, 6), 2)
+    assert losses.max() < 1e-10
+
+
+@pytest.mark.parametrize("size", [4, 48])
+def test_zero_predictor_of_normalised_pixels(size: int) -> None:
+    """Its loss is (n - 1) / n for patches of n values, as the variance is the unbiased one: about 1."""
+    patches = random_patches(size=size) * 100
+    masks = make_masks("random", (4, 6), 0.75, range(3), seed=0)
+    patch = math.isqrt(size // (3 if size == 48 else 1))
+    zero, filled = trivial_losses(patches, masks.ids_keep_BV, masks.ids_masked_BM, "norm-pixels", (4, 6), patch)
+    assert zero.item() == pytest.approx((size - 1) / size, rel=1e-6)
+    assert filled > zero  # on noise a guess is worse than none
+
+
+def test_fill_predictor_of_normalised_pixels_sees_structure() -> None:
+    """On a ramp the fill, normalised by its own statistics, beats zero by far."""
+    ramp = torch.arange(24, dtype=torch.float64).expand(1, 1, 16, 24)
+    keep = torch.tensor([[number for number in range(24) if number not in (8, 9, 15)]])
+    hidden = torch.tensor([[8, 9, 15]])
+    zero, filled = trivial_losses(patchify(ramp, 4), keep, hidden, "norm-pixels", (4, 6), 4)
+    assert zero.item() == pytest.approx(15 / 16, rel=1e-5)
+    assert filled < 0.05
