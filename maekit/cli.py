@@ -169,28 +169,24 @@ def list_recipes(words: list[str]) -> int:
     for name in words:
         recipes.get(name)
     print_recipes(words or None)
+    if not words:
+        print("\nmaekit recipes NAME also tells the command and where the values come from")
     return 0
 
 
 def print_recipes(only: list[str] | None = None) -> None:
-    """Every recipe with its command, cost, expected result and source, as its file's header says."""
+    """Every recipe with its cost and expected result, as its file's header says; chosen ones with all the header."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.padding import Padding
 
     from maekit import recipes
 
-    table = Table(show_lines=True, title="recipes", title_justify="left", title_style="bold")
-    for column in ("recipe", "what it is", "cost", "expected"):
-        table.add_column(column, overflow="fold", no_wrap=column == "recipe")
+    console = Console(highlight=False, markup=False)
     for name in only or recipes.names():
         says = recipes.header(name)
-        table.add_row(name, says["what"], says["cost"], says["expected"])
-    console = Console(highlight=False)
-    console.print(table)
-    if only:
-        for name in only:
-            says = recipes.header(name)
-            console.print(f"{name}: {says['command']}\nvalues from: {says['source']}", markup=False)
+        console.print(name, style="bold")
+        for key in says if only else ("what", "cost", "expected"):
+            console.print(Padding(says[key] if key == "what" else f"{key}: {says[key]}", (0, 0, 0, 4)))
 
 
 def demo(words: list[str]) -> int:

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import tyro
+
 MAX_MASK_RATIO = 0.95
 """Above this share of hidden patches a ViT-B/16 sees fewer than ten patches of a 224 px image."""
 
@@ -109,8 +111,8 @@ class ModelConfig:
 class PretrainConfig(ModelConfig, DataConfig):
     """Pretrain a vision transformer by masked autoencoding (He et al. 2021, arXiv 2111.06377)."""
 
-    recipe: str = "custom"
-    """Name of the recipe that the defaults come from."""
+    recipe: tyro.conf.Suppress[str] = "custom"
+    """Name of the recipe that the defaults come from; no flag."""
 
     # ---- augmentation ----
     crop: Literal["random-resized", "resize-crop", "none"] = "random-resized"

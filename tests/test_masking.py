@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from maekit.config import UserError
-from maekit.models.masking import MASK_KINDS, Masks, make_masks, masks_from_bool, masks_from_keep, num_visible
+from maekit.models.masking import (
+    MASK_KINDS,
+    Masks,
+    _argsort_unique,
+    make_masks,
+    masks_from_bool,
+    masks_from_keep,
+    num_visible,
+)
 from maekit.rng import Purpose, random_bits, shuffled, uniforms
 
 GRIDS = [(8, 8), (3, 5), (5, 3), (1, 2), (14, 14), (1, 7), (2, 2), (16, 3)]
@@ -71,6 +79,13 @@ def test_polarity_and_restoring(kind: str) -> None:
     sequence = torch.cat([masks.ids_keep_BV, masks.ids_masked_BM], dim=1)
     restored = torch.take_along_dim(sequence, masks.ids_restore_BN, dim=1)
     assert torch.equal(restored, torch.arange(24).expand(8, -1))
+
+
+def test_ties_are_broken_by_index() -> None:
+    """Keys that agree in all bits that count are taken in the order of the patches, on every machine."""
+    keys = np.array([[9 << 40, 9 << 40, 1 << 40, (9 << 40) + 3, 2**64 - 1]], np.uint64)
+    assert _argsort_unique(keys).tolist() == [[2, 0, 1, 3, 4]]
+    assert _argsort_unique(np.zeros((1, 300), np.uint64)).tolist() == [list(range(300))]
 
 
 # ---- a sample's mask is its own ----

@@ -211,7 +211,7 @@ def test_resolved_sizes_are_timms() -> None:
     """ "The model's own" of every field builds the same weights as timm does, odd MLP ratios included."""
     for name in ("vit_tiny_patch16_224", "vit_giant_patch14_224", "test_vit2"):
         with torch.device("meta"):
-            expected = timm.create_model(name, num_classes=0, global_pool="")
+            expected: Any = timm.create_model(name, num_classes=0, global_pool="")
             encoder = build_encoder(resolve(ModelConfig(model=name, img_size=expected.default_cfg["input_size"][1:])))
         assert {k: v.shape for k, v in encoder.state_dict().items()} == {
             k: v.shape for k, v in expected.state_dict().items()

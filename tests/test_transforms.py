@@ -79,6 +79,21 @@ def test_random_boxes_are_distributed_as_torchvisions() -> None:
         assert abs(first.std() / second.std() - 1) < 0.08
 
 
+def test_random_boxes_and_flips_are_independent_and_uniform() -> None:
+    """Area share uniform, log aspect uniform (wide as often as tall), place uniform, the flip tied to none of them."""
+    count = 20_000
+    crops = random_crops(config(crop_scale=(0.2, 0.3)), sizes(2000, 2000, count), range(count), epoch=0)
+    tall, wide = crops.length.astype(float).T
+    places = (crops.start / (2000 - crops.length)).T
+    half = math.log(4 / 3)
+    uniform = [(tall * wide / 2000**2 - 0.2) / 0.1, (np.log(wide / tall) + half) / (2 * half), *places]
+    for values in uniform:
+        assert abs(values.mean() - 0.5) < 5 / math.sqrt(12 * count)
+        assert abs(values.var() * 12 - 1) < 0.04
+    related = np.corrcoef([*uniform, crops.flip])
+    assert np.abs(related - np.eye(5)).max() < 5 / math.sqrt(count)
+
+
 @pytest.mark.parametrize("crop", ["random-resized", "resize-crop", "none"])
 def test_a_crop_is_the_samples_own(crop: str) -> None:
     """The same alone, in any order, among images of any size; another one in another epoch, view or seed."""

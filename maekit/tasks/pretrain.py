@@ -50,7 +50,7 @@ from maekit.runtime import (
     seed_everything,
     start_accelerator,
 )
-from maekit.terminal import counting, make_console, make_progress, make_table, print_settings
+from maekit.terminal import counting, make_console, make_progress, print_settings
 from maekit.training.checkpoint import latest
 from maekit.training.metrics import MetricsLog
 from maekit.training.monitor import PANEL_IMAGES, heldout_masks, reconstruct, statistics_note
@@ -272,8 +272,8 @@ def describe(job: Job, peak_reason: str) -> dict[str, str]:
         "model": f"{config.model}, encoder {millions[0]:.2f} M, decoder {millions[1]:.2f} M parameters",
         "masking": f"{config.mask}: {hidden} of {model.num_patches} patches of {config.patch_size} px are hidden",
         "target": config.target,
-        "batch": f"{config.batch_size} = {config.batch_size // world // config.accum} images x {world} processes x "
-        f"{config.accum} accumulation",
+        "batch": f"{config.batch_size} = {config.batch_size // world // config.accum} images x {world} "
+        f"process{'es' if world > 1 else ''} x {config.accum} accumulation step{'s' if config.accum > 1 else ''}",
         "learning rate": f"{peak_reason}, {job.warmup_steps:,} steps of warm-up, then a cosine to {config.min_lr:g}",
         "length": f"{total:,} steps = {total / per_epoch:.4g} epochs x {per_epoch:,} steps",
     }
@@ -312,19 +312,18 @@ def finish(job: Job, first_step: int, seconds: float) -> None:
     heldout, out = job.heldout, job.out
     assert heldout is not None
     images = (job.position.step - first_step) * job.config.batch_size
-    rows = [
-        ["images seen", f"{images:,} in {seconds:,.0f} s, evaluation and saving included"],
-        ["held-out loss", f"{heldout.loss:.4f}; a predictor that learns nothing: {min(heldout.trivial):.4f}"],
-        ["skill", f"{heldout.skill:.3f} (0: no better than that, 1: perfect)"],
-        ["weights", str(out / WEIGHTS_FILE)],
-        ["pictures", f"{out / 'panels'}, {out / 'curves.png'}"],
-    ]
-    job.console.print(make_table("done", ["", ""], rows))
-    job.console.print(
-        "next:\n"
-        f"  maekit probe {out} --data {job.config.data}\n"
-        f"  maekit reconstruct {out} --image photo.jpg --out panel.png"
-    )
+    trivial = min(heldout.trivial)
+    done = {
+        "images seen": f"{images:,} in {seconds:,.0f} s, evaluation and saving included",
+        "held-out loss": f"{heldout.loss:.4f}; a predictor that learns nothing: {trivial:.4f}",
+        "skill": f"{heldout.skill:.3f} (0: no better than that, 1: perfect)",
+        "weights": str(out / WEIGHTS_FILE),
+        "pictures": f"{out / 'panels'}, {out / 'curves.png'}",
+        "next": f"maekit reconstruct {out} --image photo.jpg --out panel.png",
+    }
+    if job.part.labels is not None:
+        done["and"] = f"maekit probe {out} --data {job.config.data}"
+    print_settings(job.console, "done", done)
 
 
 def resume(folder: str, changes: ResumeConfig) -> int:
