@@ -26,9 +26,8 @@ def main(words: Sequence[str]) -> int:
         return code
     probe.main([str(out)], ProbeConfig(data="photos"))
     panel = max((out / "panels").iterdir())
-    print(
-        f"\nreconstruction panel: {panel}\nthe run's folder:     {out}\nyour own images next: maekit pretrain folder --help"
-    )
+    print(f"\nreconstruction panel: {panel}\nthe run's folder:     {out}")
+    print("your own images next: maekit pretrain folder --help")
     return 0
 
 

@@ -105,8 +105,8 @@ def choose_compile(requested: str, device: torch.device) -> Choice[bool]:
     return Choice(True, "as asked for" if requested == "on" else "CUDA")
 
 
-def start_accelerator(device: torch.device, precision: str, trackers: tuple[str, ...], out: Path) -> Accelerator:
-    """Accelerate's handle on processes and mixed precision, and the trackers that were asked for.
+def start_accelerator(device: torch.device, trackers: tuple[str, ...], out: Path) -> Accelerator:
+    """Accelerate's handle on processes, and the trackers that were asked for.
 
     Raises:
         UserError: a tracker whose package is not installed.
@@ -115,9 +115,9 @@ def start_accelerator(device: torch.device, precision: str, trackers: tuple[str,
     from accelerate.utils import DistributedDataParallelKwargs
 
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             cpu=device.type == "cpu",
-            mixed_precision="bf16" if precision == "bf16" else "no",
+            mixed_precision="no",  # the tasks say themselves where autocast begins and ends
             log_with=list(trackers) or None,
             project_dir=str(out),
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
@@ -126,6 +126,10 @@ def start_accelerator(device: torch.device, precision: str, trackers: tuple[str,
         if trackers:
             raise UserError(f"--trackers {' '.join(trackers)}: {error}") from None
         raise
+    ready = {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
+    if missing := [name for name in trackers if name not in ready]:  # Accelerate drops them without a word
+        raise UserError(f"--trackers {' '.join(missing)}: not installed; pip install {' '.join(missing)}")
+    return accelerator
 
 
 def check_processes(expected: int | None, actual: int) -> None:

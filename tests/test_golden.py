@@ -1,4 +1,4 @@
-"""The golden loss: 20 steps on bundled images, one thread, float32. A change that should not alter numbers must keep it.
+"""The golden loss: 20 steps on bundled images, one thread, float32. What should not alter numbers keeps it.
 
 Numbers that change on purpose are stored anew by running this file: python tests/test_golden.py
 """

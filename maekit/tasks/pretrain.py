@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from rich.console import Console
 
 from maekit.config import PretrainConfig, ResumeConfig, UserError
@@ -176,26 +177,8 @@ def main(config: PretrainConfig, resume_from: Path | None = None) -> int:
 
 def prepare(config: PretrainConfig, resume_from: Path | None, console: Console) -> Job:
     """Check the config, open the data, build the model, print what was chosen, and start the run's folder."""
-    problems = config.problems() + model_problems(config)
-    if problems:
-        raise UserError(*problems)
-    out = Path(config.out or f"runs/{config.recipe}")
-    if resume_from is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(
-            f"--out {out}: is not empty: maekit resume {out} continues the run in it; else name another folder"
-        )
-    device = choose_device(config.device)
-    choices: dict[str, Choice[Any]] = {
-        "device": device,
-        "precision": choose_precision(config.precision, device.value),
-        "compile": choose_compile(config.compile, device.value),
-        "workers": choose_workers(config.workers, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
-    }
-    choices["attention"] = choose_attention(device.value, choices["precision"].value)
-    accelerator = start_accelerator(device.value, choices["precision"].value, config.trackers, out)
-    check_processes(config.processes, accelerator.num_processes)
-    check_batch(config, accelerator.num_processes)
-
+    out = check(config, resume_from)
+    choices, accelerator = open_machine(config, out)
     source = open_source(
         config.data, in_chans=config.in_chans, image_column=config.image_column, label_column=config.label_column
     )
@@ -213,19 +196,10 @@ def prepare(config: PretrainConfig, resume_from: Path | None, console: Console) 
     seed_everything(config.seed)
     model = MaskedAutoencoder(config, config.mean, config.std).to(accelerator.device)
     use_fused_attention(model, choices["attention"].value)
-    # Choices that touch the numbers are fixed from here on: a resume must not choose anew.
-    config = dataclasses.replace(
-        config,
-        **{f.name: getattr(model.config, f.name) for f in dataclasses.fields(model.config)},
-        data=os.path.abspath(os.path.expanduser(config.data)) if os.path.exists(config.data) else config.data,
-        out=str(out),
-        precision=choices["precision"].value,
-        in_memory="yes" if choices["in memory"].value else "no",
-    )
+    config = settled(config, model, out, choices)
     peak_lr, peak_reason = peak_learning_rate(config)
-    per_epoch = order.steps_per_epoch
-    total = duration_steps(config.epochs, config.steps, per_epoch)
-    warmup = duration_steps(config.warmup_epochs, config.warmup_steps, per_epoch) if has_warmup(config) else 0
+    total = duration_steps(config.epochs, config.steps, order.steps_per_epoch)
+    warmup = duration_steps(config.warmup_epochs, config.warmup_steps, order.steps_per_epoch)
     job = Job(
         config=config, out=out, console=console, accelerator=accelerator, data_name=source.name, part=part, pool=pool,
         train_ids=train_ids, heldout_ids=heldout_ids, order=order, model=model,
@@ -246,18 +220,53 @@ def prepare(config: PretrainConfig, resume_from: Path | None, console: Console) 
     return job
 
 
-def has_warmup(config: PretrainConfig) -> bool:
-    """Whether a warm-up is set in either unit."""
-    return config.warmup_epochs is not None or config.warmup_steps is not None
+def check(config: PretrainConfig, resume_from: Path | None) -> Path:
+    """Refuse whatever is wrong with the config or the output folder, all at once; returns the folder."""
+    problems = config.problems() + model_problems(config)
+    out = Path(config.out or f"runs/{config.recipe}")
+    if resume_from is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        problems.append(
+            f"--out {out}: is not empty: maekit resume {out} continues the run in it; else name another one"
+        )
+    if problems:
+        raise UserError(*problems)
+    return out
 
 
-def check_batch(config: PretrainConfig, world: int) -> None:
-    """The global batch must split evenly over processes and accumulation steps."""
+def open_machine(config: PretrainConfig, out: Path) -> tuple[dict[str, Choice[Any]], Accelerator]:
+    """Device, precision, kernels and processes, each chosen with its reason."""
+    device = choose_device(config.device)
+    precision = choose_precision(config.precision, device.value)
+    choices: dict[str, Choice[Any]] = {
+        "device": device,
+        "precision": precision,
+        "attention": choose_attention(device.value, precision.value),
+        "compile": choose_compile(config.compile, device.value),
+        "workers": choose_workers(config.workers, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
+    }
+    accelerator = start_accelerator(device.value, config.trackers, out)
+    world = accelerator.num_processes
+    check_processes(config.processes, world)
     if config.batch_size % (world * config.accum):
         raise UserError(
             f"--batch-size {config.batch_size} is not divisible by {world} processes x --accum {config.accum}: it "
             "counts the images of one optimiser step over all of them"
         )
+    return choices, accelerator
+
+
+def settled(
+    config: PretrainConfig, model: MaskedAutoencoder, out: Path, choices: dict[str, Choice[Any]]
+) -> PretrainConfig:
+    """The config with every choice that touches the numbers fixed, since a resume must not choose anew."""
+    return dataclasses.replace(
+        config,
+        **{f.name: getattr(model.config, f.name) for f in dataclasses.fields(model.config)},
+        data=os.path.abspath(place) if os.path.exists(place := os.path.expanduser(config.data)) else config.data,
+        out=str(out),
+        precision=choices["precision"].value,
+        in_memory="yes" if choices["in memory"].value else "no",
+    )
 
 
 def describe(job: Job, peak_reason: str) -> dict[str, str]:

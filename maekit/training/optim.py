@@ -32,9 +32,9 @@ def peak_learning_rate(config: PretrainConfig) -> tuple[float, str]:
 def learning_rate(step: int, total: int, warmup: int, peak: float, lowest: float, start: int = 0) -> float:
     """The learning rate of a step (0-based): linear from 0 over the warm-up, then half a cosine down to `lowest`.
 
-    start: where the cosine begins anew after a run was lengthened; 0 for a run with one schedule.
+    start: where the cosine begins anew after a run was lengthened; a warm-up that is not over goes on first.
     """
-    if start == 0 and step < warmup:
+    if step < warmup:
         return peak * step / warmup
     begin = max(start, warmup)
     done = min(1.0, (step - begin) / max(1, total - begin))
@@ -48,8 +48,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def duration_steps(epochs: float | None, steps: int | None, steps_per_epoch: int) -> int:
-    """A duration given in one of two units, in optimiser steps (at least one where it is not zero)."""
+    """A duration given in one of two units, in optimiser steps (at least one where it is not zero; zero for none)."""
     if steps is not None:
         return steps
-    assert epochs is not None
+    if epochs is None:
+        return 0
     return max(1, round(epochs * steps_per_epoch)) if epochs > 0 else 0

@@ -37,7 +37,7 @@ def knn_accuracy(
     hits = 0
     for part, labels in zip(test.split(1024), test_labels_S.split(1024), strict=True):
         similarity, nearest = (part @ train.T).topk(neighbours, dim=1)
-        votes = torch.zeros(len(part), classes, device=part.device)
+        votes = torch.zeros(len(part), classes, device=part.device, dtype=part.dtype)
         votes.scatter_add_(1, train_labels_S[nearest], (similarity / temperature).exp())
         hits += int((votes.argmax(dim=1) == labels).sum())
     return hits / len(test)

@@ -200,7 +200,7 @@ def restore(job: Job, path: Path) -> None:
     if job.position.total_steps != position.total_steps:
         job.console.print(
             f"the run's length changes from {position.total_steps:,} to {job.position.total_steps:,} steps: the cosine "
-            f"starts again at its peak from step {position.step:,}"
+            f"starts again at its peak from step {max(position.step, job.warmup_steps):,}"
         )
         position.total_steps, position.schedule_start = job.position.total_steps, position.step
     job.position = position
