@@ -38,17 +38,17 @@ def test_photos() -> None:
     source = open_source("photos")
     assert source.test is not None
     classes = len(photos.PHOTOS)
-    assert (len(source.train), len(source.test)) == (512 * classes, 64 * classes)
+    assert (len(source.train), len(source.test)) == (384 * classes, 64 * classes)
     assert source.train.class_names == list(photos.PHOTOS)
     assert source.train.labels is not None
-    assert np.bincount(source.train.labels).tolist() == [512] * classes
+    assert np.bincount(source.train.labels).tolist() == [384] * classes
     assert source.train.read(0).shape == (32, 32, 3)
     again = open_source("photos")
     assert (again.train.fingerprint, source.name) == (source.train.fingerprint, "photos")
     # the first training crop of the second photograph is what its corner says
     photo = photos._load("skimage/brick.png")
     row, column = photos.crop_corners(1, "train", *photo.shape[:2])[0]
-    np.testing.assert_array_equal(source.train.read(512), photo[row : row + 32, column : column + 32])
+    np.testing.assert_array_equal(source.train.read(384), photo[row : row + 32, column : column + 32])
     assert "--in-chans 5" in problem("photos", in_chans=5)
 
 

@@ -22,7 +22,7 @@ from maekit.rng import Purpose, random_bits
 
 CROP = 32
 """Side of a crop in pixels."""
-TRAIN_CROPS = 512
+TRAIN_CROPS = 384
 """Training crops of each photograph."""
 TEST_CROPS = 64
 """Test crops of each photograph."""
@@ -56,7 +56,7 @@ PHOTOS = {
 
 
 def open_photos(in_chans: int) -> Source:
-    """The crops as a source: 512 for training and 64 for testing per photograph, ordered by class.
+    """The crops as a source: 384 for training and 64 for testing per photograph, ordered by class.
 
     Raises:
         UserError: scikit-image is not installed, or does not ship one of the files.

@@ -2,8 +2,9 @@
 
 Command: maekit pretrain photos --out runs/photos
 Cost: about a minute on 2 CPU cores.
-Expected: see RESULTS.md (make demo prints its own table).
-Source: the paper's recipe (table 8) with a small model; length chosen to fit the demo's two minutes.
+Expected: linear probe about 85 % on the test crops, random weights 67 %, raw pixels 40 % (RESULTS.md).
+Source: the paper's recipe (table 8); a small model with a light decoder, small batches and a high blr, so that a minute
+holds 658 updates (searched at equal time on held-out crops, LOG.md).
 """
 
 from maekit.config import PretrainConfig
@@ -14,17 +15,17 @@ CONFIG = PretrainConfig(
     model="vit_tiny_patch16_224",
     img_size=(32,),
     patch_size=4,
-    embed_dim=128,
+    embed_dim=96,
     depth=4,
-    num_heads=4,
+    num_heads=3,
     decoder_dim=64,
     decoder_depth=1,
     decoder_heads=4,
     mask_ratio=0.75,
     target="norm-pixels",
     crop_scale=(0.2, 1.0),
-    epochs=5,
-    warmup_epochs=0.5,
+    epochs=7,
+    warmup_epochs=0.7,
     batch_size=64,
     blr=4e-3,
     probe_every=0,

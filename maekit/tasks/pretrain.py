@@ -259,10 +259,11 @@ def settled(
     config: PretrainConfig, model: MaskedAutoencoder, out: Path, choices: dict[str, Choice[Any]]
 ) -> PretrainConfig:
     """The config with every choice that touches the numbers fixed, since a resume must not choose anew."""
+    place = os.path.expanduser(config.data)
     return dataclasses.replace(
         config,
         **{f.name: getattr(model.config, f.name) for f in dataclasses.fields(model.config)},
-        data=os.path.abspath(place) if os.path.exists(place := os.path.expanduser(config.data)) else config.data,
+        data=os.path.abspath(place) if os.path.exists(place) else config.data,
         out=str(out),
         precision=choices["precision"].value,
         in_memory="yes" if choices["in memory"].value else "no",
