@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,8 +17,9 @@ from maekit.runtime import Choice
 
 
 def make_console() -> Console:
-    """A console that speaks for the first process and is silent in the others."""
-    return Console(quiet=int(os.environ.get("RANK", "0")) != 0, highlight=False, soft_wrap=True)
+    """A console that speaks for the first process and is silent in the others; a log file is 120 characters wide."""
+    quiet = int(os.environ.get("RANK", "0")) != 0
+    return Console(quiet=quiet, highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 def make_progress(console: Console, *columns: str) -> Progress:

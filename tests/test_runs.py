@@ -128,7 +128,9 @@ def test_a_longer_run_restarts_the_cosine(run: Path, tmp_path: Path, capsys: pyt
     rates = {line["step"]: line["lr"] for line in metrics(out) if line["kind"] == "step"}
     assert rates[25] == pytest.approx(0.001)  # blr 4e-3 x 64 / 256
     assert rates[30] < rates[25]
-    assert cli.main(["resume", str(out), "--steps", "9", "--epochs", "2"]) == 2
+    for flags, code in ((["--steps", "9", "--epochs", "2"], 2), (["--steps", "9"], 2), ([], 0)):
+        assert cli.main(["resume", str(out), *flags]) == code
+    assert "the run is finished" in capsys.readouterr().out
 
 
 def test_another_folder_of_data_is_refused_on_resume(run: Path, tmp_path: Path) -> None:

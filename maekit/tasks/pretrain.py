@@ -88,6 +88,11 @@ def main(config: PretrainConfig, resume_from: Path | None = None) -> int:
     """
     job = prepare(config, resume_from, make_console())
     config, model, position, accelerator = job.config, job.model, job.position, job.accelerator
+    if position.step == position.total_steps:
+        job.console.print(
+            f"the run is finished; --epochs or --steps makes it longer: maekit resume {job.out} --epochs N"
+        )
+        return 0
     step_model = accelerator.prepare_model(model, evaluation_mode=accelerator.num_processes == 1)
     forward = compile_or_eager(step_model, job.console.print) if job.choices["compile"].value else step_model.__call__
     bf16 = job.choices["precision"].value == "bf16"

@@ -54,21 +54,20 @@ def heldout_masks(model: MaskedAutoencoder, sample_ids: npt.NDArray[np.int64]) -
 def heldout_sums(
     model: MaskedAutoencoder, pool: Pool, ids: npt.NDArray[np.int64], batch_size: int, *, with_trivial: bool
 ) -> Tensor:
-    """[loss x images, trivial 1 x images, trivial 2 x images, images] over this process's held-out ids, float64.
+    """[loss x images, trivial 1 x images, trivial 2 x images, images] over this process's held-out ids.
 
-    Sums add up over processes, so the division is the caller's.
+    float64 on the CPU. Sums add up over processes, so the division is the caller's.
     """
-    sums = torch.zeros(4, dtype=torch.float64, device=model.mean.device)
+    sums = torch.zeros(4, dtype=torch.float64)
     for batch in pool.eval_batches(ids, batch_size):
         images = model.normalize(batch.images)
         keep, masked = heldout_masks(model, batch.sample_ids)
         count = len(images)
-        sums[0] += model(images, keep, ids_masked=masked).loss.double() * count
+        sums[0] += float(model(images, keep, ids_masked=masked).loss) * count
         if with_trivial:
             patches = patchify(images, model.patch_size)
-            sums[1:3] += (
-                trivial_losses(patches, keep, masked, model.config.target, model.grid_hw, model.patch_size) * count
-            )
+            trivial = trivial_losses(patches, keep, masked, model.config.target, model.grid_hw, model.patch_size)
+            sums[1:3] += trivial.cpu().double() * count
         sums[3] += count
     return sums
 
@@ -88,7 +87,7 @@ def training_trivial(model: MaskedAutoencoder, batches: Iterator[Batch], seed: i
             model.grid_hw,
             model.patch_size,
         )
-        sums += losses.double().cpu() * len(images)
+        sums += losses.cpu().double() * len(images)
         count += len(images)
     return float(sums.min()) / count
 

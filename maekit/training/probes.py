@@ -55,7 +55,7 @@ def ridge_accuracy(train_SD: Tensor, train_labels_S: Tensor, test_SD: Tensor, te
 
 def rankme(features_SD: Tensor) -> float:
     """Effective number of dimensions: exp of the entropy of the normalised singular values (arXiv 2210.02885)."""
-    values = torch.linalg.svdvals(features_SD.double())
+    values = torch.linalg.svdvals(features_SD.cpu().double())
     share = values / values.sum() + 1e-7
     return float((-(share * share.log()).sum()).exp())
 

@@ -107,7 +107,9 @@ def evaluate(job: Job, with_trivial: bool = False) -> None:
     job.model.eval()
     sums = heldout_sums(job.model, job.pool, job.heldout_ids[rank::world], EVAL_BATCH, with_trivial=with_trivial)
     job.model.train()
-    loss, constant, fill, count = job.accelerator.reduce(sums, "sum").tolist()
+    if world > 1:
+        sums = job.accelerator.reduce(sums.to(job.accelerator.device), "sum")
+    loss, constant, fill, count = sums.tolist()
     if with_trivial:
         job.position.heldout_trivial = (constant / count, fill / count)
     job.heldout = Heldout(loss / count, job.position.heldout_trivial)
@@ -197,6 +199,8 @@ def restore(job: Job, path: Path) -> None:
     if unknown and job.config.drop_path > 0:
         job.console.print(f"no saved generator state for {', '.join(unknown)}: --drop-path draws anew there")
     job.rng = saved.rng
+    if job.position.total_steps < position.step:
+        raise UserError(f"the run is at step {position.step:,}, beyond the new end at {job.position.total_steps:,}")
     if job.position.total_steps != position.total_steps:
         job.console.print(
             f"the run's length changes from {position.total_steps:,} to {job.position.total_steps:,} steps: the cosine "
