@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from maekit.config import (
+    DemoConfig,
     PretrainConfig,
     ProbeConfig,
     ReconstructConfig,
@@ -191,9 +192,10 @@ def print_recipes(only: list[str] | None = None) -> None:
 
 def demo(words: list[str]) -> int:
     """maekit demo"""
+    asked = parse(DemoConfig, "maekit demo", words)
     from maekit import demo as job
 
-    return job.main(words)
+    return job.main(asked)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

@@ -6,17 +6,14 @@ It runs the same tasks that the commands run, one after the other.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 from maekit import recipes
-from maekit.cli import parse
 from maekit.config import DemoConfig, ProbeConfig
 
 
-def main(words: Sequence[str]) -> int:
-    """Pretrain, probe, and say where the pictures are."""
-    asked = parse(DemoConfig, "maekit demo", words)
+def main(asked: DemoConfig) -> int:
+    """Pretrain, probe, and say where the pictures are; returns the exit code."""
     out = fresh_folder(Path(asked.out))
     from maekit.tasks import pretrain, probe
 
