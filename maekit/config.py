@@ -287,8 +287,8 @@ class ReconstructConfig:
     """One or more image files."""
     out: str = "panel.png"
     """PNG to write."""
-    mask: Literal["random", "block", "grid"] = "random"
-    """Which patches are hidden."""
+    mask: Literal["random", "block", "grid"] | None = None
+    """Which patches are hidden. Default: as in the pretraining."""
     mask_ratio: float | None = None
     """Share of hidden patches. Default: the one of the pretraining."""
     seed: int = 0

@@ -44,7 +44,8 @@ def main(source: str, config: ReconstructConfig) -> int:
     model = load(source, device)
     images_BCHW = read_images(config, model).to(device)
     ratio = model.config.mask_ratio if config.mask_ratio is None else config.mask_ratio
-    masks = make_masks(config.mask, model.grid_hw, ratio, range(len(images_BCHW)), seed=config.seed).to(device)
+    kind = config.mask or model.config.mask
+    masks = make_masks(kind, model.grid_hw, ratio, range(len(images_BCHW)), seed=config.seed).to(device)
     shown = reconstruct(model, images_BCHW, masks.ids_keep_BV, masks.ids_masked_BM, config.statistics)
     draw(
         [compose(one.image_HWC, one.ids_masked_M, one.pred_MP, model.patch_size) for one in shown],
