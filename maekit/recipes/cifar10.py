@@ -1,7 +1,7 @@
 """CIFAR-10 with an encoder of 1.8 M parameters (192 wide, 4 blocks), 32 px, patches of 4 px.
 
 Command: maekit pretrain cifar10 --data cifar10 --out runs/c10
-Cost: 100 epochs, about 4 hours on 2 CPU cores without matrix units.
+Cost: 100 epochs, about 5 hours on 2 CPU cores without matrix units.
 Expected: see RESULTS.md.
 Source: the paper's recipe (table 8) with a smaller model, batch 256 and blr 5e-4, which public CIFAR runs of this size
 use (reference: github.com/wsjdsg/Bootstrapped-MAE).
