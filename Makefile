@@ -15,7 +15,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint clean
+.PHONY: help install demo test test-slow test-faults lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -30,6 +30,9 @@ test: $(DEV_READY) ## every test that needs no GPU and no network
 
 test-slow: $(DEV_READY) ## the longer proofs
 	@$(PY) -m pytest -m slow
+
+test-faults: $(DEV_READY) ## kill, stop and damage runs hundreds of times; prints promise, faults tried, losses
+	@$(PY) tests/faults
 
 lint: $(DEV_READY) ## ruff and mypy
 	@$(PY) -m ruff check .

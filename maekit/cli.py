@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from maekit.config import (
+    CheckDataConfig,
     DemoConfig,
     PretrainConfig,
     ProbeConfig,
     ReconstructConfig,
     ResumeConfig,
+    SelftestConfig,
     UserError,
     did_you_mean,
 )
-from maekit.configfile import from_json
+from maekit.configfile import read
 
 Config = TypeVar("Config")
 
@@ -32,6 +34,8 @@ usage: maekit COMMAND ...
   resume RUN                          continue a run exactly where its last checkpoint stands
   probe SRC [SRC ...] --data D        linear probe and k-NN, beside random weights and raw pixels
   reconstruct SRC --image I --out P   draw original | masked | reconstruction | pasted
+  check-data --data D                 read every image: sizes, labels, and which cannot be read and why
+  selftest resume RECIPE              prove here that a stopped run continues bit for bit
 
 SRC   a run's folder, a maekit .safetensors file, or random:MODEL
 D     photos, digits, cifar10, cifar100, a folder of images, a Parquet file or folder, or a text file of paths
@@ -96,7 +100,7 @@ def pretrain(words: list[str]) -> int:
         path = Path(words[0]).expanduser()
         if not path.is_file():
             raise UserError(f"{words[0]}: no such config file")
-        base = from_json(PretrainConfig, path.read_text(), path)
+        base = read(PretrainConfig, path)
         base.out = ""
     else:
         base = recipes.get(words[0])
@@ -153,6 +157,28 @@ def reconstruct(words: list[str]) -> int:
     return task.main(source[0], config)
 
 
+def check_data(words: list[str]) -> int:
+    """maekit check-data --data D"""
+    config = parse(CheckDataConfig, "maekit check-data", words)
+    from maekit.tasks import check_data as task
+
+    return task.main(config)
+
+
+def selftest(words: list[str]) -> int:
+    """maekit selftest resume RECIPE --flags"""
+    usage = "maekit selftest resume RECIPE"
+    asked, rest = positional(words, usage, "what to test", several=True)
+    if asked[:1] not in ([], ["resume"]):
+        raise UserError(f"selftest {asked[0]}: choose from resume: {usage}")
+    if len(asked) != 2 and not {"-h", "--help"} & set(rest):
+        raise UserError(f"one recipe at a time: {usage}")
+    config = parse(SelftestConfig, usage, rest)
+    from maekit.tasks import selftest as task
+
+    return task.main(asked[1], config)
+
+
 def positional(words: list[str], usage: str, what: str, several: bool = False) -> tuple[list[str], list[str]]:
     """The leading words that are no flags, and the rest; `--help` needs none."""
     count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
@@ -205,6 +231,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "resume": resume,
     "probe": probe,
     "reconstruct": reconstruct,
+    "check-data": check_data,
+    "selftest": selftest,
 }
 
 

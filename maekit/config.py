@@ -150,6 +150,9 @@ class PretrainConfig(ModelConfig, DataConfig):
     """AdamW's two decay rates."""
     clip_grad: float | None = None
     """Clip the gradient to this norm. The paper does not clip."""
+    max_bad_steps: int = 5
+    """A step with a non-finite loss or gradient is skipped. After so many in a row the run goes back to a checkpoint
+    and halves the learning rate; the next time it stops."""
 
     # ---- machine ----
     seed: int = 0
@@ -180,6 +183,8 @@ class PretrainConfig(ModelConfig, DataConfig):
     """Epochs between two checkpoints."""
     save_minutes: float = 10.0
     """A checkpoint is written at least this often, in minutes."""
+    max_unsaved_minutes: float = 60.0
+    """Where checkpoints fail (a full disk), training goes on and tries again; after so many minutes it stops."""
     keep: int = 2
     """Checkpoints that are kept."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
@@ -190,8 +195,9 @@ class PretrainConfig(ModelConfig, DataConfig):
         found = [
             f"--{flag(name)} {value:g}: must be above 0"
             for name in ("epochs", "steps", "batch_size", "accum", "log_every", "eval_every", "save_every", "keep",
-                         "save_minutes", "decoder_dim", "decoder_heads", "in_chans", "patch_size", "embed_dim",
-                         "depth", "num_heads", "mlp_ratio", "blr", "lr", "clip_grad", "resize_to", "processes")
+                         "save_minutes", "max_unsaved_minutes", "max_bad_steps", "decoder_dim", "decoder_heads",
+                         "in_chans", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "blr", "lr",
+                         "clip_grad", "resize_to", "processes")
             if (value := getattr(self, name)) is not None and not value > 0
         ]  # fmt: skip
         found += [
@@ -328,6 +334,48 @@ class ResumeConfig:
     """Also log there, through Accelerate."""
     processes: int | None = None
     """The number of processes that you mean to run on; another number is an error."""
+
+
+@dataclass(kw_only=True)
+class CheckDataConfig:
+    """Read every image without training: counts, sizes, labels, and the files that cannot be read with the reasons."""
+
+    data: str
+    """What to read: a known name, a folder, a Parquet file or folder, or a text file of paths."""
+    in_chans: int = 3
+    """Channels of the model to come. With 3, grayscale images are replicated."""
+    image_column: str | None = None
+    """Parquet: the column with the images."""
+    label_column: str | None = None
+    """Parquet: the column with the labels."""
+    workers: int | None = None
+    """Processes that decode images. Default: chosen from the cores. 0: the main process."""
+    out: str | None = None
+    """JSON file for the report with all that was counted and every bad file. Default: none is written."""
+
+
+@dataclass(kw_only=True)
+class SelftestConfig:
+    """Prove on this machine that a stopped run continues exactly: stop, resume, and compare every bit."""
+
+    data: str = ""
+    """What to train on. Default: the recipe's."""
+    steps: int = 24
+    """Optimiser steps of each run. A very small model needs more, for the signal to come in time."""
+    stops: int = 3
+    """How many runs are stopped and resumed, at evenly spaced steps."""
+    batch_size: int | None = None
+    """Images per optimiser step. Default: the recipe's."""
+    accum: int | None = None
+    """Gradient accumulation. Default: the recipe's."""
+    workers: int | None = None
+    """Processes that decode images. Default: chosen from the cores."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the matrix products."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps. Bit-equality is promised on a CPU."""
+    out: str | None = None
+    """Folder in which the runs stay. Default: a temporary one, removed at the end."""
 
 
 def flag(field_name: str) -> str:

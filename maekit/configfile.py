@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import reprlib
+import stat
 import types
 import typing
 from pathlib import Path
@@ -12,6 +14,16 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 from maekit.config import UserError, did_you_mean
 
 Config = TypeVar("Config")
+
+MAX_BYTES = 16 << 20
+"""A larger text is refused; real configs hold kilobytes."""
+MAX_TEXT = 8192
+"""Characters in one string: more than the longest path has."""
+_SHOWN = 8
+"""Unknown fields that are named; looking for similar names takes time."""
+
+_short = reprlib.Repr()
+_short.maxother = _short.maxstring = _short.maxlong = 80
 
 
 def to_json(config: Any) -> str:
@@ -25,11 +37,33 @@ def from_json(kind: type[Config], text: str, source: str | Path) -> Config:
     Raises:
         UserError: not JSON, an unknown field, or a value of another type; all of them at once.
     """
+    if len(text) > MAX_BYTES:
+        raise UserError(f"{source}: {len(text)} characters of JSON; at most {MAX_BYTES} are read")
     try:
         values = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise UserError(f"{source}: not a config (nested too deeply)") from None
+    except ValueError as error:
         raise UserError(f"{source}: not JSON ({error})") from None
     return from_values(kind, values, source)
+
+
+def read(kind: type[Config], path: Path) -> Config:
+    """A config from a file, which may come from anywhere: a pipe is never opened, and the size is bounded.
+
+    Raises:
+        UserError: no such file, not a plain one, not UTF-8, or whatever `from_json` refuses.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError(f"{path}: not a plain file")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        return from_json(kind, data.decode(), path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not JSON (not UTF-8)") from None
 
 
 def from_values(kind: type[Config], values: Any, source: str | Path) -> Config:
@@ -37,7 +71,13 @@ def from_values(kind: type[Config], values: Any, source: str | Path) -> Config:
     if not isinstance(values, dict):
         raise UserError(f"{source}: expected a JSON object, found {type(values).__name__}")
     hints = typing.get_type_hints(kind)
-    found = [f"{source}: unknown field {name!r}; {did_you_mean(name, hints)}" for name in values if name not in hints]
+    unknown = [name for name in values if name not in hints]
+    found = [
+        f"{source}: unknown field {_short.repr(name)}; {did_you_mean(str(name)[:80], hints)}"
+        for name in unknown[:_SHOWN]
+    ]
+    if len(unknown) > _SHOWN:
+        found.append(f"{source}: and {len(unknown) - _SHOWN} more unknown fields")
     fields: dict[str, Any] = {}
     for name, value in values.items():
         if name not in hints:
@@ -50,7 +90,9 @@ def from_values(kind: type[Config], values: Any, source: str | Path) -> Config:
         except UserError as error:
             found += error.problems
         except TypeError:
-            found.append(f"{source}: field {name!r} is {value!r}, expected {_readable(hints[name])}")
+            found.append(f"{source}: field {name!r} is {_short.repr(value)}, expected {_readable(hints[name])}")
+        except OverflowError:
+            found.append(f"{source}: field {name!r} is {_short.repr(value)}, beyond what 64 bits hold")
     for item in dataclasses.fields(kind):  # type: ignore[arg-type]
         has_default = item.default is not dataclasses.MISSING or item.default_factory is not dataclasses.MISSING
         if item.name not in values and not has_default:
@@ -61,7 +103,7 @@ def from_values(kind: type[Config], values: Any, source: str | Path) -> Config:
 
 
 def _checked(value: Any, hint: Any) -> Any:
-    """The value as the hint's type; raises TypeError where it is of another."""
+    """The value as the hint's type; TypeError where it is of another, OverflowError where it is a number beyond it."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (types.UnionType, typing.Union):
         for argument in arguments:
@@ -87,9 +129,13 @@ def _checked(value: Any, hint: Any) -> Any:
             raise TypeError
         return {_checked(key, arguments[0]): _checked(item, arguments[1]) for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(value)  # OverflowError beyond 1e308
     if type(value) is not hint and not (hint is types.NoneType and value is None):
         raise TypeError
+    if isinstance(value, str) and len(value) > MAX_TEXT:
+        raise TypeError
+    if isinstance(value, int) and abs(value) >> 63:  # longer ones cannot even be formatted as floats
+        raise OverflowError
     return value
 
 

@@ -46,6 +46,13 @@ def counting(console: Console, description: str) -> Iterator[Callable[[int, int]
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
+def short_time(seconds: float) -> str:
+    """A duration as a person says it: 40 s, 12 min, 3.4 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
 def print_settings(console: Console, title: str, settings: Mapping[str, str | Choice[Any]]) -> None:
     """Settings, one a line; automatic choices with their reasons."""
     console.print(f"[bold]{title}[/bold]")

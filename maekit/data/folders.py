@@ -12,7 +12,7 @@ import numpy as np
 
 from maekit.config import UserError
 from maekit.data.images import IMAGE_SUFFIXES
-from maekit.data.parts import SPLITS, FilePart, Source, evenly_spaced, printable
+from maekit.data.parts import SPLITS, FilePart, Source, evenly_spaced, is_folder, printable
 
 _SUFFIXES = frozenset(suffix.encode() for suffix in IMAGE_SUFFIXES)
 _SKIPPED = (b"lost+found",)  # on every ext4 disk, readable by root only
@@ -42,7 +42,7 @@ def walk(root: bytes) -> Iterator[tuple[bytes, bool]]:
                     name = entry.name
                     if name.startswith(b".") or name in _SKIPPED:
                         continue
-                    if entry.is_dir():
+                    if is_folder(entry):
                         pending.append((prefix + name + b"/", (*above, here)))
                     else:
                         yield prefix + name, name[name.rfind(b".") :].lower() in _SUFFIXES
@@ -97,7 +97,7 @@ def open_folder(root: bytes, spec: str, name: str, in_chans: int) -> Source:
 def _subfolders(folder: bytes) -> list[bytes]:
     try:
         with os.scandir(folder) as entries:
-            return sorted(e.name for e in entries if e.is_dir() and e.name[:1] != b"." and e.name not in _SKIPPED)
+            return sorted(e.name for e in entries if is_folder(e) and e.name[:1] != b"." and e.name not in _SKIPPED)
     except OSError as error:
         raise UserError(f"--data: cannot read the folder {printable(folder)} ({error.strerror})") from None
 

@@ -6,13 +6,11 @@ Both ways see the same samples with the same crops: the order, the crops and the
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 import os
-import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -24,7 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 from maekit.config import PretrainConfig, UserError
 from maekit.data.images import BadImage
 from maekit.data.parts import Part
+from maekit.data.quarantine import Quarantine as Quarantine
 from maekit.data.transforms import apply_to_batch, apply_to_image, centre_crops, random_crops
+from maekit.data.workers import WorkerStart
 from maekit.rng import Purpose, random_bits, shuffled
 from maekit.runtime import Choice
 
@@ -37,7 +37,7 @@ MIN_HELDOUT = 8
 MEMORY_BUDGET = 2 * 1024**3
 """Bytes of uint8 pixels that are kept on the device: all of CIFAR or 60,000 tiles of 105 px."""
 _REPLACEMENTS = 100
-"""How many following images are tried in the place of one that cannot be read."""
+"""How many following images are tried at least in the place of one that cannot be read."""
 
 
 class Batch(NamedTuple):
@@ -64,6 +64,14 @@ def split_heldout(num: int, share: float) -> tuple[Ids, Ids]:
     ids = np.arange(num, dtype=np.int64)
     chosen = lowest_hash(ids, held, Purpose.HELDOUT_SPLIT)
     return np.setdiff1d(ids, chosen, assume_unique=True), chosen
+
+
+def _sides(num: int, config: PretrainConfig) -> npt.NDArray[np.bool_]:
+    """[N] True for held-out samples: the stand-in of an unreadable one must not cross over to training, or back."""
+    heldout_N = np.zeros(num, np.bool_)
+    with contextlib.suppress(UserError):  # too few to hold any out: then all are on one side
+        heldout_N[split_heldout(num, config.heldout_share)[1]] = True
+    return heldout_N
 
 
 def lowest_hash(ids: Ids, count: int, purpose: Purpose) -> Ids:
@@ -99,49 +107,6 @@ class SampleOrder:
             epoch, ids = self.step_ids(step)
             for part in ids.reshape(accum, world, -1)[:, rank]:
                 yield epoch, part
-
-
-class Quarantine:
-    """Files that could not be read, listed once each in quarantine.jsonl; stops the run above a stated share."""
-
-    def __init__(self, path: Path, part: Part, max_share: float) -> None:
-        self.path, self.part, self.max_share = path, part, max_share
-        self._known = self._read()
-
-    def add(self, bad: Iterable[tuple[int, str]]) -> list[str]:
-        """Record (sample id, reason) pairs; returns a line for each that is new.
-
-        Raises:
-            UserError: more than the allowed share of the images cannot be read.
-        """
-        lines = []
-        for sample_id, reason in bad:
-            if sample_id in self._known:
-                continue
-            self._known.add(sample_id)
-            record = {"id": sample_id, "name": self.part.name(sample_id), "reason": reason}
-            with self.path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            lines.append(f"{record['name']}: {reason}")
-        if lines:
-            self._known |= self._read()  # other processes write here too
-            share = len(self._known) / len(self.part)
-            if share > self.max_share:
-                raise UserError(
-                    f"{len(self._known)} of {len(self.part)} images cannot be read ({share:.1%}): more than "
-                    f"--max-bad-share {self.max_share:g}; {self.path} names them with their reasons"
-                )
-        return lines
-
-    def _read(self) -> set[int]:
-        known = set()
-        if self.path.exists():
-            for line in self.path.read_text().splitlines():
-                try:
-                    known.add(int(json.loads(line)["id"]))
-                except (ValueError, KeyError, TypeError):
-                    continue  # a line torn by a crash
-        return known
 
 
 class Pool(Protocol):
@@ -214,7 +179,7 @@ class MemoryPool:
         on_progress: Progress | None = None,
     ) -> None:
         self.config, self.device, self.size_hw = config, device, size_hw
-        pixels, self.bad = _read_all(part, size_hw, on_progress)
+        pixels, self.bad = _read_all(part, size_hw, _sides(len(part), config), on_progress)
         self.images_NCHW = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(device)
 
     def train_batches(self, shares: Iterable[tuple[int, Ids]]) -> Iterator[Batch]:
@@ -238,18 +203,25 @@ class MemoryPool:
 
 
 def _read_all(
-    part: Part, size_hw: tuple[int, int], on_progress: Progress | None
+    part: Part, size_hw: tuple[int, int], heldout_N: npt.NDArray[np.bool_], on_progress: Progress | None
 ) -> tuple[npt.NDArray[Any], list[tuple[int, str]]]:
-    """All images of a part [N, H, W, C]; an unreadable one is replaced by the next readable one."""
+    """All images of a part [N, H, W, C]; an unreadable one is replaced by the next readable one of its own side."""
     pixels: npt.NDArray[Any] = np.zeros((len(part), *size_hw, part.in_chans), np.uint8)
     bad: dict[int, str] = {}
+    different: list[str] = []
 
     def read(index: int) -> npt.NDArray[Any] | None:
+        if different:  # the others of this chunk need not be decoded, and may be huge
+            return None
         try:
-            return part.read(index)
+            image = part.read(index)
         except BadImage as error:
             bad[index] = str(error)
             return None
+        if image.shape[:2] != size_hw:
+            different.append(f"{part.name(index)} is {image.shape[0]} x {image.shape[1]}, others are not")
+            return None
+        return image
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         chunk = 256
@@ -258,20 +230,26 @@ def _read_all(
             for index, image in zip(indices, threads.map(read, indices), strict=True):
                 if image is None:
                     continue
-                if image.shape != pixels.shape[1:]:
-                    raise _SizesDiffer(f"{part.name(index)} is {image.shape[0]} x {image.shape[1]}, others are not")
                 if image.dtype != pixels.dtype and pixels.dtype == np.uint8:
                     pixels = pixels.astype(np.float32) / 255  # 8-bit so far, and now 16-bit or float data
                 if pixels.dtype == np.float32 and image.dtype == np.uint8:
                     image = image.astype(np.float32) / 255
                 pixels[index] = image
+            if different:
+                raise _SizesDiffer(different[0])
             if on_progress is not None:
                 on_progress(indices.stop, len(part))
     readable = np.setdiff1d(np.arange(len(part)), list(bad))
     if not len(readable):
         raise UserError(f"none of the {len(part)} images can be read; the first: {next(iter(bad.values()), 'none')}")
     for index in bad:
-        pixels[index] = pixels[readable[np.searchsorted(readable, index) % len(readable)]]
+        same = readable[heldout_N[readable] == heldout_N[index]]
+        if not len(same):
+            raise UserError(
+                f"none of the {int((heldout_N == heldout_N[index]).sum())} images can be read that are "
+                f"{'held out' if heldout_N[index] else 'trained on'}; {part.name(index)}: {bad[index]}"
+            )
+        pixels[index] = pixels[same[np.searchsorted(same, index) % len(same)]]
     return pixels, sorted(bad.items())
 
 
@@ -280,9 +258,14 @@ class StreamPool:
 
     def __init__(self, part: Part, config: PretrainConfig, device: torch.device, workers: int) -> None:
         self.part, self.config, self.device, self.workers = part, config, device, workers
+        self.heldout_N = _sides(len(part), config)
+        self.bad: dict[int, str] = {}
 
     def train_batches(self, shares: Iterable[tuple[int, Ids]]) -> Iterator[Batch]:
-        yield from self._batches([(epoch, int(i)) for i in ids] for epoch, ids in shares)
+        told = 0  # what evaluation met is told here too: nobody else listens
+        for batch in self._batches([(epoch, int(i)) for i in ids] for epoch, ids in shares):
+            yield batch._replace(bad=list(self.bad.items())[told:]) if len(self.bad) > told else batch
+            told = len(self.bad)
 
     def eval_batches(self, ids: Ids, batch_size: int) -> Iterator[Batch]:
         starts = range(0, len(ids), batch_size)
@@ -290,19 +273,24 @@ class StreamPool:
 
     def _batches(self, keys: Iterable[list[tuple[int | None, int]]]) -> Iterator[Batch]:
         loader: DataLoader[Any] = DataLoader(
-            _Decoder(self.part, self.config),
+            _Decoder(self.part, self.config, self.heldout_N),
             batch_sampler=_Once(keys),
             num_workers=self.workers,
             collate_fn=_collate,
-            worker_init_fn=_ignore_signals,
+            # its own: a loader draws a seed when it starts, and a resumed run has started more of them
+            generator=torch.Generator(),
+            worker_init_fn=WorkerStart(os.getpid()),
             pin_memory=self.device.type == "cuda",
             prefetch_factor=4 if self.workers else None,
         )
         for images, ids, bad in loader:
             if images is None:  # raised here, since an exception loses its words on the way out of a worker
                 raise UserError(
-                    f"{_REPLACEMENTS} images in a row cannot be read: {self.part.name(bad[-1][0])}: {bad[-1][1]}"
+                    f"{len(bad)} images in a row cannot be read, such as {self.part.name(bad[-1][0])}: {bad[-1][1]} "
+                    f"(--max-bad-share {self.config.max_bad_share:g} of {len(self.part)} images)"
                 )
+            for index, reason in bad:
+                self.bad.setdefault(index, reason)
             yield Batch(images.to(self.device, non_blocking=True), ids.numpy(), bad)
 
 
@@ -322,14 +310,20 @@ Decoded = tuple[Tensor | None, int, list[tuple[int, str]]]
 class _Decoder(Dataset[Decoded]):
     """(epoch or None for evaluation, sample id) -> image [C, H, W], its slot's id, and what could not be read."""
 
-    def __init__(self, part: Part, config: PretrainConfig) -> None:
-        self.part, self.config = part, config
+    def __init__(self, part: Part, config: PretrainConfig, heldout_N: npt.NDArray[np.bool_]) -> None:
+        self.part, self.config, self.heldout_N = part, config, heldout_N
+        # More than the allowed share in a row is too much whatever the others are.
+        self.attempts = max(_REPLACEMENTS, int(config.max_bad_share * len(part)) + 1)
 
     def __getitem__(self, key: tuple[int | None, int]) -> Decoded:
         epoch, slot = key
         bad: list[tuple[int, str]] = []
-        for attempt in range(min(_REPLACEMENTS, len(self.part))):
-            index = (slot + attempt) % len(self.part)
+        for step in range(len(self.part)):
+            index = (slot + step) % len(self.part)
+            if self.heldout_N[index] != self.heldout_N[slot]:
+                continue
+            if len(bad) == self.attempts:
+                return None, slot, bad
             try:
                 image = self.part.read(index)
                 break
@@ -351,22 +345,6 @@ def _collate(samples: list[Decoded]) -> tuple[Tensor | None, Tensor, list[tuple[
         images = [image / 255 if image.dtype == torch.uint8 else image for image in images]
     ids = torch.tensor([slot for _, slot, _ in samples])
     return torch.stack(images), ids, [item for _, _, bad in samples for item in bad]
-
-
-def _ignore_signals(_worker: int) -> None:
-    """Stop signals reach the whole process group; only the main process may act on them, after its last batch."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-def choose_workers(requested: int | None, local_processes: int) -> Choice[int]:
-    """How many processes decode images for each training process."""
-    if requested is not None:
-        return Choice(requested, "as asked for")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = max(1, min(16, cores // local_processes))
-    return Choice(share, f"{cores} cores for {local_processes} process{'es' if local_processes > 1 else ''}")
 
 
 def channel_statistics(pool: Pool, train_ids: Ids, on_progress: Progress | None = None) -> tuple[list[float], ...]:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from maekit.config import UserError, did_you_mean
 from maekit.data.folders import holds_images
 from maekit.data.images import BadImage, decode, probe_size
-from maekit.data.parts import SPLITS, Labels, Source, evenly_spaced, printable
+from maekit.data.parts import SPLITS, Labels, Source, evenly_spaced, is_folder, printable
 from maekit.data.pixels import Pixels
 
 _FILE_SPLITS = {**SPLITS, "valid": "val", "dev": "val"}
@@ -63,10 +63,11 @@ class TablePart:
                 for name in ("bytes", "path")
             }
             encoded += pa.chunked_array([of["bytes"] if fields else column]).cast(pa.large_binary()).chunks
-            paths += pa.chunked_array([of["path"]]).cast(pa.large_string()).chunks
+            # bytes again: a damaged table holds strings that are not UTF-8
+            paths += pa.chunked_array([of["path"]]).cast(pa.large_string()).cast(pa.large_binary()).chunks
         return (
             pa.chunked_array(encoded, pa.large_binary()),
-            pa.chunked_array(paths, pa.large_string()),
+            pa.chunked_array(paths, pa.large_binary()),
             np.array(rows, np.int64),
         )
 
@@ -83,10 +84,14 @@ class TablePart:
         if not relative:
             raise BadImage("no image in this row")
         file = self.files[int(np.searchsorted(first_rows, index, side="right")) - 1]
-        folder = os.path.realpath(os.path.dirname(file))
-        path = os.path.realpath(os.path.join(folder, relative))
-        if os.path.commonpath([folder, path]) != folder:  # a table from elsewhere must not read this machine's files
-            raise BadImage(f"the path {printable(relative)} leaves the Parquet file's folder")
+        try:
+            folder = os.path.realpath(os.path.dirname(file))
+            path = os.path.realpath(os.path.join(folder, os.fsdecode(relative)))
+            inside = os.path.commonpath([folder, path]) == folder
+        except (ValueError, OSError) as error:
+            raise BadImage(f"the path {printable(relative)[:120]} cannot be opened ({error})") from None
+        if not inside:  # a table from elsewhere must not read this machine's files
+            raise BadImage(f"the path {printable(relative)[:120]} leaves the Parquet file's folder")
         return path
 
     def read(self, index: int) -> Pixels:
@@ -109,7 +114,7 @@ class TablePart:
         digest = hashlib.sha256(lengths.tobytes())
         digest.update(b"" if self.labels is None else self.labels.astype("<i8").tobytes())
         for index in evenly_spaced(len(self), _FINGERPRINT_SAMPLES):
-            digest.update(encoded[int(index)].as_py() or (paths[int(index)].as_py() or "").encode())
+            digest.update(encoded[int(index)].as_py() or paths[int(index)].as_py() or b"")
         return digest.hexdigest()
 
 
@@ -122,7 +127,7 @@ def find_files(folder: str, spec: str) -> list[str]:
     Raises:
         UserError: several configurations to choose from.
     """
-    subfolders = sorted((e.name for e in os.scandir(folder) if e.is_dir() and e.name[:1] != "."), key=os.fsencode)
+    subfolders = sorted((e.name for e in os.scandir(folder) if is_folder(e) and e.name[:1] != "."), key=os.fsencode)
     splits = [name for name in subfolders if name.lower() in _FILE_SPLITS]
     for places in ([""], ["data"] if "data" in subfolders else [], splits):
         found = [path for place in places for path in _in_folder(os.path.join(folder, place))]
@@ -140,13 +145,14 @@ def find_files(folder: str, spec: str) -> list[str]:
 
 def _in_folder(folder: str) -> list[str]:
     with os.scandir(folder) as entries:  # not listdir: a flat folder may hold a million images
-        names = [e.name for e in entries if e.name.lower().endswith(".parquet") and not e.name.startswith(".")]
+        found = [e for e in entries if e.name.lower().endswith(".parquet") and not e.name.startswith(".")]
+        names = [e.name for e in found if os.path.isfile(e.path)]  # opening a pipe would wait for ever
     return [os.path.join(folder, name) for name in sorted(names, key=os.fsencode)]
 
 
 def _has_parquet(folder: str) -> bool:
     try:
-        inside = [entry.path for entry in os.scandir(folder) if entry.is_dir() and entry.name.lower() in _FILE_SPLITS]
+        inside = [entry.path for entry in os.scandir(folder) if is_folder(entry) and entry.name.lower() in _FILE_SPLITS]
         return any(_in_folder(place) for place in (folder, *inside))
     except OSError:
         return False
@@ -188,8 +194,11 @@ def open_parquet(
             part: TablePart(found, image, in_chans, labels[part], names if labels[part] is not None else None)
             for part, found in parts.items()
         }
-    except (OSError, KeyError, pa.ArrowException) as error:
-        raise UserError(f"--data {spec}: cannot be read as Parquet ({' '.join(str(error).split())[:200]})") from None
+    except UserError:
+        raise
+    except (OSError, KeyError, ValueError, TypeError, OverflowError, MemoryError, pa.ArrowException) as error:
+        reason = printable(" ".join(str(error).split())[:200])
+        raise UserError(f"--data {spec}: cannot be read as Parquet ({reason})") from None
     if not len(opened["train"]):
         raise UserError(f"--data {spec}: the training part has no rows")
     rest = {part: table for part, table in opened.items() if len(table)}
@@ -223,6 +232,13 @@ def _features(schema: Any) -> dict[str, dict[str, Any]]:
         return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
+
+
+def _class_names(schema: Any, column: str) -> list[str] | None:
+    """The names of a column's classes by the hub's description; None where there are none, or none that can be used."""
+    names = _features(schema).get(column, {}).get("names")
+    usable = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+    return names if usable else None
 
 
 def _holds_images(kind: Any) -> bool:
@@ -286,10 +302,10 @@ def _read_labels(
     kinds = {part: value.type for part, value in values.items()}
     names: list[str] | None = None
     if all(pa.types.is_integer(kind) or pa.types.is_boolean(kind) for kind in kinds.values()):
-        names = _features(schemas["train"]).get(column, {}).get("names")
+        names = _class_names(schemas["train"], column)
         for part in values:
-            if (other := _features(schemas[part]).get(column, {}).get("names")) != names:
-                raise UserError(f"--data {spec}: the classes of {part} are {other}, those of train {names}")
+            if (other := _class_names(schemas[part], column)) != names:
+                raise UserError(f"--data {spec}: the classes of {part} are {other}, those of train {names}"[:1000])
         ids = {part: pc.fill_null(value.cast(pa.int64()), -1).to_numpy() for part, value in values.items()}
     elif all(pa.types.is_string(kind) or pa.types.is_large_string(kind) for kind in kinds.values()):
         strings = {part: value.to_pylist() for part, value in values.items()}

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import AnyStr, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -77,9 +77,20 @@ def evenly_spaced(num: int, count: int) -> Labels:
 
 def printable(name: bytes | str) -> str:
     """A path as one printable line: bytes that are not UTF-8 and control characters become escapes such as \\xff."""
-    raw = os.fsencode(name)
+    try:
+        raw = os.fsencode(name)
+    except UnicodeEncodeError:  # half of a character, as JSON may spell it: no name of any file
+        raw = str(name).encode("utf-8", "backslashreplace")
     text = raw.decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def is_folder(entry: os.DirEntry[AnyStr]) -> bool:
+    """Whether an entry is a folder or a link to one; a link that leads nowhere, or to itself, is not."""
+    try:
+        return entry.is_dir()
+    except OSError:  # only a missing target is no error to is_dir
+        return False
 
 
 class FilePart:

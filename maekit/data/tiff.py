@@ -12,7 +12,16 @@ from typing import IO, Any, Literal
 import numpy as np
 import tifffile
 
-from maekit.data.pixels import BadImage, Pixels, check_size, over_white, to_pixels, upright, wrong_channels
+from maekit.data.pixels import (
+    MAX_PIXELS,
+    BadImage,
+    Pixels,
+    check_size,
+    over_white,
+    to_pixels,
+    upright,
+    wrong_channels,
+)
 
 MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 """First four bytes of a TIFF or BigTIFF, little or big endian."""
@@ -62,10 +71,12 @@ def decode(file: IO[bytes], in_chans: int) -> Pixels | None:
     channels = series.size // (height * width)
     pages_are_channels = in_chans not in (1, 3) or (page.samplesperpixel == 1 and in_chans == 3)
     if channels == in_chans and pages_are_channels and page.photometric in _PLAIN:
+        _check_bytes(series.nbytes, page)
         _check_whole(series, file)
         return upright(_stack(series, page), _orientation(page))
     if in_chans not in (1, 3) and channels != 1:
         raise wrong_channels(channels, in_chans)
+    _check_bytes(page.nbytes, page)
     _check_whole(page, file)  # for Pillow's sake too: its libtiff would complain on the terminal
     if _ordinary(page):
         return None
@@ -149,6 +160,17 @@ def _check_whole(part: Any, file: IO[bytes]) -> None:
         claimed = max([claimed, *(offset + count for offset, count in segments)])
     if claimed > end:
         raise BadImage("truncated TIFF")
+
+
+def _check_bytes(decoded: int, page: tifffile.TiffPage) -> None:
+    """Refuse what would fill the memory although its height and width are small: many samples, or one huge tile.
+
+    Raises:
+        BadImage: more decoded bytes than MAX_PIXELS pixels of four floats have.
+    """
+    tile = int(page.tilewidth or 0) * int(page.tilelength or 0) * max(1, int(page.bitspersample) // 8)
+    if max(decoded, tile * int(page.samplesperpixel)) > 16 * MAX_PIXELS:
+        raise BadImage(f"decodes to more than {16 * MAX_PIXELS:,} bytes (a decompression bomb?)")
 
 
 def _values(part: Any) -> Any:

@@ -19,6 +19,8 @@ from maekit.rng import Purpose, uniforms
 
 _ATTEMPTS = 10
 """Random boxes tried before the centre is taken, as in torchvision's RandomResizedCrop."""
+_MAX_WASTE = 16
+"""An image is resized whole and then cut, unless that takes this many times the pixels that are kept."""
 
 
 @dataclass(frozen=True)
@@ -157,13 +159,34 @@ def apply_to_image(image_HWC: npt.NDArray[np.generic], crops: Crops, index: int,
 
     The same filter as `apply_to_batch`, by torch's antialiased bicubic, which skips the zeros: large photographs.
     """
+    resized_hw = [int(side) for side in np.rint(crops.length[index] / crops.scale[index])]
+    if math.prod(resized_hw) > _MAX_WASTE * math.prod(size_hw):
+        return _cut_and_scale(image_HWC, crops, index, size_hw)
     (top, left), (tall, wide) = crops.start[index], crops.length[index]
     box = torch.from_numpy(np.ascontiguousarray(image_HWC[top : top + tall, left : left + wide]))
     # Channels last without a copy: torch's fast 8-bit path wants it.
     box_1CHW = box.permute(2, 0, 1).unsqueeze(0)
-    resized_hw = [int(side) for side in np.rint(crops.length[index] / crops.scale[index])]
     if resized_hw != list(box_1CHW.shape[2:]):
         box_1CHW = F.interpolate(box_1CHW, size=resized_hw, mode="bicubic", align_corners=False, antialias=True)
     y, x = crops.offset[index]
     cut = box_1CHW[0, :, y : y + size_hw[0], x : x + size_hw[1]]
     return (cut.flip(2) if crops.flip[index] else cut).contiguous()
+
+
+def _cut_and_scale(image_HWC: npt.NDArray[np.generic], crops: Crops, index: int, size_hw: tuple[int, int]) -> Tensor:
+    """As `apply_to_image`, but of a long thin image only what the output needs is ever scaled.
+
+    Resized whole to cover 224 px, an image of 1 x 20,000 px would take 3 GB.
+    """
+    start, end = crops.start[index], crops.start[index] + crops.length[index]
+    scale, size = crops.scale[index], np.array(size_hw)
+    reach = np.ceil(2 * np.maximum(scale, 1)) + 1  # the filter's, in pixels of the image
+    first = np.clip(np.floor(start + crops.offset[index] * scale - reach), start, end - 1).astype(np.int64)
+    last = np.clip(np.ceil(start + (crops.offset[index] + size) * scale + reach), first + 1, end).astype(np.int64)
+    box_HWC = np.ascontiguousarray(image_HWC[first[0] : last[0], first[1] : last[1]])
+    here = slice(index, index + 1)
+    one = Crops(crops.start[here] - first, crops.length[here], crops.scale[here], crops.offset[here], crops.flip[here])
+    scaled_1CST = apply_to_batch(torch.from_numpy(box_HWC).permute(2, 0, 1).unsqueeze(0), one, size_hw)
+    if image_HWC.dtype == np.uint8:
+        return (scaled_1CST[0] * 255).round().to(torch.uint8).contiguous()
+    return scaled_1CST[0].contiguous()

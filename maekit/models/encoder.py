@@ -6,6 +6,7 @@ The encoder stays a plain timm `VisionTransformer`, key names included, so that 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -29,8 +30,9 @@ TOKEN_STD = 0.02
 """Deviation of the class, register and mask tokens at the start (BERT's; the paper's code)."""
 
 
+@functools.cache
 def plain_vit(name: str) -> VisionTransformer:
-    """The named model on the meta device (no memory, no weights), checked to be one that MAE can train.
+    """The named model on the meta device (no memory, no weights), checked to be one that MAE can train; for reading.
 
     Raises:
         UserError: an unknown name (with the nearest ones), or a model that is refused, with the reason.

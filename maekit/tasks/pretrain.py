@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import time
@@ -22,19 +21,20 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from rich.console import Console
+from rich.markup import escape
 
 from maekit.config import PretrainConfig, ResumeConfig, UserError
-from maekit.configfile import from_json, to_json
+from maekit.configfile import read
 from maekit.data.loader import (
     Quarantine,
     SampleOrder,
     channel_statistics,
-    choose_workers,
     lowest_hash,
     open_pool,
     split_heldout,
 )
 from maekit.data.sources import open_source
+from maekit.data.workers import choose_workers
 from maekit.models.encoder import use_fused_attention
 from maekit.models.mae import MaskedAutoencoder, model_problems
 from maekit.rng import Purpose
@@ -47,12 +47,13 @@ from maekit.runtime import (
     choose_device,
     choose_precision,
     compile_or_eager,
-    environment,
     seed_everything,
     start_accelerator,
 )
 from maekit.terminal import counting, make_console, make_progress, print_settings
+from maekit.training import lock
 from maekit.training.checkpoint import latest
+from maekit.training.guard import Guard, backward, gradient_norm, update
 from maekit.training.metrics import MetricsLog
 from maekit.training.monitor import PANEL_IMAGES, heldout_masks, reconstruct, statistics_note
 from maekit.training.optim import (
@@ -65,124 +66,176 @@ from maekit.training.optim import (
 from maekit.training.run import (
     Job,
     Position,
+    describe,
+    due,
     evaluate,
     log_training,
-    measure_trivial,
+    next_batch,
+    open_batches,
     probe,
     report_unreadable,
-    restore,
-    save,
+    say_heldout,
+    settle,
 )
+from maekit.training.run_state import restore_rng, rng_tensors
+from maekit.training.saving import SaveClock, begin, give_up, restore, roll_back, save
 from maekit.viz.panels import compose, draw
 from maekit.viz.plots import draw_curves
 from maekit.weights.store import WEIGHTS_FILE
 
 
+@lock.letting_go
 def main(config: PretrainConfig, resume_from: Path | None = None) -> int:
     """Train from the start, or from a checkpoint's folder on.
 
-    Returns: the exit code: 0, or 128 + the signal's number when a signal stopped the run.
+    Returns: the exit code: 0; 128 + the signal's number when a signal stopped the run; 1 when the last checkpoint could
+    not be written, or when steps stayed non-finite after going back once.
 
     Raises:
         UserError: everything that is wrong with the config, before any data is read; then what is wrong with the data.
     """
-    job = prepare(config, resume_from, make_console())
-    config, model, position, accelerator = job.config, job.model, job.position, job.accelerator
-    if position.step == position.total_steps:
-        job.console.print(
-            f"the run is finished; --epochs or --steps makes it longer: maekit resume {job.out} --epochs N"
-        )
-        return 0
-    step_model = accelerator.prepare_model(model, evaluation_mode=accelerator.num_processes == 1)
-    forward = compile_or_eager(step_model, job.console.print) if job.choices["compile"].value else step_model.__call__
-    bf16 = job.choices["precision"].value == "bf16"
-    every = {
-        name: max(1, round(epochs * job.order.steps_per_epoch)) if epochs > 0 else 0
-        for name, epochs in (("eval", config.eval_every), ("probe", config.probe_every),
-                             ("panel", config.panel_every), ("save", config.save_every))
-    }  # fmt: skip
-    if resume_from is None:
-        measure_trivial(job)
-    steps = range(position.step, position.total_steps)
-    batches = job.pool.train_batches(
-        job.order.micro_batches(steps, accelerator.process_index, accelerator.num_processes, config.accum)
-    )
-    loss_sum = torch.tensor(position.loss_sum, device=accelerator.device)
     stop = StopRequest()
-    began = saved = logged = time.monotonic()
-    logged_step = first_step = position.step
-    model.train()
-    with (
-        stop.listening(),
-        make_progress(
+    with stop.listening():  # a signal ends this block at once as long as there is nothing to save
+        job = prepare(config, resume_from, make_console())
+        job.stop = stop
+        config, model, position, accelerator = job.config, job.model, job.position, job.accelerator
+        if position.step == position.watched == position.total_steps:
+            job.console.print(
+                f"the run is finished; --epochs or --steps makes it longer: maekit resume {job.out} --epochs N"
+            )
+            return 0
+        begin(job, fresh=resume_from is None)
+        step_model = accelerator.prepare_model(model, evaluation_mode=accelerator.num_processes == 1)
+        compiled = job.choices["compile"].value
+        forward = compile_or_eager(step_model, job.console.print) if compiled else step_model.__call__
+        bf16 = job.choices["precision"].value == "bf16"
+        clock = SaveClock(config.save_minutes, config.max_unsaved_minutes)
+        guard = Guard(accelerator.device, config.max_bad_steps, position.bad_row)
+        batches = open_batches(job)
+        loss_sum = torch.tensor(position.loss_sum, device=accelerator.device)
+        began = logged = time.monotonic()
+        logged_step = first_step = position.step
+        lr = 0.0
+        model.train()
+        # The first step compiles, which may take minutes; it gets some seconds, since its checkpoint stands already.
+        stop.patience = stop.GRACE
+        with make_progress(
             job.console,
             "loss {task.fields[loss]:.4f}",
             "skill {task.fields[skill]:.3f}",
             "{task.fields[speed]} images/s",
-        ) as progress,
-    ):
-        bar = progress.add_task("epoch 1", total=position.total_steps, loss=math.nan, skill=math.nan, speed="-")
-        for step in steps:
-            lr = learning_rate(
-                step, position.total_steps, job.warmup_steps, job.peak_lr, config.min_lr, position.schedule_start
-            )
-            set_learning_rate(job.optimizer, lr)
-            epoch = step // job.order.steps_per_epoch
-            for part_number in range(config.accum):
-                batch = next(batches)
-                if batch.bad:
-                    report_unreadable(job, batch.bad)
-                masks = model.draw_masks(batch.sample_ids, seed=config.seed, epoch=epoch).to(accelerator.device)
-                images = model.normalize(batch.images)
-                # Earlier parts add up on their own process; the backward pass of the last one averages over all.
-                lonely = part_number < config.accum - 1
-                with accelerator.no_sync(step_model) if lonely else contextlib.nullcontext():
-                    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
-                        output = forward(images, masks.ids_keep_BV, ids_masked=masks.ids_masked_BM)
-                    loss = output.loss / config.accum
-                    loss.backward()
-                loss_sum += loss.detach()
-            if config.clip_grad is not None:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
-            job.optimizer.step()
-            job.optimizer.zero_grad(set_to_none=True)
-            position.step, position.loss_count = step + 1, position.loss_count + 1
+        ) as progress:
+            bar = progress.add_task("", total=position.total_steps, loss=math.nan, skill=math.nan, speed="-")
+            while True:
+                # ---- between two steps: what happens now and then, and never changes a weight ----
+                paused = time.monotonic()
+                last = position.step == position.total_steps
+                stopping, save_due = stop.agreed(accelerator, position.step, clock.is_due())
+                log_due = position.step != logged_step and (last or position.step % config.log_every == 0)
+                if last or stopping or save_due or log_due or accelerator.device.type == "cpu" or due(job):
+                    hopeless = settle(job, guard)  # the only wait for the device
+                    if hopeless is not None:
+                        if not roll_back(job, hopeless):
+                            give_up(job, hopeless, lr)
+                            accelerator.end_training()
+                            return 1
+                        position, guard = job.position, Guard(accelerator.device, config.max_bad_steps)
+                        first_step = min(first_step, position.step)
+                        batches = open_batches(job)
+                        loss_sum.fill_(position.loss_sum)
+                        logged, logged_step = time.monotonic(), position.step
+                        continue
+                if log_due:
+                    speed = (position.step - logged_step) * config.batch_size / (paused - logged)
+                    value, skill = log_training(job, loss_sum, lr, speed, paused - began)
+                    loss_sum.zero_()
+                    logged, logged_step = paused, position.step
+                    progress.update(bar, loss=value, skill=skill, speed=f"{speed:,.0f}")
+                epochs_begun = position.step // job.order.steps_per_epoch + 1
+                progress.update(bar, completed=position.step, description=f"epoch {epochs_begun}")
+                if not stopping:
+                    stopping = not watch(job, first_step, paused - began)
+                if last or stopping or save_due or (position.step > first_step and "save" in due(job)):
+                    position.loss_sum = float(accelerator.reduce(loss_sum, "mean"))
+                    saved = save(job, clock, urgent=last or stopping)
+                    if not saved and (last or stopping):
+                        job.console.print(f"[bold red]the run ends at step {position.step:,} without its checkpoint[/]")
+                        return 1
+                if stopping:
+                    job.console.print(f"stopped by {stop.name} after step {position.step:,}: maekit resume {job.out}")
+                    return stop.exit_code
+                if last:
+                    break
+                logged += time.monotonic() - paused  # images/s is about training alone
 
-            # ---- the step is done; what follows happens now and then, and never changes a weight ----
-            last = position.step == position.total_steps
-            if position.step % config.log_every == 0 or last:
-                now = time.monotonic()
-                speed = (position.step - logged_step) * config.batch_size / (now - logged)
-                value, skill = log_training(job, loss_sum, lr, speed, now - began)
-                loss_sum.zero_()
-                position.loss_count, logged, logged_step = 0, now, position.step
-                progress.update(bar, loss=value, skill=skill, speed=f"{speed:,.0f}")
-            progress.update(bar, completed=position.step, description=f"epoch {epoch + 1}")
-            paused = time.monotonic()
-            if position.step % every["eval"] == 0 or last:
-                evaluate(job)
-                say_heldout(job, first_step, paused - began)
-            if every["probe"] and (position.step % every["probe"] == 0 or last):
-                probe(job)
-            if last or (every["panel"] and position.step % every["panel"] == 0):
-                draw_pictures(job)
-            stopping, due = stop.agreed(accelerator, position.step, paused - saved > 60 * config.save_minutes)
-            if last or stopping or due or position.step % every["save"] == 0:
-                position.loss_sum = float(accelerator.reduce(loss_sum, "mean"))
-                save(job)
-                saved = time.monotonic()
-            logged += time.monotonic() - paused  # images/s is about training alone
-            if stopping and not last:
-                job.console.print(f"stopped by {stop.name} after step {position.step:,}: maekit resume {job.out}")
-                return stop.exit_code
-    accelerator.end_training()
-    finish(job, first_step, time.monotonic() - began)
-    return 0
+                # ---- one step ----
+                step = position.step
+                lr = position.lr_scale * learning_rate(
+                    step, position.total_steps, job.warmup_steps, job.peak_lr, config.min_lr, position.schedule_start
+                )
+                set_learning_rate(job.optimizer, lr)
+                epoch = step // job.order.steps_per_epoch
+                loss_of_step = torch.zeros_like(loss_sum)
+                rng = rng_tensors(accelerator.process_index) if config.accum > 1 else {}
+                for part_number in range(config.accum):
+                    batch = next_batch(job, batches, begun=part_number > 0)
+                    if batch is None:
+                        break
+                    if batch.bad:
+                        report_unreadable(job, batch.bad)
+                    masks = model.draw_masks(batch.sample_ids, seed=config.seed, epoch=epoch).to(accelerator.device)
+                    images = model.normalize(batch.images)
+                    # Earlier parts add up on their own process; the backward pass of the last one averages over all.
+                    lonely = part_number < config.accum - 1
+                    with accelerator.no_sync(step_model) if lonely else contextlib.nullcontext():
+                        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
+                            output = forward(images, masks.ids_keep_BV, ids_masked=masks.ids_masked_BM)
+                        loss = output.loss / config.accum
+                        backward(loss)
+                    loss_of_step += loss.detach()
+                if batch is None:  # a signal, and data that do not come: as if the step had not begun
+                    job.optimizer.zero_grad(set_to_none=True)
+                    restore_rng(rng, accelerator.process_index)
+                    continue
+                norm = gradient_norm(model)
+                skip = guard.see(step, norm)
+                if config.clip_grad is not None:
+                    torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.clip_grad, norm)
+                update(job.optimizer, skip)
+                job.optimizer.zero_grad(set_to_none=True)
+                loss_sum += torch.where(skip > 0, 0.0, loss_of_step)
+                position.step, position.loss_count = step + 1, position.loss_count + 1
+                stop.patience = None  # from here on there is something to save
+        accelerator.end_training()
+        finish(job, first_step, time.monotonic() - began)
+        return 0
+    return stop.exit_code
+
+
+def watch(job: Job, first_step: int, seconds: float) -> bool:
+    """Held-out loss, probes and pictures that are due; False where a signal cut them short.
+
+    Then nothing of them is kept, and a resumed run does them again: the metrics are those of a run left alone.
+    """
+    if job.position.watched == job.position.step:
+        return True
+    written, names = job.metrics.position, due(job)
+    whole = "eval" not in names or evaluate(job)
+    if whole and "eval" in names:
+        say_heldout(job, first_step, seconds)
+    whole = whole and ("probe" not in names or probe(job))
+    whole = whole and ("panel" not in names or draw_pictures(job) is not False)
+    if whole:
+        job.position.watched = job.position.step
+    elif job.accelerator.is_main_process and job.metrics.position > written:
+        job.metrics.truncate(written)
+    return whole
 
 
 def prepare(config: PretrainConfig, resume_from: Path | None, console: Console) -> Job:
-    """Check the config, open the data, build the model, print what was chosen, and start the run's folder."""
+    """Check the config, open the data, build the model, take up a checkpoint, print what was chosen."""
     out = check(config, resume_from)
+    lock.take(out, fresh=resume_from is None)
     choices, accelerator = open_machine(config, out)
     source = open_source(
         config.data, in_chans=config.in_chans, image_column=config.image_column, label_column=config.label_column
@@ -215,13 +268,6 @@ def prepare(config: PretrainConfig, resume_from: Path | None, console: Console) 
     if resume_from is not None:
         restore(job, resume_from)
     print_settings(console, f"maekit pretrain {config.recipe}", {**describe(job, peak_reason), **choices})
-    if accelerator.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(to_json(config))
-        (out / "env.json").write_text(json.dumps(environment(accelerator.device), indent=2) + "\n")
-    accelerator.wait_for_everyone()
-    if config.trackers:
-        accelerator.init_trackers("maekit", config={k: str(v) for k, v in dataclasses.asdict(config).items()})
     return job
 
 
@@ -229,7 +275,7 @@ def check(config: PretrainConfig, resume_from: Path | None) -> Path:
     """Refuse whatever is wrong with the config or the output folder, all at once; returns the folder."""
     problems = config.problems() + model_problems(config)
     out = Path(config.out or f"runs/{config.recipe}")
-    if resume_from is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if resume_from is None and not lock.is_free(out):
         problems.append(
             f"--out {out}: is not empty: maekit resume {out} continues the run in it; else name another one"
         )
@@ -275,29 +321,15 @@ def settled(
     )
 
 
-def describe(job: Job, peak_reason: str) -> dict[str, str]:
-    """The run's settings with their arithmetic, for the reader who wants to check it."""
-    config, model, world = job.config, job.model, job.accelerator.num_processes
-    total, per_epoch = job.position.total_steps, job.order.steps_per_epoch
-    millions = [sum(p.numel() for p in room.parameters()) / 1e6 for room in (model.encoder, model.decoder)]
-    hidden = model.num_patches - model.num_visible
-    return {
-        "data": f"{config.data}: {len(job.train_ids):,} images to train on, {len(job.heldout_ids):,} held out",
-        "run": str(job.out),
-        "model": f"{config.model}, encoder {millions[0]:.2f} M, decoder {millions[1]:.2f} M parameters",
-        "masking": f"{config.mask}: {hidden} of {model.num_patches} patches of {config.patch_size} px are hidden",
-        "target": config.target,
-        "batch": f"{config.batch_size} = {config.batch_size // world // config.accum} images x {world} "
-        f"process{'es' if world > 1 else ''} x {config.accum} accumulation step{'s' if config.accum > 1 else ''}",
-        "learning rate": f"{peak_reason}, {job.warmup_steps:,} steps of warm-up, then a cosine to {config.min_lr:g}",
-        "length": f"{total:,} steps = {total / per_epoch:.4g} epochs x {per_epoch:,} steps",
-    }
+def draw_pictures(job: Job) -> bool:
+    """The panel of the same held-out images and masks, and the curves, by the first process; a full disk stops nothing.
 
+    Returns: False where a signal cut it short.
+    """
 
-def draw_pictures(job: Job) -> None:
-    """The panel of the same held-out images and masks, and the curves, by the first process."""
-    if job.accelerator.is_main_process:
-        job.model.eval()
+    def draw_both() -> bool:
+        if not job.accelerator.is_main_process:
+            return True
         ids = lowest_hash(job.heldout_ids, PANEL_IMAGES, Purpose.HELDOUT_SPLIT)
         batch = next(iter(job.pool.eval_batches(ids, PANEL_IMAGES)))
         keep, masked = heldout_masks(job.model, ids)
@@ -305,21 +337,17 @@ def draw_pictures(job: Job) -> None:
         rows = [compose(r.image_HWC, r.ids_masked_M, r.pred_MP, job.model.patch_size) for r in shown]
         path = job.out / "panels" / f"epoch-{round(job.epochs_done):04d}.png"
         title = f"{job.out.name}: held-out images after {job.epochs_done:.4g} epochs"
-        draw(rows, path, title=title, note=statistics_note(job.model, "true-patch"))
-        draw_curves(job.metrics.read(), job.out / "curves.png", title=f"{job.out.name} ({job.config.recipe})")
-        job.model.train()
-    job.accelerator.wait_for_everyone()
+        try:
+            draw(rows, path, title=title, note=statistics_note(job.model, "true-patch"))
+            draw_curves(job.metrics.read(), job.out / "curves.png", title=f"{job.out.name} ({job.config.recipe})")
+        except (OSError, UserError) as error:
+            job.console.print(f"[red]the pictures cannot be written:[/red] {error}; training goes on")
+        return True
 
-
-def say_heldout(job: Job, first_step: int, seconds: float) -> None:
-    """One line after each held-out pass, which is all that a log file without a terminal shows."""
-    assert job.heldout is not None
-    speed = (job.position.step - first_step) * job.config.batch_size / max(seconds, 1e-9)
-    left = (job.position.total_steps - job.position.step) * job.config.batch_size / max(speed, 1e-9)
-    job.console.print(
-        f"epoch {job.epochs_done:.4g}  step {job.position.step:,}  held-out loss {job.heldout.loss:.4f}  "
-        f"skill {job.heldout.skill:.3f}  {speed:,.0f} images/s  {left / 60:,.0f} min left"
-    )
+    job.model.eval()
+    done = job.stop.unless_stopped(job.accelerator, draw_both)
+    job.model.train()
+    return done is not None
 
 
 def finish(job: Job, first_step: int, seconds: float) -> None:
@@ -341,6 +369,7 @@ def finish(job: Job, first_step: int, seconds: float) -> None:
     print_settings(job.console, "done", done)
 
 
+@lock.letting_go
 def resume(folder: str, changes: ResumeConfig) -> int:
     """Continue the run in a folder from its newest whole checkpoint.
 
@@ -351,7 +380,7 @@ def resume(folder: str, changes: ResumeConfig) -> int:
     path = out / "config.json"
     if not path.is_file():
         raise UserError(f"{folder}: holds no run (no config.json); runs are started by maekit pretrain")
-    config = from_json(PretrainConfig, path.read_text(), path)
+    config = read(PretrainConfig, path)
     given = {key: value for key, value in dataclasses.asdict(changes).items() if value is not None}
     if "epochs" in given and "steps" in given:
         raise UserError("give the length of the run either as --epochs or as --steps")
@@ -359,9 +388,10 @@ def resume(folder: str, changes: ResumeConfig) -> int:
         given = {"epochs": None, "steps": None} | given
     config = dataclasses.replace(config, out=str(out), **given)
     console = make_console()
+    lock.take(out)
     newest, messages = latest(out / "checkpoints")
     for message in messages:
-        console.print(f"[red]damaged checkpoint:[/red] {message}")
+        console.print(f"[red]damaged checkpoint:[/red] {escape(message)}")
     if newest is None:
         raise UserError(f"{folder}: no whole checkpoint; start again with maekit pretrain into another folder")
     return main(config, resume_from=newest)

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from maekit.config import PretrainConfig, ProbeConfig, UserError
-from maekit.data.loader import Pool, choose_workers, lowest_hash, open_pool
+from maekit.data.loader import Pool, lowest_hash, open_pool
 from maekit.data.parts import Part
 from maekit.data.sources import Source, open_source
+from maekit.data.workers import choose_workers
 from maekit.models.encoder import use_fused_attention
 from maekit.models.mae import MaskedAutoencoder
 from maekit.rng import Purpose

@@ -1,4 +1,4 @@
-"""A run in progress: its state, what is measured of it, and how it is saved and taken up again.
+"""A run in progress: its state, and what is measured and written down of it.
 
 What the steps of `tasks/pretrain.py` call between two optimiser steps. Every function works on a `Job`; those that
 talk to other processes must be called by all of them.
@@ -6,8 +6,10 @@ talk to other processes must be called by all of them.
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,23 +19,23 @@ import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from rich.console import Console
+from rich.markup import escape
 
-from maekit.config import PretrainConfig, UserError
-from maekit.configfile import from_values
-from maekit.data.loader import Pool, Quarantine, SampleOrder, lowest_hash
+from maekit.config import PretrainConfig
+from maekit.data.loader import Batch, Pool, Quarantine, SampleOrder, lowest_hash
 from maekit.data.parts import Part
 from maekit.models.mae import MaskedAutoencoder
 from maekit.rng import Purpose
-from maekit.runtime import Choice, package_versions
-from maekit.training import checkpoint as checkpoints
+from maekit.runtime import Choice, StopRequest
+from maekit.training.guard import SPIKE_HISTORY, Guard, is_spike, note_bad_steps
 from maekit.training.metrics import MetricsLog
 from maekit.training.monitor import TRIVIAL_IMAGES, Heldout, heldout_sums, online_probe, training_trivial
-from maekit.training.run_state import load_optimizer_tensors, optimizer_tensors, restore_rng, rng_tensors
-from maekit.weights.passport import Passport
-from maekit.weights.store import WEIGHTS_FILE, check_names
 
 EVAL_BATCH = 256
 """Images per forward pass in evaluation; it has no say in the numbers."""
+BAD_STEPS_FILE = "nonfinite.jsonl"
+_UNWRITTEN = 10_000
+"""Lines of metrics.jsonl, at most, that wait in memory for a disk that can be written again."""
 
 
 @dataclass
@@ -50,6 +52,19 @@ class Position:
     """Training loss summed since the last line of metrics.jsonl."""
     loss_count: int = 0
     """Steps in that sum."""
+    watched: int = 0
+    """Steps done when the held-out loss, probes and pictures that were due were last complete: what a signal cut short
+    is repeated on resume."""
+    bad_steps: int = 0
+    """Steps that were skipped because loss or gradient were not finite."""
+    bad_row: int = 0
+    """How many of them stand in a row up to here."""
+    bad_since_line: int = 0
+    """How many of them came since the last line of metrics.jsonl."""
+    rollbacks: int = 0
+    """How often the run went back to a checkpoint because of them."""
+    lr_scale: float = 1.0
+    """Factor of the learning rate: halved by going back."""
     train_trivial: float = 1.0
     """Loss of the better trivial predictor on augmented training images."""
     heldout_trivial: tuple[float, float] = (1.0, 1.0)
@@ -85,11 +100,61 @@ class Job:
     heldout: Heldout | None = None
     rng: dict[str, torch.Tensor] = field(default_factory=dict)
     """Generators' states of processes that this run does not have, kept for a later one that does."""
+    stop: StopRequest = field(default_factory=StopRequest)
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=SPIKE_HISTORY))
+    """The last logged losses."""
+    unwritten: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=_UNWRITTEN))
+    """Lines of metrics.jsonl that the disk has refused so far."""
+    refusals: int = 0
+    """How often in a row it has refused."""
 
     @property
     def epochs_done(self) -> float:
         """Passes over the training images so far."""
         return self.position.step / self.order.steps_per_epoch
+
+
+def describe(job: Job, peak_reason: str) -> dict[str, str]:
+    """The run's settings with their arithmetic, for the reader who wants to check it."""
+    config, model, world = job.config, job.model, job.accelerator.num_processes
+    total, per_epoch = job.position.total_steps, job.order.steps_per_epoch
+    millions = [sum(p.numel() for p in room.parameters()) / 1e6 for room in (model.encoder, model.decoder)]
+    hidden = model.num_patches - model.num_visible
+    return {
+        "data": f"{config.data}: {len(job.train_ids):,} images to train on, {len(job.heldout_ids):,} held out",
+        "run": str(job.out),
+        "model": f"{config.model}, encoder {millions[0]:.2f} M, decoder {millions[1]:.2f} M parameters",
+        "masking": f"{config.mask}: {hidden} of {model.num_patches} patches of {config.patch_size} px are hidden",
+        "target": config.target,
+        "batch": f"{config.batch_size} = {config.batch_size // world // config.accum} images x {world} "
+        f"process{'es' if world > 1 else ''} x {config.accum} accumulation step{'s' if config.accum > 1 else ''}",
+        "learning rate": f"{peak_reason}, {job.warmup_steps:,} steps of warm-up, then a cosine to {config.min_lr:g}",
+        "length": f"{total:,} steps = {total / per_epoch:.4g} epochs x {per_epoch:,} steps",
+    }
+
+
+def open_batches(job: Job) -> Iterator[Batch]:
+    """This process's parts of all steps from the run's position on."""
+    rank, world = job.accelerator.process_index, job.accelerator.num_processes
+    steps = range(job.position.step, job.position.total_steps)
+    return job.pool.train_batches(job.order.micro_batches(steps, rank, world, job.config.accum))
+
+
+def next_batch(job: Job, batches: Iterator[Batch], begun: bool) -> Batch | None:
+    """The next part of a step; None where a signal came and it does not: at once, or soon where the step was begun."""
+    if job.choices["in memory"].value:
+        return next(batches)  # it is there already
+    return job.stop.unless_stopped(job.accelerator, lambda: next(batches), job.stop.GRACE if begun else 0.0)
+
+
+def due(job: Job) -> set[str]:
+    """What is due after so many steps: eval, probe, panel, save; after the last one all but probes that are off."""
+    config, step = job.config, job.position.step
+    epochs = {"eval": config.eval_every, "probe": config.probe_every, "panel": config.panel_every,
+              "save": config.save_every}  # fmt: skip
+    every = {name: max(1, round(value * job.order.steps_per_epoch)) for name, value in epochs.items() if value > 0}
+    last = {"eval", "panel", "save"} | {"probe"} & every.keys() if step == job.position.total_steps else set()
+    return {name for name, steps in every.items() if step % steps == 0} | last
 
 
 def measure_trivial(job: Job) -> None:
@@ -101,12 +166,20 @@ def measure_trivial(job: Job) -> None:
     evaluate(job, with_trivial=True)
 
 
-def evaluate(job: Job, with_trivial: bool = False) -> None:
-    """Held-out loss with fixed masks; every process takes its share of the images, and the sums are added."""
+def evaluate(job: Job, with_trivial: bool = False) -> bool:
+    """Held-out loss with fixed masks; every process takes its share of the images, and the sums are added.
+
+    Returns: False where a signal cut it short; nothing has changed then.
+    """
     rank, world = job.accelerator.process_index, job.accelerator.num_processes
+    ids = job.heldout_ids[rank::world]
     job.model.eval()
-    sums = heldout_sums(job.model, job.pool, job.heldout_ids[rank::world], EVAL_BATCH, with_trivial=with_trivial)
+    sums = job.stop.unless_stopped(
+        job.accelerator, lambda: heldout_sums(job.model, job.pool, ids, EVAL_BATCH, with_trivial=with_trivial)
+    )
     job.model.train()
+    if sums is None:
+        return False
     if world > 1:
         sums = job.accelerator.reduce(sums.to(job.accelerator.device), "sum")
     loss, constant, fill, count = sums.tolist()
@@ -114,110 +187,134 @@ def evaluate(job: Job, with_trivial: bool = False) -> None:
         job.position.heldout_trivial = (constant / count, fill / count)
     job.heldout = Heldout(loss / count, job.position.heldout_trivial)
     log(job, {"kind": "heldout", "loss": job.heldout.loss, "skill": job.heldout.skill})
+    return True
+
+
+def say_heldout(job: Job, first_step: int, seconds: float) -> None:
+    """One line after each held-out pass, which is all that a log file without a terminal shows."""
+    assert job.heldout is not None
+    steps, left = job.position.step - first_step, job.position.total_steps - job.position.step
+    speed = f"  {steps * job.config.batch_size / seconds:,.0f} images/s" if steps and seconds else ""
+    speed += f"  {left * seconds / steps / 60:,.0f} min left" if steps else ""
+    job.console.print(
+        f"epoch {job.epochs_done:.4g}  step {job.position.step:,}  held-out loss {job.heldout.loss:.4f}  "
+        f"skill {job.heldout.skill:.3f}{speed}"
+    )
 
 
 def log(job: Job, record: dict[str, Any]) -> None:
-    """One line of metrics.jsonl, and the same numbers to the trackers."""
+    """One line of metrics.jsonl, and the same numbers to the trackers; a disk that refuses them stops nothing."""
     record = {"kind": record["kind"], "step": job.position.step, "epoch": job.epochs_done, **record}
     if job.accelerator.is_main_process:
-        job.metrics.append(record)
+        job.unwritten.append(record)
+        write_lines(job)
     if job.config.trackers:
         numbers = {f"{record['kind']}/{key}": value for key, value in record.items() if isinstance(value, float)}
-        job.accelerator.log(numbers, step=job.position.step)
+        try:
+            job.accelerator.log(numbers, step=job.position.step)
+        except OSError as error:
+            job.console.print(f"[red]the trackers failed:[/red] {error}; training goes on")
+
+
+def write_lines(job: Job) -> None:
+    """Write the waiting lines of metrics.jsonl; what the disk refuses is kept in memory for the next time."""
+    try:
+        while job.unwritten:
+            job.metrics.append(job.unwritten[0])
+            job.unwritten.popleft()
+        job.refusals = 0
+    except OSError as error:
+        with suppress(OSError):
+            job.metrics.close()  # opening it again cuts what was written of a line
+        job.refusals += 1
+        if job.refusals & (job.refusals - 1) == 0:  # the 1st, 2nd, 4th, 8th ... time: loud, but no flood
+            job.console.print(
+                f"[red]{job.metrics.path} cannot be written[/red] (time {job.refusals}): {error}; training goes on, "
+                f"{len(job.unwritten)} lines wait"
+            )
 
 
 def log_training(job: Job, loss_sum: torch.Tensor, lr: float, speed: float, seconds: float) -> tuple[float, float]:
     """Mean training loss since the last line, with its skill; the only wait for the device between two lines."""
-    value = float(job.accelerator.reduce(loss_sum.clone(), "mean")) / job.position.loss_count
-    skill = 1 - value / job.position.train_trivial
-    log(job, {"kind": "step", "loss": value, "skill": skill, "lr": lr, "images_per_s": speed, "seconds": seconds})
-    if not math.isfinite(value):
-        raise UserError(
-            f"the loss became {value} before step {job.position.step}: lower --blr, add --clip-grad 1 or use "
-            f"--precision fp32; the checkpoints in {job.out / 'checkpoints'} are from before"
-        )
+    position = job.position
+    total = float(job.accelerator.reduce(loss_sum.clone(), "mean"))
+    value = total / position.loss_count if position.loss_count else math.nan
+    skill = 1 - value / position.train_trivial
+    record = {"kind": "step", "loss": value, "skill": skill, "lr": lr, "images_per_s": speed, "seconds": seconds}
+    if position.bad_since_line:
+        record["nonfinite"] = position.bad_since_line
+    position.loss_count = position.bad_since_line = 0
+    log(job, record)
+    if math.isfinite(value):
+        if is_spike(job.recent, value):
+            median = float(np.median(job.recent))
+            log(job, {"kind": "spike", "loss": value, "median": median})
+            job.console.print(
+                f"[yellow]loss spike at step {position.step:,}:[/yellow] {value:.4f}; the last {len(job.recent)} lines "
+                f"have a median of {median:.4f}"
+            )
+        job.recent.append(value)
     return value, skill
 
 
-def probe(job: Job) -> None:
-    """Online probes by the first process, on training and held-out images only."""
+def settle(job: Job, guard: Guard) -> int | None:
+    """Count, report and write down the bad steps since the last time; waits for the device.
+
+    Returns: the step (0-based) that made a row of them too long, if one did.
+    """
+    position = job.position
+    steps, position.bad_row, too_many = guard.look()
+    if not steps:
+        return None
+    position.bad_steps += len(steps)
+    position.bad_since_line += len(steps)
+    position.loss_count -= len(steps)
     if job.accelerator.is_main_process:
-        job.model.eval()
-        found = online_probe(job.model, job.pool, job.train_ids, job.heldout_ids, job.part.labels, EVAL_BATCH)
-        job.model.train()
+        records = [bad_step_record(job, step) for step in steps]
+        try:
+            note_bad_steps(job.out / BAD_STEPS_FILE, records)
+        except OSError as error:
+            job.console.print(f"[red]{BAD_STEPS_FILE} cannot be written:[/red] {error}")
+    job.console.print(
+        f"[red]loss or gradient not finite in step {', '.join(f'{step + 1:,}' for step in steps)}:[/red] skipped, "
+        f"{position.bad_row} in a row, {position.bad_steps} in all; samples in {job.out / BAD_STEPS_FILE}"
+    )
+    return steps[-1] if too_many else None
+
+
+def bad_step_record(job: Job, step: int) -> dict[str, Any]:
+    """A step (0-based) as nonfinite.jsonl names it: by its number from 1, its epoch from 0, and all its sample ids."""
+    epoch, ids = job.order.step_ids(step)
+    return {"step": step + 1, "epoch": epoch, "rollbacks": job.position.rollbacks, "ids": ids.tolist()}
+
+
+def probe(job: Job) -> bool:
+    """Online probes by the first process, on training and held-out images only; False where a signal cut it short."""
+
+    def measure() -> dict[str, float]:
+        if not job.accelerator.is_main_process:
+            return {}
+        return online_probe(job.model, job.pool, job.train_ids, job.heldout_ids, job.part.labels, EVAL_BATCH)
+
+    job.model.eval()
+    found = job.stop.unless_stopped(job.accelerator, measure)
+    job.model.train()
+    if found is None:
+        return False
+    if found:
         log(job, {"kind": "probe", **found})
         if "knn" in found:
             accuracies = f"k-NN {found['knn']:.1%}, linear {found['linear']:.1%}"
             job.console.print(f"  held-out {accuracies}, rank {found['rankme']:.0f}")
-    job.accelerator.wait_for_everyone()
+    return True
 
 
 def report_unreadable(job: Job, bad: list[tuple[int, str]]) -> None:
     """Name files that could not be read; stops the run above --max-bad-share."""
-    for line in job.quarantine.add(bad):
-        job.console.print(f"[yellow]unreadable, the next image takes its place:[/yellow] {line}", markup=True)
-
-
-def save(job: Job) -> None:
-    """A checkpoint with all that an exact continuation needs, then the run's model.safetensors."""
-    rng = job.rng | gather_rng(job.accelerator)
-    if job.accelerator.is_main_process:
-        config = job.config
-        assert config.mean is not None and config.std is not None
-        job.metrics.sync()
-        job.position.metrics_bytes = job.metrics.position
-        passport = Passport(
-            model=job.model.config, mean=config.mean, std=config.std, grid=job.model.grid_hw, steps=job.position.step,
-            epochs=job.epochs_done, data=job.data_name, fingerprint=job.part.fingerprint, recipe=config.recipe,
-            versions=package_versions(),
-        )  # fmt: skip
-        content = checkpoints.Checkpoint(
-            model=job.model.state_dict(),
-            optimizer=optimizer_tensors(job.optimizer, job.model.named_parameters()),
-            rng=rng,
-            state=dataclasses.asdict(job.position),
-            model_metadata=passport.to_metadata(),
-        )
-        path = checkpoints.save(job.out / "checkpoints", job.position.step, content, config.keep)
-        checkpoints.publish(path, job.out / WEIGHTS_FILE)
-    job.accelerator.wait_for_everyone()
-
-
-def restore(job: Job, path: Path) -> None:
-    """Put a checkpoint's weights, optimiser, position and generators into the job, and cut metrics.jsonl to it."""
-    saved = checkpoints.load(path)
-    position = from_values(Position, saved.state, path / "state.json")
-    if position.fingerprint != job.part.fingerprint:
-        raise UserError(
-            f"--data {job.config.data}: not the images that this run was trained on (names or sizes differ): exact "
-            "resume is impossible; start a new run on them"
-        )
-    check_names(job.model, saved.model, str(path))
-    job.model.load_state_dict(saved.model)
-    load_optimizer_tensors(job.optimizer, job.model.named_parameters(), saved.optimizer)
-    unknown = restore_rng(saved.rng, job.accelerator.process_index)
-    if unknown and job.config.drop_path > 0:
-        job.console.print(f"no saved generator state for {', '.join(unknown)}: --drop-path draws anew there")
-    job.rng = saved.rng
-    if job.position.total_steps < position.step:
-        raise UserError(f"the run is at step {position.step:,}, beyond the new end at {job.position.total_steps:,}")
-    if job.position.total_steps != position.total_steps:
-        job.console.print(
-            f"the run's length changes from {position.total_steps:,} to {job.position.total_steps:,} steps: the cosine "
-            f"starts again at its peak from step {max(position.step, job.warmup_steps):,}"
-        )
-        position.total_steps, position.schedule_start = job.position.total_steps, position.step
-    job.position = position
-    if job.accelerator.is_main_process:
-        job.metrics.truncate(position.metrics_bytes)
-    job.console.print(f"continuing from {path.name} of {position.total_steps:,}")
-
-
-def gather_rng(accelerator: Accelerator) -> dict[str, torch.Tensor]:
-    """The generators' states of all processes."""
-    own = rng_tensors(accelerator.process_index)
-    if accelerator.num_processes == 1:
-        return own
-    everyone: list[Any] = [None] * accelerator.num_processes
-    torch.distributed.all_gather_object(everyone, {name: state.cpu() for name, state in own.items()})
-    return {name: state for states in everyone for name, state in states.items()}
+    try:
+        lines = job.quarantine.add(bad)
+    except OSError as error:
+        job.console.print(f"[red]{job.quarantine.path} cannot be written:[/red] {error}; training goes on")
+        return
+    for line in lines:
+        job.console.print(f"[yellow]unreadable, the next image takes its place:[/yellow] {escape(line)}")

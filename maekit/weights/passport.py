@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 
-from maekit.config import ModelConfig, UserError
+from maekit.config import ModelConfig, PretrainConfig, UserError
 from maekit.configfile import from_json
 
 FORMAT = 1
 _KEY = "maekit"
+
+LIMITS = {
+    "img_size": 65_536, "in_chans": 4_096, "patch_size": 4_096, "embed_dim": 65_536, "depth": 1_000, "num_heads": 4_096,
+    "mlp_ratio": 64, "reg_tokens": 4_096, "decoder_dim": 65_536, "decoder_depth": 1_000, "decoder_heads": 4_096,
+}  # fmt: skip
+"""Largest values of a model's sizes: ten times the largest model known, and small enough to be refused or built."""
+MAX_PATCHES = 1 << 20
+"""Patches of an image: position tables are computed for each."""
+MAX_PARAMETERS = 1 << 40
+"""A rough count is bounded too, since every size by itself may be allowed and the product absurd."""
+_MAX_ENTRIES = 1_000
 
 
 @dataclass(kw_only=True)
@@ -63,4 +75,46 @@ class Passport:
         passport = from_json(Passport, text, f"{source}, passport")
         if passport.format != FORMAT:
             raise UserError(f"{source}: passport format {passport.format}, this maekit reads {FORMAT}: upgrade maekit")
+        if problems := passport.problems():
+            raise UserError(*(f"{source}, passport: {problem}" for problem in problems))
         return passport
+
+    def problems(self) -> list[str]:
+        """All that cannot be true of a model; nothing is built to find out."""
+        if too_large := size_problems(self.model):
+            return too_large
+        config = PretrainConfig(**vars(self.model), data="-", mean=self.mean, std=self.std)
+        found = config.problems()
+        if not all(math.isfinite(value) for value in (*self.mean, *self.std, self.eps, self.epochs)):
+            found.append("a number in it is not finite")
+        if not 0 <= self.model.drop_path < 1:
+            found.append(f"--drop-path {self.model.drop_path:g}: must lie between 0 and 1")
+        if len(self.versions) > _MAX_ENTRIES:
+            found.append(f"{len(self.versions)} versions of packages; at most {_MAX_ENTRIES} are read")
+        words = [self.kind, self.data, self.fingerprint, self.recipe, self.weights_license, self.model.model]
+        # Control characters would reach the terminal, and halves of a character cannot be printed.
+        if not all(word.isprintable() for word in [*words, *self.versions, *self.versions.values()]):
+            found.append("a text in it is not printable")
+        return found
+
+
+def size_problems(config: ModelConfig) -> list[str]:
+    """Sizes beyond any model, found before anything is allocated or built: a config file can claim any number."""
+    sides = [*(("img_size", side) for side in config.img_size[:2])]
+    found = [
+        f"--{name.replace('_', '-')} {str(value)[:40]}: at most {LIMITS[name]:,}"
+        for name, value in [*sides, *((name, getattr(config, name)) for name in LIMITS if name != "img_size")]
+        if value is not None and not abs(value) <= LIMITS[name]
+    ]
+    if found:
+        return found
+    patch = config.patch_size or 16
+    patches = math.prod(config.size_hw) // patch**2 if config.img_size and patch else 0
+    if patches > MAX_PATCHES:
+        found.append(f"--img-size with --patch-size {patch}: {patches:,} patches, at most {MAX_PATCHES:,}")
+    width, ratio = config.embed_dim or 0, config.mlp_ratio or 4.0
+    parameters = (config.depth or 0) * (4 + 2 * ratio) * width**2 + config.decoder_depth * 12 * config.decoder_dim**2
+    parameters += (width + config.decoder_dim) * (patches + patch**2 * config.in_chans)
+    if parameters > MAX_PARAMETERS:
+        found.append(f"the sizes give about {parameters:.1e} parameters, at most {MAX_PARAMETERS:.1e} are built")
+    return found

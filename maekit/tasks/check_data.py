@@ -1,0 +1,171 @@
+"""Read every image of a data set without training: what is there, and what cannot be read.
+
+    maekit check-data --data ~/images --out report.json
+
+The reasons are those that a run would write into quarantine.jsonl.
+Cost: every image is decoded once; memory does not grow with their number.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+
+from maekit.config import CheckDataConfig, UserError
+from maekit.data.parts import Part
+from maekit.data.sources import open_source
+from maekit.data.survey import Bad, Survey, summary, survey
+from maekit.data.workers import choose_workers
+from maekit.terminal import counting, make_console, make_table
+
+SHOWN = 20
+"""Bad files and classes that are shown; --out has all."""
+
+
+def main(config: CheckDataConfig) -> int:
+    """Survey every part, print tables, and write the report.
+
+    Returns: the exit code: 0 where every image can be read, 1 where some cannot.
+
+    Raises:
+        UserError: flags or data that cannot be used.
+    """
+    problems = []
+    if config.in_chans < 1:
+        problems.append(f"--in-chans {config.in_chans}: must be above 0")
+    if config.workers is not None and config.workers < 0:
+        problems.append(f"--workers {config.workers}: must not be negative")
+    if config.out is not None and Path(config.out).is_dir():
+        problems.append(f"--out {config.out}: is a folder; name a file for the report, such as report.json")
+    if problems:
+        raise UserError(*problems)
+    console = make_console()
+    source = open_source(
+        config.data, in_chans=config.in_chans, image_column=config.image_column, label_column=config.label_column
+    )
+    parts: dict[str, Part] = {"train": source.train}
+    parts |= {name: part for name, part in (("val", source.val), ("test", source.test)) if part is not None}
+    workers = choose_workers(config.workers, 1).value
+    found: dict[str, Survey] = {}
+    with Report(config.out) as report:
+        for name, part in parts.items():
+            with counting(console, f"reading {name}") as progress:
+                found[name] = survey(part, workers, progress, partial(report.add, name, part))
+        report.finish(
+            {
+                "data": config.data,
+                "in_chans": config.in_chans,
+                "parts": {name: describe(part, found[name]) for name, part in parts.items()},
+            }
+        )
+    show(console, source.name, parts, found, report)
+    return 1 if any(one.bad for one in found.values()) else 0
+
+
+class Report:
+    """The JSON report, written as the bad files are found so that they need no memory; it appears whole or not at all.
+
+    The first bad files are kept for the screen. Without a path, nothing is written.
+    """
+
+    def __init__(self, out: str | None) -> None:
+        self.first: list[str] = []
+        self.path = Path(out).expanduser() if out is not None else None
+        self._comma = ""
+        if self.path is None:
+            return
+        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._temporary.open("w")
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
+        self._file.write('{"bad": [')
+
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.path is not None:
+            self._file.close()
+            self._temporary.unlink(missing_ok=True)
+
+    def add(self, name: str, part: Part, bad: Bad) -> None:
+        """Bad files of a part, with their reasons."""
+        for index, reason in bad:
+            if len(self.first) < SHOWN:
+                self.first.append(f"{part.name(index)}: {reason}")
+            if self.path is not None:
+                record = {"part": name, "id": index, "name": part.name(index), "reason": reason}
+                self._file.write(f"{self._comma}\n  {json.dumps(record)}")
+                self._comma = ","
+
+    def finish(self, rest: dict[str, Any]) -> None:
+        """Add all other entries and put the report into its place."""
+        if self.path is not None:
+            self._file.write("\n],\n" + json.dumps(rest, indent=1).removeprefix("{\n") + "\n")
+            self._file.close()
+            os.replace(self._temporary, self.path)
+
+
+def describe(part: Part, found: Survey) -> dict[str, Any]:
+    """One part's numbers for the report."""
+    return {
+        "images": len(part),
+        "readable": found.readable,
+        "bad": found.bad,
+        "height": summary(found.heights),
+        "width": summary(found.widths),
+        "eight_bit": found.eight_bit,
+        "sixteen_bit_or_float": found.readable - found.eight_bit,
+        "gray": found.gray,
+        "labels": labels(part),
+    }
+
+
+def labels(part: Part) -> dict[str, int] | None:
+    """Images of each class, unlabelled ones under an empty name; None where there are no labels."""
+    if part.labels is None or part.class_names is None:
+        return None
+    counts = np.bincount(part.labels + 1, minlength=len(part.class_names) + 1).tolist()
+    named = dict(zip(part.class_names, counts[1:], strict=True))
+    return {**named, **({"": counts[0]} if counts[0] else {})}
+
+
+def show(console: Console, title: str, parts: dict[str, Part], found: dict[str, Survey], report: Report) -> None:
+    """Tables for people: sizes and depths, classes, the first bad files."""
+
+    def sides(counted: dict[str, int]) -> str:
+        return " / ".join(f"{side:,}" for side in counted.values()) or "-"
+
+    columns = ["part", "images", "cannot be read", "height", "width", "16-bit or float", "gray", "labels"]
+    rows = []
+    for name, part in parts.items():
+        one, classes = found[name], labels(part)
+        rows.append(
+            [name, f"{len(part):,}", f"{one.bad:,} ({one.bad / max(1, len(part)):.2%})", sides(summary(one.heights)),
+             sides(summary(one.widths)), f"{one.readable - one.eight_bit:,}", f"{one.gray:,}",
+             f"{sum(1 for c in classes if c):,} classes" if classes else "none"]
+        )  # fmt: skip
+    console.print(make_table(escape(title), columns, rows))
+    console.print("[dim]height and width in pixels: smallest / median / largest[/dim]")
+    for name, part in parts.items():
+        classes = labels(part)
+        if classes:
+            said = [f"{escape(c or 'unlabelled')} {count:,}" for c, count in list(classes.items())[:SHOWN]]
+            more = f" and {len(classes) - SHOWN} more" if len(classes) > SHOWN else ""
+            console.print(f"{name}: {', '.join(said)}{more}")
+    bad = sum(one.bad for one in found.values())
+    for line in report.first:
+        console.print(f"[yellow]cannot be read:[/yellow] {escape(line)}", soft_wrap=True)
+    if bad > len(report.first):
+        console.print(f"... and {bad - len(report.first):,} more" + ("" if report.path else ": --out FILE names all"))
+    if report.path is not None:
+        console.print(f"report: {escape(str(report.path))}", soft_wrap=True)

@@ -1,0 +1,60 @@
+"""Loader workers end with the process that they decode for, however it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maekit.config import PretrainConfig
+from maekit.data.loader import StreamPool
+from maekit.data.sources import open_source
+
+
+def children(pid: int) -> list[int]:
+    """Living child processes of a process."""
+    listing = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in listing.read_text().split()] if listing.exists() else []
+
+
+def running(pid: int) -> bool:
+    """Whether the process exists and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to end the workers with their parent")
+def test_workers_die_with_a_killed_trainer(tmp_path: Path) -> None:
+    """kill -9 of a process with two workers at work: both are gone within seconds, though they ignore SIGTERM."""
+    for index in range(16):
+        Image.fromarray(np.full((16, 16, 3), index, np.uint8)).save(tmp_path / f"{index}.png")
+    torch.set_num_threads(1)
+    trainer = os.fork()
+    if not trainer:
+        try:
+            config = PretrainConfig(data=str(tmp_path), img_size=(16,), in_memory="no")
+            pool = StreamPool(open_source(str(tmp_path)).train, config, torch.device("cpu"), 2)
+            endless = ((0, np.arange(4)) for _ in range(10**9))
+            for _ in pool.train_batches(endless):
+                time.sleep(0.01)
+        finally:
+            os._exit(1)
+    deadline = time.monotonic() + 60
+    while len(workers := children(trainer)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(workers) == 2
+    time.sleep(0.5)
+    os.kill(trainer, signal.SIGKILL)
+    os.waitpid(trainer, 0)
+    while any(running(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(running(pid) for pid in workers)
