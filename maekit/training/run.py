@@ -27,6 +27,7 @@ from maekit.data.parts import Part
 from maekit.models.mae import MaskedAutoencoder
 from maekit.rng import Purpose
 from maekit.runtime import Choice, StopRequest
+from maekit.terminal import short_time
 from maekit.training.guard import SPIKE_HISTORY, Guard, is_spike, note_bad_steps
 from maekit.training.metrics import MetricsLog
 from maekit.training.monitor import TRIVIAL_IMAGES, Heldout, heldout_sums, online_probe, training_trivial
@@ -195,7 +196,7 @@ def say_heldout(job: Job, first_step: int, seconds: float) -> None:
     assert job.heldout is not None
     steps, left = job.position.step - first_step, job.position.total_steps - job.position.step
     speed = f"  {steps * job.config.batch_size / seconds:,.0f} images/s" if steps and seconds else ""
-    speed += f"  {left * seconds / steps / 60:,.0f} min left" if steps else ""
+    speed += f"  {short_time(left * seconds / steps)} left" if steps else ""
     job.console.print(
         f"epoch {job.epochs_done:.4g}  step {job.position.step:,}  held-out loss {job.heldout.loss:.4f}  "
         f"skill {job.heldout.skill:.3f}{speed}"
