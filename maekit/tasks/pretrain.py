@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 import time
 from pathlib import Path
@@ -121,11 +120,11 @@ def main(config: PretrainConfig, resume_from: Path | None = None) -> int:
         stop.patience = stop.GRACE
         with make_progress(
             job.console,
-            "loss {task.fields[loss]:.4f}",
-            "skill {task.fields[skill]:.3f}",
+            "loss {task.fields[loss]}",
+            "skill {task.fields[skill]}",
             "{task.fields[speed]} images/s",
         ) as progress:
-            bar = progress.add_task("", total=position.total_steps, loss=math.nan, skill=math.nan, speed="-")
+            bar = progress.add_task("", total=position.total_steps, loss="-", skill="-", speed="-")
             while True:
                 # ---- between two steps: what happens now and then, and never changes a weight ----
                 paused = time.monotonic()
@@ -150,7 +149,7 @@ def main(config: PretrainConfig, resume_from: Path | None = None) -> int:
                     value, skill = log_training(job, loss_sum, lr, speed, paused - began)
                     loss_sum.zero_()
                     logged, logged_step = paused, position.step
-                    progress.update(bar, loss=value, skill=skill, speed=f"{speed:,.0f}")
+                    progress.update(bar, loss=f"{value:.4f}", skill=f"{skill:.3f}", speed=f"{speed:,.0f}")
                 epochs_begun = position.step // job.order.steps_per_epoch + 1
                 progress.update(bar, completed=position.step, description=f"epoch {epochs_begun}")
                 if not stopping:
