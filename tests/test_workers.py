@@ -52,9 +52,14 @@ def test_workers_die_with_a_killed_trainer(tmp_path: Path) -> None:
     while len(workers := children(trainer)) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     assert len(workers) == 2
-    time.sleep(0.5)
+    time.sleep(1)
+    for pid in workers:  # a stopped worker cannot notice anything by itself, as one that starts or hangs cannot
+        os.kill(pid, signal.SIGSTOP)
     os.kill(trainer, signal.SIGKILL)
     os.waitpid(trainer, 0)
-    while any(running(pid) for pid in workers) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 10
+    while (left := [pid for pid in workers if running(pid)]) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(running(pid) for pid in workers)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
