@@ -1,37 +1,16 @@
-"""Every task's configuration as a typed dataclass: the one source of its defaults, help texts and types.
-
-This module imports no torch, so that `maekit --help` answers at once. A field's docstring is its help text.
-A recipe is a complete value of `PretrainConfig`; the resolved value is saved as JSON beside the run.
-"""
+"""Pretraining: its data, its model, its optimisation, and what continues or tests a run."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import tyro
 
+from maekit.config.base import flag, spaced
+
 MAX_MASK_RATIO = 0.95
 """Above this share of hidden patches a ViT-B/16 sees fewer than ten patches of a 224 px image."""
-
-
-class UserError(ValueError):
-    """A problem that the user can mend: the command line prints it without a traceback and exits with code 2."""
-
-    def __init__(self, *problems: str) -> None:
-        self.problems = problems
-        super().__init__("\n".join(problems))
-
-
-def did_you_mean(name: str, known: Iterable[str], limit: int = 4) -> str:
-    """The known names nearest to a mistyped one, as an ending for an error message."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=limit, cutoff=0.4)
-    if near:
-        return f"did you mean {' or '.join(near)}?"
-    return f"choose from {', '.join(sorted(known)[:20])}"
 
 
 @dataclass(kw_only=True)
@@ -212,12 +191,12 @@ class PretrainConfig(ModelConfig, DataConfig):
         if not 0 <= self.mask_ratio <= MAX_MASK_RATIO:
             found.append(f"--mask-ratio {self.mask_ratio:g}: must lie between 0 and {MAX_MASK_RATIO}")
         if not 1 <= len(self.img_size) <= 2 or min(self.img_size, default=0) < 1:
-            found.append(f"--img-size {_spaced(self.img_size)}: give one size, or height and width, above 0")
+            found.append(f"--img-size {spaced(self.img_size)}: give one size, or height and width, above 0")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             found.append(f"--crop-scale {low:g} {high:g}: needs 0 < smallest <= largest <= 1")
         if not all(0 <= beta < 1 for beta in self.betas):
-            found.append(f"--betas {_spaced(self.betas)}: each must lie in [0, 1)")
+            found.append(f"--betas {spaced(self.betas)}: each must lie in [0, 1)")
         if not 0 < self.heldout_share < 1:
             found.append(f"--heldout-share {self.heldout_share:g}: must lie between 0 and 1")
         if not 0 <= self.max_bad_share <= 1:
@@ -229,7 +208,7 @@ class PretrainConfig(ModelConfig, DataConfig):
             if values is not None and len(values) != self.in_chans:
                 found.append(f"--{name} has {len(values)} values, but --in-chans is {self.in_chans}")
         if self.std is not None and min(self.std, default=1.0) <= 0:
-            found.append(f"--std {_spaced(self.std)}: must be above 0")
+            found.append(f"--std {spaced(self.std)}: must be above 0")
         if self.decoder_heads > 0 and self.decoder_dim % self.decoder_heads:
             found.append(f"--decoder-dim {self.decoder_dim} is not divisible by --decoder-heads {self.decoder_heads}")
         if self.decoder_dim % 4:
@@ -237,7 +216,7 @@ class PretrainConfig(ModelConfig, DataConfig):
         if self.accum > 0 and self.batch_size % self.accum:
             found.append(f"--batch-size {self.batch_size} is not divisible by --accum {self.accum}")
         if self.crop == "resize-crop" and self.resize_to is not None and self.resize_to < max(self.img_size):
-            found.append(f"--resize-to {self.resize_to} is smaller than --img-size {_spaced(self.img_size)}")
+            found.append(f"--resize-to {self.resize_to} is smaller than --img-size {spaced(self.img_size)}")
         return found
 
     def _duration_problems(self) -> list[str]:
@@ -260,63 +239,6 @@ class PretrainConfig(ModelConfig, DataConfig):
 
 
 @dataclass(kw_only=True)
-class ProbeConfig:
-    """Measure frozen features by linear probe and k-NN, beside random weights and raw pixels."""
-
-    data: str
-    """Labelled images: a known name, a folder with one folder per class, or a Parquet file or folder."""
-    out: str | None = None
-    """Folder for card.json. Default: RUN/probe-NAME for a run, ./probe-NAME otherwise."""
-    pool: Literal["cls", "mean"] | None = None
-    """Which tokens are the features. Default: both are tried, the held-out part decides."""
-    image_column: str | None = None
-    """Parquet: the column with the images."""
-    label_column: str | None = None
-    """Parquet: the column with the labels."""
-    baselines: bool = True
-    """Also measure the same encoder with random weights, and raw pixels."""
-    batch_size: int = 256
-    """Images per forward pass; changes speed and memory, never the features."""
-    seed: int = 0
-    """Seed of the random-weights encoder."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the feature extraction."""
-
-
-@dataclass(kw_only=True)
-class ReconstructConfig:
-    """Draw original, masked image, reconstruction and both pasted together, for any image."""
-
-    image: tuple[str, ...]
-    """One or more image files."""
-    out: str = "panel.png"
-    """PNG to write."""
-    mask: Literal["random", "block", "grid"] | None = None
-    """Which patches are hidden. Default: as in the pretraining."""
-    mask_ratio: float | None = None
-    """Share of hidden patches. Default: the one of the pretraining."""
-    seed: int = 0
-    """Seed of the masks."""
-    statistics: Literal["true-patch", "visible", "none"] = "true-patch"
-    """Normalised targets only: whose mean and deviation bring the prediction back to pixels. true-patch: those of
-    the hidden patch itself (the panel says so); visible: of the nearest visible patches; none: shown as predicted."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
-
-
-@dataclass(kw_only=True)
-class DemoConfig:
-    """Pretrain on bundled photographs, evaluate, draw a panel: two minutes on two CPU cores, no network."""
-
-    out: str = "runs/demo"
-    """Folder of the run; runs/demo-2 and so on where it holds one already."""
-    epochs: float | None = None
-    """Length of the pretraining. Default: the recipe's."""
-
-
-@dataclass(kw_only=True)
 class ResumeConfig:
     """Continue a run exactly where its last checkpoint stands. Only durations, logging, device and workers change."""
 
@@ -334,24 +256,6 @@ class ResumeConfig:
     """Also log there, through Accelerate."""
     processes: int | None = None
     """The number of processes that you mean to run on; another number is an error."""
-
-
-@dataclass(kw_only=True)
-class CheckDataConfig:
-    """Read every image without training: counts, sizes, labels, and the files that cannot be read with the reasons."""
-
-    data: str
-    """What to read: a known name, a folder, a Parquet file or folder, or a text file of paths."""
-    in_chans: int = 3
-    """Channels of the model to come. With 3, grayscale images are replicated."""
-    image_column: str | None = None
-    """Parquet: the column with the images."""
-    label_column: str | None = None
-    """Parquet: the column with the labels."""
-    workers: int | None = None
-    """Processes that decode images. Default: chosen from the cores. 0: the main process."""
-    out: str | None = None
-    """JSON file for the report with all that was counted and every bad file. Default: none is written."""
 
 
 @dataclass(kw_only=True)
@@ -378,10 +282,11 @@ class SelftestConfig:
     """Folder in which the runs stay. Default: a temporary one, removed at the end."""
 
 
-def flag(field_name: str) -> str:
-    """The command line's spelling of a field: `mask_ratio` is `mask-ratio`."""
-    return field_name.replace("_", "-")
+@dataclass(kw_only=True)
+class DemoConfig:
+    """Pretrain on bundled photographs, evaluate, draw a panel: two minutes on two CPU cores, no network."""
 
-
-def _spaced(values: Sequence[float]) -> str:
-    return " ".join(f"{value:g}" for value in values)
+    out: str = "runs/demo"
+    """Folder of the run; runs/demo-2 and so on where it holds one already."""
+    epochs: float | None = None
+    """Length of the pretraining. Default: the recipe's."""

@@ -1,0 +1,34 @@
+"""Every task's configuration as a typed dataclass: the one source of its defaults, help texts and types.
+
+This package imports no torch, so that `maekit --help` answers at once. A field's docstring is its help text.
+A recipe is a complete value of `PretrainConfig`; the resolved value is saved as JSON beside the run.
+"""
+
+from maekit.config.base import UserError, did_you_mean, flag
+from maekit.config.datasets import CheckDataConfig
+from maekit.config.evaluation import ProbeConfig, ReconstructConfig
+from maekit.config.pretraining import (
+    MAX_MASK_RATIO,
+    DataConfig,
+    DemoConfig,
+    ModelConfig,
+    PretrainConfig,
+    ResumeConfig,
+    SelftestConfig,
+)
+
+__all__ = [
+    "MAX_MASK_RATIO",
+    "CheckDataConfig",
+    "DataConfig",
+    "DemoConfig",
+    "ModelConfig",
+    "PretrainConfig",
+    "ProbeConfig",
+    "ReconstructConfig",
+    "ResumeConfig",
+    "SelftestConfig",
+    "UserError",
+    "did_you_mean",
+    "flag",
+]

@@ -1,0 +1,33 @@
+"""What every config shares: errors that help, and how flags and values are spelled."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class UserError(ValueError):
+    """A problem that the user can mend: the command line prints it without a traceback and exits with code 2."""
+
+    def __init__(self, *problems: str) -> None:
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+def did_you_mean(name: str, known: Iterable[str], limit: int = 4) -> str:
+    """The known names nearest to a mistyped one, as an ending for an error message."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=limit, cutoff=0.4)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"choose from {', '.join(sorted(known)[:20])}"
+
+
+def flag(field_name: str) -> str:
+    """The command line's spelling of a field: `mask_ratio` is `mask-ratio`."""
+    return field_name.replace("_", "-")
+
+
+def spaced(values: Sequence[float]) -> str:
+    """Numbers as they are typed after a flag."""
+    return " ".join(f"{value:g}" for value in values)
