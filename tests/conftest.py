@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from maekit.config import ModelConfig
 
@@ -28,12 +28,16 @@ TINY: dict[str, Any] = {
 }
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread_from_the_start() -> None:
+    """For the runs of module fixtures, which come before the fixture of a test."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     """Tiny tensors on one thread: quicker, and the same sums whatever the machine."""
-    torch = sys.modules.get("torch")
-    if torch is not None:
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
 
 
 def tiny_config(**changes: Any) -> ModelConfig:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
 import os
 import shutil
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +83,71 @@ def test_a_failed_save_does_not_end_the_run(
     assert os.strerror(number) in said
     assert "training goes on, next try in 2 min" in said
     assert_same_run(alone, tmp_path / "run")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with 1 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small tmpfs (root)")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+@pytest.mark.parametrize("foreseen", [True, False])
+def test_a_disk_that_is_really_full(
+    foreseen: bool, alone: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Somebody fills it after step 2 and makes room after step 5: two saves fail, and the run ends as it should.
+
+    Found before anything is written, or (as when others write at the same time) by the write that fails.
+    """
+    if not foreseen:
+        monkeypatch.setattr(checkpoint, "_check_space", lambda *_: None)
+    ballast = small_disk / "ballast"
+
+    def watch(job: Any, *rest: Any) -> bool:
+        if job.position.step == 3:
+            with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+        elif job.position.step == 5:
+            assert checkpoints(out) == ["step-000000", "step-000002"]
+            assert not checkpoint.verify(out / "checkpoints" / "step-000002")
+            ballast.unlink()
+        return watched(job, *rest)
+
+    out, watched = small_disk / "run", pretrain.watch
+    monkeypatch.setattr(pretrain, "watch", watch)
+    assert run(WORDS, out) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "checkpoint failed (1st time" in said
+    assert ("MB are free" in said) == foreseen
+    assert_same_run(alone, out)
+    assert not [path for path in (out / "checkpoints").iterdir() if path.name.startswith(".")]
+
+
+def test_a_slow_disk(alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save takes ten times as long as the time between two of them: there is a step between any two, and no harm."""
+    real, write, saved = saving.save, checkpoint._write_tensors, []
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.05)
+        write(*arguments)
+
+    def save(job: Any, *arguments: Any, **named: Any) -> bool:
+        saved.append(job.position.step)
+        return real(job, *arguments, **named)
+
+    monkeypatch.setattr(checkpoint, "_write_tensors", slow)
+    monkeypatch.setattr(pretrain, "save", save)
+    assert run([*WORDS, "--save-minutes", "0.00025"], tmp_path / "run") == 0
+    assert len(set(saved)) == len(saved) > 4
+    assert_same_run(alone, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["images_per_s"] > 128 / 0.15 for line in lines if line["kind"] == "step"), "saving was counted"
 
 
 def test_retries_come_soon_and_end_in_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,8 @@ from maekit.configfile import from_json, read
 from maekit.data.images import BadImage
 from maekit.data.sources import open_source
 from maekit.training import checkpoint as checkpoints
+from maekit.training.run import Position
+from maekit.training.saving import position_of
 from maekit.weights.passport import Passport
 from maekit.weights.store import load, random_model
 
@@ -295,7 +297,25 @@ def check_checkpoint(damage: Any) -> None:
         checkpoints.load(path)
     except UserError as error:
         for problem in error.problems:
-            said(problem.replace("\x1b", ""), 3000)  # a manifest's own words are shown
+            said(problem.replace("\x1b", ""), 1500)  # a manifest's own words are shown
+
+
+# ---- a position with good checksums and impossible numbers ----
+
+positions = changed(dataclasses.asdict(Position(8, step=4, fingerprint="f" * 64)))
+
+
+def check_position(state: dict[str, Any]) -> None:
+    state = json.loads(json.dumps(state))
+    try:
+        found = position_of(checkpoints.Checkpoint({}, {}, {}, state), SCRATCH / "step-000004")
+    except UserError as error:
+        refused(error)
+        return
+    assert 0 <= found.watched <= found.step
+    assert found.metrics_bytes >= 0
+    assert 0 < found.train_trivial < float("inf")
+    assert 0 < found.lr_scale < float("inf")
 
 
 # ---- all of them, a few examples each; by the thousand under `slow` ----
@@ -309,6 +329,7 @@ PROPERTIES: dict[str, tuple[Callable[[Any], None], st.SearchStrategy[Any], int]]
     "damaged weights": (check_damaged_weights, damages, 40),
     "table": (check_table, tables, 60),
     "checkpoint": (check_checkpoint, checkpoint_damages, 40),
+    "position": (check_position, positions, 100),
 }  # fmt: skip
 
 

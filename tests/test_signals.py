@@ -22,9 +22,9 @@ from maekit import cli
 from maekit.data import loader
 from maekit.data.parts import FilePart
 from maekit.models.mae import MaskedAutoencoder
-from maekit.runtime import StopRequest
+from maekit.runtime import Choice, StopRequest
 from maekit.tasks import pretrain
-from maekit.training import checkpoint, monitor
+from maekit.training import checkpoint, monitor, prepare
 from maekit.training import run as run_module
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
@@ -94,10 +94,10 @@ def test_the_codes() -> None:
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (pretrain, "open_source"),
+        (prepare, "open_source"),
         (loader, "_common_size"),
-        (pretrain, "channel_statistics"),
-        (pretrain, "MaskedAutoencoder"),
+        (prepare, "channel_statistics"),
+        (prepare, "MaskedAutoencoder"),
         (run_module, "training_trivial"),
         (run_module, "heldout_sums"),
     ],
@@ -124,7 +124,7 @@ def test_while_the_first_step_compiles(alone: Path, tmp_path: Path, monkeypatch:
     """Minutes of compilation are not waited for: the checkpoint of this position stands already."""
     with monkeypatch.context() as patch:
         patch.setattr(StopRequest, "GRACE", 0.3)
-        patch.setattr(pretrain, "choose_compile", lambda *_: pretrain.Choice(True, "for the test"))
+        patch.setattr(prepare, "choose_compile", lambda *_: Choice(True, "for the test"))
         patch.setattr(pretrain, "compile_or_eager", lambda model, report: lambda *_, **__: slowly())
         began = time.monotonic()
         assert run(WORDS, tmp_path / "run") == 143

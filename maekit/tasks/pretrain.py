@@ -12,60 +12,34 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import Accelerator
-from rich.console import Console
 from rich.markup import escape
 
 from maekit.config import PretrainConfig, ResumeConfig, UserError
 from maekit.configfile import read
 from maekit.data.loader import (
-    Quarantine,
-    SampleOrder,
-    channel_statistics,
     lowest_hash,
-    open_pool,
-    split_heldout,
 )
-from maekit.data.sources import open_source
-from maekit.data.workers import choose_workers
-from maekit.models.encoder import use_fused_attention
-from maekit.models.mae import MaskedAutoencoder, model_problems
 from maekit.rng import Purpose
 from maekit.runtime import (
-    Choice,
     StopRequest,
-    check_processes,
-    choose_attention,
-    choose_compile,
-    choose_device,
-    choose_precision,
     compile_or_eager,
-    seed_everything,
-    start_accelerator,
 )
-from maekit.terminal import counting, make_console, make_progress, print_settings
+from maekit.terminal import make_console, make_progress, print_settings
 from maekit.training import lock
 from maekit.training.checkpoint import latest
 from maekit.training.guard import Guard, backward, gradient_norm, update
-from maekit.training.metrics import MetricsLog
 from maekit.training.monitor import PANEL_IMAGES, heldout_masks, reconstruct, statistics_note
 from maekit.training.optim import (
-    duration_steps,
     learning_rate,
-    make_optimizer,
-    peak_learning_rate,
     set_learning_rate,
 )
+from maekit.training.prepare import prepare
 from maekit.training.run import (
     Job,
-    Position,
-    describe,
     due,
     evaluate,
     log_training,
@@ -77,15 +51,16 @@ from maekit.training.run import (
     settle,
 )
 from maekit.training.run_state import restore_rng, rng_tensors
-from maekit.training.saving import SaveClock, begin, give_up, restore, roll_back, save
+from maekit.training.saving import SaveClock, begin, give_up, never_began, roll_back, save
+from maekit.training.step import part_loss
 from maekit.viz.panels import compose, draw
 from maekit.viz.plots import draw_curves
 from maekit.weights.store import WEIGHTS_FILE
 
 
 @lock.letting_go
-def main(config: PretrainConfig, resume_from: Path | None = None) -> int:
-    """Train from the start, or from a checkpoint's folder on.
+def main(config: PretrainConfig, resume_from: Path | None = None, again: bool = False) -> int:
+    """Train from the start, or from a checkpoint's folder on; `again`: in the folder of a run that never began.
 
     Returns: the exit code: 0; 128 + the signal's number when a signal stopped the run; 1 when the last checkpoint could
     not be written, or when steps stayed non-finite after going back once.
@@ -95,7 +70,7 @@ def main(config: PretrainConfig, resume_from: Path | None = None) -> int:
     """
     stop = StopRequest()
     with stop.listening():  # a signal ends this block at once as long as there is nothing to save
-        job = prepare(config, resume_from, make_console())
+        job = prepare(config, resume_from, make_console(), again)
         job.stop = stop
         config, model, position, accelerator = job.config, job.model, job.position, job.accelerator
         if position.step == position.watched == position.total_steps:
@@ -107,7 +82,6 @@ def main(config: PretrainConfig, resume_from: Path | None = None) -> int:
         step_model = accelerator.prepare_model(model, evaluation_mode=accelerator.num_processes == 1)
         compiled = job.choices["compile"].value
         forward = compile_or_eager(step_model, job.console.print) if compiled else step_model.__call__
-        bf16 = job.choices["precision"].value == "bf16"
         clock = SaveClock(config.save_minutes, config.max_unsaved_minutes)
         guard = Guard(accelerator.device, config.max_bad_steps, position.bad_row)
         batches = open_batches(job)
@@ -182,14 +156,10 @@ def main(config: PretrainConfig, resume_from: Path | None = None) -> int:
                         break
                     if batch.bad:
                         report_unreadable(job, batch.bad)
-                    masks = model.draw_masks(batch.sample_ids, seed=config.seed, epoch=epoch).to(accelerator.device)
-                    images = model.normalize(batch.images)
                     # Earlier parts add up on their own process; the backward pass of the last one averages over all.
                     lonely = part_number < config.accum - 1
                     with accelerator.no_sync(step_model) if lonely else contextlib.nullcontext():
-                        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
-                            output = forward(images, masks.ids_keep_BV, ids_masked=masks.ids_masked_BM)
-                        loss = output.loss / config.accum
+                        loss = part_loss(model, config, batch, epoch, forward) / config.accum
                         backward(loss)
                     loss_of_step += loss.detach()
                 if batch is None:  # a signal, and data that do not come: as if the step had not begun
@@ -229,95 +199,6 @@ def watch(job: Job, first_step: int, seconds: float) -> bool:
     elif job.accelerator.is_main_process and job.metrics.position > written:
         job.metrics.truncate(written)
     return whole
-
-
-def prepare(config: PretrainConfig, resume_from: Path | None, console: Console) -> Job:
-    """Check the config, open the data, build the model, take up a checkpoint, print what was chosen."""
-    out = check(config, resume_from)
-    lock.take(out, fresh=resume_from is None)
-    choices, accelerator = open_machine(config, out)
-    source = open_source(
-        config.data, in_chans=config.in_chans, image_column=config.image_column, label_column=config.label_column
-    )
-    part = source.train
-    train_ids, heldout_ids = split_heldout(len(part), config.heldout_share)
-    order = SampleOrder(train_ids, config.batch_size, config.seed)
-    with counting(console, "reading images") as progress:
-        pool, choices["in memory"] = open_pool(part, config, accelerator.device, choices["workers"], progress)
-    if config.mean is None or config.std is None:
-        with counting(console, "measuring mean and deviation") as progress:
-            mean, std = channel_statistics(pool, train_ids, progress)
-        config = dataclasses.replace(config, mean=tuple(mean), std=tuple(std))
-    assert config.mean is not None and config.std is not None
-
-    seed_everything(config.seed)
-    model = MaskedAutoencoder(config, config.mean, config.std).to(accelerator.device)
-    use_fused_attention(model, choices["attention"].value)
-    config = settled(config, model, out, choices)
-    peak_lr, peak_reason = peak_learning_rate(config)
-    total = duration_steps(config.epochs, config.steps, order.steps_per_epoch)
-    warmup = duration_steps(config.warmup_epochs, config.warmup_steps, order.steps_per_epoch)
-    job = Job(
-        config=config, out=out, console=console, accelerator=accelerator, data_name=source.name, part=part, pool=pool,
-        train_ids=train_ids, heldout_ids=heldout_ids, order=order, model=model,
-        optimizer=make_optimizer(model, config, peak_lr), peak_lr=peak_lr, warmup_steps=min(warmup, total),
-        position=Position(total, fingerprint=part.fingerprint), metrics=MetricsLog(out / "metrics.jsonl"),
-        quarantine=Quarantine(out / "quarantine.jsonl", part, config.max_bad_share), choices=choices,
-    )  # fmt: skip
-    if resume_from is not None:
-        restore(job, resume_from)
-    print_settings(console, f"maekit pretrain {config.recipe}", {**describe(job, peak_reason), **choices})
-    return job
-
-
-def check(config: PretrainConfig, resume_from: Path | None) -> Path:
-    """Refuse whatever is wrong with the config or the output folder, all at once; returns the folder."""
-    problems = config.problems() + model_problems(config)
-    out = Path(config.out or f"runs/{config.recipe}")
-    if resume_from is None and not lock.is_free(out):
-        problems.append(
-            f"--out {out}: is not empty: maekit resume {out} continues the run in it; else name another one"
-        )
-    if problems:
-        raise UserError(*problems)
-    return out
-
-
-def open_machine(config: PretrainConfig, out: Path) -> tuple[dict[str, Choice[Any]], Accelerator]:
-    """Device, precision, kernels and processes, each chosen with its reason."""
-    device = choose_device(config.device)
-    precision = choose_precision(config.precision, device.value)
-    choices: dict[str, Choice[Any]] = {
-        "device": device,
-        "precision": precision,
-        "attention": choose_attention(device.value, precision.value),
-        "compile": choose_compile(config.compile, device.value),
-        "workers": choose_workers(config.workers, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
-    }
-    accelerator = start_accelerator(device.value, config.trackers, out)
-    world = accelerator.num_processes
-    check_processes(config.processes, world)
-    if config.batch_size % (world * config.accum):
-        raise UserError(
-            f"--batch-size {config.batch_size} is not divisible by {world} processes x --accum {config.accum}: it "
-            "counts the images of one optimiser step over all of them"
-        )
-    return choices, accelerator
-
-
-def settled(
-    config: PretrainConfig, model: MaskedAutoencoder, out: Path, choices: dict[str, Choice[Any]]
-) -> PretrainConfig:
-    """The config with every choice that touches the numbers fixed, since a resume must not choose anew."""
-    place = os.path.expanduser(config.data)
-    return dataclasses.replace(
-        config,
-        **{f.name: getattr(model.config, f.name) for f in dataclasses.fields(model.config)},
-        data=os.path.abspath(place) if os.path.exists(place) else config.data,
-        out=str(out),
-        precision=choices["precision"].value,
-        in_memory="yes" if choices["in memory"].value else "no",
-    )
 
 
 def draw_pictures(job: Job) -> bool:
@@ -391,6 +272,9 @@ def resume(folder: str, changes: ResumeConfig) -> int:
     newest, messages = latest(out / "checkpoints")
     for message in messages:
         console.print(f"[red]damaged checkpoint:[/red] {escape(message)}")
+    if newest is None and not messages and never_began(out):
+        console.print("killed before its first checkpoint: the run begins at step 0")
+        return main(config, again=True)
     if newest is None:
         raise UserError(f"{folder}: no whole checkpoint; start again with maekit pretrain into another folder")
     return main(config, resume_from=newest)

@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import re
+import reprlib
 import shutil
 import stat
 import warnings
@@ -35,13 +36,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from maekit.config import UserError
-from maekit.training import run_state
 
 Tensors = dict[str, Tensor]
-optimizer_tensors, load_optimizer_tensors = run_state.optimizer_tensors, run_state.load_optimizer_tensors
-optimizer_settings, load_optimizer_settings = run_state.optimizer_settings, run_state.load_optimizer_settings
-rng_tensors, restore_rng = run_state.rng_tensors, run_state.restore_rng
-
 VERSION = 1
 MODEL, OPTIMIZER, RNG, STATE, MANIFEST = FILES = (
     "model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "manifest.json",
@@ -49,6 +45,8 @@ MODEL, OPTIMIZER, RNG, STATE, MANIFEST = FILES = (
 MAX_JSON_BYTES = 16 << 20
 """A larger state.json or manifest.json is refused; real ones hold kilobytes."""
 
+_short = reprlib.Repr()
+_short.maxother = _short.maxstring = _short.maxlong = 80
 _STEP_NAME = re.compile(r"step-(\d{6,})")
 _OWNER = r"([1-9]\d{0,8})@([A-Za-z0-9_-]+)"
 _HIDDEN_NAME = re.compile(rf"\.step-(\d{{6,}})\.(tmp|old)-{_OWNER}")
@@ -61,9 +59,9 @@ class Checkpoint:
     model: Tensors
     """Weights and buffers by name; tied ones are stored once under each of their names."""
     optimizer: Tensors
-    """From `optimizer_tensors`."""
+    """From `run_state.optimizer_tensors`."""
     rng: Tensors
-    """From `rng_tensors`, those of all ranks merged."""
+    """From `run_state.rng_tensors`, those of all ranks merged."""
     state: dict[str, Any]
     """Position of the run. JSON values: tuples come back as lists, keys as strings, floats to the last bit."""
     model_metadata: dict[str, str] = field(default_factory=dict)
@@ -134,10 +132,12 @@ def verify(path: Path) -> list[str]:
     if manifest.get("format") != "maekit checkpoint":
         return [f"{MANIFEST}: not the manifest of a maekit checkpoint"]
     if manifest.get("version") != VERSION:
-        return [f"{MANIFEST}: format version {manifest.get('version')!r}, this maekit reads version {VERSION}"]
+        return [
+            f"{MANIFEST}: format version {_short.repr(manifest.get('version'))}, this maekit reads version {VERSION}"
+        ]
     step_name = _STEP_NAME.search(path.name)  # a copy may have any other name
     if step_name and manifest.get("step") != int(step_name[1]):
-        return [f"{MANIFEST}: belongs to step {manifest.get('step')!r}"]
+        return [f"{MANIFEST}: belongs to step {_short.repr(manifest.get('step'))}"]
     entries = manifest.get("files")
     if not isinstance(entries, dict) or set(entries) != set(FILES) - {MANIFEST}:
         named = sorted(entries) if isinstance(entries, dict) else entries  # a name is never used as a path
@@ -151,7 +151,7 @@ def verify(path: Path) -> list[str]:
             continue
         wanted = entries[name] if isinstance(entries[name], dict) else {}
         if found["size"] != wanted.get("size"):
-            problems.append(f"{name}: has {found['size']} bytes, the manifest says {wanted.get('size')!r}")
+            problems.append(f"{name}: has {found['size']} bytes, the manifest says {_short.repr(wanted.get('size'))}")
         elif found != wanted:
             problems.append(f"{name}: checksum differs from the manifest")
     return problems

@@ -26,6 +26,7 @@ from maekit.data.loader import Ids, Pool, open_pool
 from maekit.data.sources import open_source
 from maekit.models.mae import MaskedAutoencoder
 from maekit.runtime import Choice
+from maekit.training.step import part_loss
 from maekit.weights.store import WEIGHTS_FILE, load
 
 RECORD_FILE, CONFIG_FILE = "step.json", "config.json"
@@ -151,7 +152,7 @@ def replay(folder: str | Path, device: str = "cpu") -> Replay:
     try:
         record = json.loads((folder / RECORD_FILE).read_text())
         config = read(PretrainConfig, folder / CONFIG_FILE)
-        seed, epoch, ids = int(record["seed"]), int(record["epoch"]), np.array(record["ids"], np.int64)
+        epoch, ids = int(record["epoch"]), np.array(record["ids"], np.int64)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: holds no dump of a step ({error})") from None
     part = open_source(
@@ -164,21 +165,16 @@ def replay(folder: str | Path, device: str = "cpu") -> Replay:
     total, bad_ids = 0.0, []
     for start in range(0, len(ids), _PART):
         some = ids[start : start + _PART]
-        loss = _loss(model, config, pool, some, seed, epoch)
+        loss = _loss(model, config, pool, some, epoch)
         backward(loss * len(some) / len(ids))
         total += float(loss.detach()) * len(some) / len(ids)
         if not bool(loss.isfinite()):
             with torch.no_grad():
-                alone = [float(_loss(model, config, pool, some[i : i + 1], seed, epoch)) for i in range(len(some))]
+                alone = [float(_loss(model, config, pool, some[i : i + 1], epoch)) for i in range(len(some))]
             bad_ids += [int(one) for one, value in zip(some, alone, strict=True) if not np.isfinite(value)]
     return Replay(total, float(gradient_norm(model)), bad_ids)
 
 
-def _loss(model: MaskedAutoencoder, config: PretrainConfig, pool: Pool, ids: Ids, seed: int, epoch: int) -> Tensor:
+def _loss(model: MaskedAutoencoder, config: PretrainConfig, pool: Pool, ids: Ids, epoch: int) -> Tensor:
     """The training loss of these samples in this epoch."""
-    batch = next(iter(pool.train_batches([(epoch, ids)])))
-    masks = model.draw_masks(batch.sample_ids, seed=seed, epoch=epoch).to(batch.images.device)
-    images = model.normalize(batch.images)
-    with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        loss: Tensor = model(images, masks.ids_keep_BV, ids_masked=masks.ids_masked_BM).loss
-    return loss
+    return part_loss(model, config, next(iter(pool.train_batches([(epoch, ids)]))), epoch)

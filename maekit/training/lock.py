@@ -25,6 +25,8 @@ except ImportError:  # Windows has no flock: runs are not locked there
     fcntl = None  # type: ignore[assignment]
 
 FILE = "lock"
+UNBORN = ".config.json.tmp"
+"""All that a run leaves beside its lock when it is killed in the instant in which it writes its first file."""
 _NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 _held: dict[str, int] = {}
 """Real path of each folder whose lock this process holds, with the open file's number."""
@@ -86,7 +88,8 @@ def release() -> None:
         _say(handle, "")
         with suppress(OSError):
             if _is_bare(Path(key)):
-                os.unlink(os.path.join(key, FILE))
+                for name in os.listdir(key):
+                    os.unlink(os.path.join(key, name))
                 os.rmdir(key)
         os.close(handle)
 
@@ -110,7 +113,7 @@ def is_free(out: Path) -> bool:
 
 
 def _is_bare(out: Path) -> bool:
-    return all(path.name == FILE for path in out.iterdir())
+    return all(path.name in (FILE, UNBORN) for path in out.iterdir())
 
 
 def _open(out: Path) -> int:

@@ -16,7 +16,7 @@ _BLOCK = 1 << 16
 
 
 class MetricsLog:
-    """An append-only log of records; only one process writes to it.
+    """An append-only log of records; only one process writes to it. UserError: something else has its name.
 
     Each line is handed to the system at once, so it outlives the process but not a power cut: call `sync` before a
     checkpoint records `position`. Nothing is created before the first record.
@@ -27,6 +27,8 @@ class MetricsLog:
         self._handle: int | None = None
         self._position = 0
         if path.exists():
+            if not path.is_file():  # a pipe would block whoever opens it
+                raise UserError(f"{path}: not a plain file")
             self._position = self._line_end(path.stat().st_size)
 
     @property

@@ -6,6 +6,7 @@ talk to other processes must be called by all of them.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import deque
 from collections.abc import Iterator
@@ -75,6 +76,20 @@ class Position:
     """Length of metrics.jsonl at this position."""
     fingerprint: str = ""
     """Fingerprint of the data."""
+
+    def problems(self) -> list[str]:
+        """What cannot be true of a run, as a damaged or forged state.json may claim."""
+        counts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.type == "int"}
+        found = [f"{name} {value}: not in 0 .. 2^63" for name, value in counts.items() if not 0 <= value < 2**63]
+        for name in ("watched", "schedule_start", "loss_count", "bad_row"):
+            if counts[name] > self.step:
+                found.append(f"{name} {counts[name]}: is beyond step {self.step}")
+        for value in (self.train_trivial, *self.heldout_trivial, self.lr_scale):
+            if not 0 < value < math.inf:
+                found.append(f"a trivial loss or lr_scale of {value}: not a positive number")
+        if not math.isfinite(self.loss_sum):
+            found.append(f"loss_sum {self.loss_sum}: not a number")
+        return found
 
 
 @dataclass

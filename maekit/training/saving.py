@@ -25,6 +25,7 @@ from maekit.configfile import from_values, to_json
 from maekit.runtime import Stopped, environment, greatest, package_versions
 from maekit.training import checkpoint as checkpoints
 from maekit.training import guard, lock
+from maekit.training.metrics import MetricsLog
 from maekit.training.run import Job, Position, bad_step_record, log, measure_trivial, write_lines
 from maekit.training.run_state import load_optimizer_tensors, optimizer_tensors, restore_rng, rng_tensors
 from maekit.weights.passport import Passport
@@ -78,14 +79,16 @@ def begin(job: Job, fresh: bool) -> None:
             check_space(job)
             try:
                 out.mkdir(parents=True, exist_ok=True)
+                write_whole(out / "config.json", to_json(config))  # first: from here on `resume` knows the run
                 write_whole(out / "env.json", json.dumps(environment(accelerator.device), indent=2) + "\n")
-                write_whole(out / "config.json", to_json(config))
             except OSError as error:
                 raise UserError(f"--out {out}: cannot be written: {error}") from error
         accelerator.wait_for_everyone()
         if config.trackers:
             accelerator.init_trackers("maekit", config={k: str(v) for k, v in dataclasses.asdict(config).items()})
         if fresh:
+            if accelerator.is_main_process:
+                job.metrics.truncate(0)  # lines of a run that was killed before its first checkpoint
             measure_trivial(job)
             if not save(job, SaveClock(config.save_minutes, config.max_unsaved_minutes), urgent=True):
                 raise UserError(f"--out {out}: the first checkpoint cannot be written (see above)")
@@ -96,6 +99,13 @@ def begin(job: Job, fresh: bool) -> None:
                 if path.name != lock.FILE:  # the lock goes when it is let go
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
+
+
+def never_began(out: Path) -> bool:
+    """Whether a run's folder holds nothing of a step: it was killed before its first checkpoint was whole."""
+    if any((out / "checkpoints").glob("step-*")) or (out / WEIGHTS_FILE).exists():
+        return False
+    return not any(record.get("step") for record in MetricsLog(out / "metrics.jsonl").read())
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -262,7 +272,7 @@ def give_up(job: Job, step: int, lr: float) -> None:
 def _take_up(job: Job, path: Path) -> tuple[Position, list[str]]:
     """Weights, optimiser and generators from a checkpoint; returns its position and the generators it does not know."""
     saved = checkpoints.load(path)
-    position = from_values(Position, saved.state, path / "state.json")
+    position = position_of(saved, path)
     if position.fingerprint != job.part.fingerprint:
         raise UserError(
             f"--data {job.config.data}: not the images that this run was trained on (names or sizes differ): exact "
@@ -274,6 +284,14 @@ def _take_up(job: Job, path: Path) -> tuple[Position, list[str]]:
     unknown = restore_rng(saved.rng, job.accelerator.process_index)
     job.rng = saved.rng
     return position, unknown
+
+
+def position_of(saved: checkpoints.Checkpoint, path: Path) -> Position:
+    """The position in a checkpoint's state.json; UserError where it cannot be one of a run."""
+    position = from_values(Position, saved.state, path / "state.json")
+    if problems := position.problems():
+        raise UserError(*(f"{path / 'state.json'}: {problem[:200]}" for problem in problems))
+    return position
 
 
 def _set_position(job: Job, position: Position) -> None:

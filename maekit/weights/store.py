@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,7 @@ def _read_checked(path: Path) -> tuple[Passport, dict[str, torch.Tensor]]:
     """Passport and weights from one handle, since a run that trains may replace the file between two openings."""
     refuse_others(path)
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_once(path) as file:
             passport, shapes = _header(file, path)
             if passport.kind != "mae":
                 raise UserError(f"{path}: holds a {passport.kind!r}, not a masked autoencoder")
@@ -74,6 +76,19 @@ def _read_checked(path: Path) -> tuple[Passport, dict[str, torch.Tensor]]:
         raise
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({one_line(error)})") from None
+
+
+@contextlib.contextmanager
+def open_once(path: Path) -> Iterator[Any]:
+    """A safetensors file for reading, which a run that trains may replace meanwhile: header and data are of one file.
+
+    safetensors opens a file by its name twice, for the header and for the data; the name of an open handle always
+    leads to the same file. Systems without such names do not let an open file be replaced.
+    """
+    with path.open("rb") as handle:
+        same = Path(f"/dev/fd/{handle.fileno()}")
+        with safe_open(same if same.exists() else path, framework="pt") as file:
+            yield file
 
 
 def _header(file: Any, path: Path) -> tuple[Passport, Shapes]:
@@ -103,7 +118,7 @@ def read_header(path: Path) -> tuple[Passport, Shapes]:
     """
     refuse_others(path)
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_once(path) as file:
             return _header(file, path)
     except UserError:
         raise

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -25,11 +26,13 @@ from harness import (
     fork,
     last_checkpoint,
     make_images,
+    metrics,
     remove,
     run,
 )
 
-from maekit.training import checkpoint
+from maekit.training import checkpoint, saving
+from maekit.training import run as run_module
 
 PROMISE = "kill -9: a whole checkpoint is found, no more than the work since it is repeated"
 SAVE_STEPS = 2
@@ -52,13 +55,8 @@ def kill_until_done(alone: Path, words: list[str], kills: int, seed: int, folder
     most = len(list(files(alone))) + LEFTOVERS
     start = ["pretrain", *words[1:], "--out", str(out)]
     for _ in range(kills):
-        resuming = (out / "checkpoints").exists() and checkpoint.latest(out / "checkpoints")[0] is not None
-        if not resuming and out.exists():
-            assert run(["resume", str(out)], log) == 2, "nothing was saved yet, and the resume does not say so"
-            said = log.read_text().splitlines()[-1]
-            assert "no whole checkpoint" in said or "holds no run" in said, said
-            remove(out)
-        floor = int(last_checkpoint(out).name[5:]) if resuming else 0
+        resuming = (out / "config.json").exists()  # else it was killed before it said what it is, and is begun again
+        floor = int(last_checkpoint(out).name[5:]) if checkpoint.latest(out / "checkpoints")[0] is not None else 0
         record.unlink(missing_ok=True)
         log.unlink(missing_ok=True)
         child = fork(command(["resume", str(out)] if resuming else start, record=record), log)
@@ -76,10 +74,7 @@ def kill_until_done(alone: Path, words: list[str], kills: int, seed: int, folder
         if out.exists():
             found = list(files(out))
             assert len(found) <= most, f"{len(found)} files, {found}"
-    resuming = out.exists() and checkpoint.latest(out / "checkpoints")[0] is not None
-    if not resuming and out.exists():
-        remove(out)
-    code = run(["resume", str(out)] if resuming else start, log)
+    code = run(["resume", str(out)] if (out / "config.json").exists() else start, log)
     assert code == 0, log.read_text()
     assert_same_run(alone, out)
     assert set(files(out)) == set(files(alone)), "something was left behind"
@@ -146,3 +141,68 @@ def test_a_kill_while_the_config_is_written(tmp_path: Path, record_property: Cal
     code = run(["resume", str(out)], log)
     record_property("losses", int(code != 0))
     assert code == 0, log.read_text()[-500:]
+
+
+def kill_before_the_first_checkpoint(out: Path, words: list[str], place: str) -> int:
+    """Die by kill -9 after config.json is written and before the checkpoint of step 0 is whole."""
+
+    def die(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if place == "while the trivial losses are measured":
+        run_module.training_trivial = die  # type: ignore[assignment]
+    elif place == "after a line of metrics":
+        saving.save = die  # type: ignore[assignment]
+    elif place == "before config.json has its name":
+        os.replace = die  # type: ignore[assignment]
+    else:
+        checkpoint._write_tensors = die
+    return command([*words, "--out", str(out)])()
+
+
+@pytest.mark.parametrize(
+    "place", ["while the trivial losses are measured", "after a line of metrics", "in the checkpoint"]
+)
+def test_a_kill_before_the_first_checkpoint(
+    place: str, tmp_path: Path, record_property: Callable[[str, Any], None]
+) -> None:
+    """`maekit resume` begins such a run at step 0; nothing of the first try stays."""
+    words = [*DIGITS, "--steps", "3", "--batch-size", "64"]
+    alone, out, log = tmp_path / "alone", tmp_path / "run", tmp_path / "log"
+    assert run([*words, "--out", str(alone)], log) == 0
+    assert end_of(fork(partial(kill_before_the_first_checkpoint, out, words, place), log)) == -signal.SIGKILL
+    assert (out / "config.json").exists()
+    record_property("promise", PROMISE)
+    record_property("faults", 1)
+    code = run(["resume", str(out)], log)
+    record_property("losses", int(code != 0))
+    assert code == 0, log.read_text()[-500:]
+    assert "killed before its first checkpoint: the run begins at step 0" in " ".join(log.read_text().split())
+    assert_same_run(alone, out)
+    assert set(files(out)) == set(files(alone)), "something was left behind"
+
+
+def test_a_kill_before_anything_is_said(tmp_path: Path, record_property: Callable[[str, Any], None]) -> None:
+    """Without config.json there is nothing to resume, and the same command begins the run again."""
+    words = [*DIGITS, "--steps", "3", "--batch-size", "64"]
+    out, log = tmp_path / "run", tmp_path / "log"
+    place = "before config.json has its name"
+    assert end_of(fork(partial(kill_before_the_first_checkpoint, out, words, place), log)) == -signal.SIGKILL
+    assert sorted(path.name for path in out.iterdir()) == [".config.json.tmp", "lock"]
+    record_property("promise", PROMISE)
+    record_property("faults", 1)
+    assert run(["resume", str(out)], log) == 2
+    assert run([*words, "--out", str(out)], log) == 0, log.read_text()[-500:]
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(tmp_path: Path) -> None:
+    """Somebody removed them, or all are damaged: its metrics are not thrown away in silence."""
+    words = [*DIGITS, "--steps", "3", "--batch-size", "64"]
+    out, log = tmp_path / "run", tmp_path / "log"
+    assert run([*words, "--out", str(out)], log) == 0
+    shutil.rmtree(out / "checkpoints")
+    (out / "model.safetensors").unlink()
+    before = metrics(out)
+    assert run(["resume", str(out)], log) == 2
+    assert "no whole checkpoint" in log.read_text()
+    assert metrics(out) == before

@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from conftest import tiny_config
 from harness import DIGITS, command, each, end_of, folder_words, fork, make_images, metrics, run, wait_until
+from safetensors.torch import save_file
 
 import maekit
 from maekit.config import UserError
 from maekit.training import lock
+from maekit.weights.store import random_model
 
 PROMISE = "one folder, one run; readers see whole files"
 ENDLESS = [*DIGITS, "--steps", "1000000", "--batch-size", "64", "--save-every", "0.046"]
@@ -147,6 +151,26 @@ def test_a_reader_sees_whole_files(tmp_path: Path, record_property: Record) -> N
     """Two readers beside a run that publishes new weights after every step."""
     read_while_training(tmp_path, 3)
     note(record_property, 1)
+
+
+def test_a_file_replaced_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors opens by name twice: a run that publishes in between must not mix two files, nor break a reader."""
+    old, new = random_model(tiny_config()), random_model(tiny_config(), seed=1)
+    path, published = tmp_path / "model.safetensors", tmp_path / "next.safetensors"
+    for model, where, more in ((old, path, {}), (new, published, {"later": "x" * 16})):
+        save_file(dict(model.state_dict()), where, metadata=model.passport.to_metadata() | more)
+    opened = torch.UntypedStorage.from_file
+
+    def from_file(*arguments: Any, **named: Any) -> Any:
+        if published.exists():
+            os.replace(published, path)
+        return opened(*arguments, **named)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", from_file)
+    found = maekit.load(path)
+    assert not published.exists(), "the file was not replaced in the middle"
+    for name, value in found.state_dict().items():
+        assert torch.equal(value, old.state_dict()[name]), name
 
 
 @pytest.mark.faults

@@ -1,0 +1,125 @@
+"""Everything before the first step: config and folder checked, machine chosen, data opened, model built."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from rich.console import Console
+
+from maekit.config import PretrainConfig, UserError
+from maekit.data.loader import Quarantine, SampleOrder, channel_statistics, open_pool, split_heldout
+from maekit.data.sources import open_source
+from maekit.data.workers import choose_workers
+from maekit.models.encoder import use_fused_attention
+from maekit.models.mae import MaskedAutoencoder, model_problems
+from maekit.runtime import (
+    Choice,
+    check_processes,
+    choose_attention,
+    choose_compile,
+    choose_device,
+    choose_precision,
+    seed_everything,
+    start_accelerator,
+)
+from maekit.terminal import counting, print_settings
+from maekit.training import lock
+from maekit.training.metrics import MetricsLog
+from maekit.training.optim import duration_steps, make_optimizer, peak_learning_rate
+from maekit.training.run import Job, Position, describe
+from maekit.training.saving import restore
+from maekit.weights.passport import size_problems
+
+
+def prepare(config: PretrainConfig, resume_from: Path | None, console: Console, again: bool = False) -> Job:
+    """Check the config, open the data, build the model, take up a checkpoint, print what was chosen."""
+    into_new = resume_from is None and not again
+    out = check(config, into_new)
+    lock.take(out, fresh=into_new)
+    choices, accelerator = open_machine(config, out)
+    source = open_source(
+        config.data, in_chans=config.in_chans, image_column=config.image_column, label_column=config.label_column
+    )
+    part = source.train
+    train_ids, heldout_ids = split_heldout(len(part), config.heldout_share)
+    order = SampleOrder(train_ids, config.batch_size, config.seed)
+    with counting(console, "reading images") as progress:
+        pool, choices["in memory"] = open_pool(part, config, accelerator.device, choices["workers"], progress)
+    if config.mean is None or config.std is None:
+        with counting(console, "measuring mean and deviation") as progress:
+            mean, std = channel_statistics(pool, train_ids, progress)
+        config = dataclasses.replace(config, mean=tuple(mean), std=tuple(std))
+    assert config.mean is not None and config.std is not None
+
+    seed_everything(config.seed)
+    model = MaskedAutoencoder(config, config.mean, config.std).to(accelerator.device)
+    use_fused_attention(model, choices["attention"].value)
+    config = settled(config, model, out, choices)
+    peak_lr, peak_reason = peak_learning_rate(config)
+    total = duration_steps(config.epochs, config.steps, order.steps_per_epoch)
+    warmup = duration_steps(config.warmup_epochs, config.warmup_steps, order.steps_per_epoch)
+    job = Job(
+        config=config, out=out, console=console, accelerator=accelerator, data_name=source.name, part=part, pool=pool,
+        train_ids=train_ids, heldout_ids=heldout_ids, order=order, model=model,
+        optimizer=make_optimizer(model, config, peak_lr), peak_lr=peak_lr, warmup_steps=min(warmup, total),
+        position=Position(total, fingerprint=part.fingerprint), metrics=MetricsLog(out / "metrics.jsonl"),
+        quarantine=Quarantine(out / "quarantine.jsonl", part, config.max_bad_share), choices=choices,
+    )  # fmt: skip
+    if resume_from is not None:
+        restore(job, resume_from)
+    print_settings(console, f"maekit pretrain {config.recipe}", {**describe(job, peak_reason), **choices})
+    return job
+
+
+def check(config: PretrainConfig, into_new: bool) -> Path:
+    """Refuse whatever is wrong with the config or the output folder, all at once; returns the folder."""
+    problems = size_problems(config) or config.problems() + model_problems(config)
+    out = Path(config.out or f"runs/{config.recipe}")
+    if into_new and not lock.is_free(out):
+        problems.append(
+            f"--out {out}: is not empty: maekit resume {out} continues the run in it; else name another one"
+        )
+    if problems:
+        raise UserError(*problems)
+    return out
+
+
+def open_machine(config: PretrainConfig, out: Path) -> tuple[dict[str, Choice[Any]], Accelerator]:
+    """Device, precision, kernels and processes, each chosen with its reason."""
+    device = choose_device(config.device)
+    precision = choose_precision(config.precision, device.value)
+    choices: dict[str, Choice[Any]] = {
+        "device": device,
+        "precision": precision,
+        "attention": choose_attention(device.value, precision.value),
+        "compile": choose_compile(config.compile, device.value),
+        "workers": choose_workers(config.workers, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
+    }
+    accelerator = start_accelerator(device.value, config.trackers, out)
+    world = accelerator.num_processes
+    check_processes(config.processes, world)
+    if config.batch_size % (world * config.accum):
+        raise UserError(
+            f"--batch-size {config.batch_size} is not divisible by {world} processes x --accum {config.accum}: it "
+            "counts the images of one optimiser step over all of them"
+        )
+    return choices, accelerator
+
+
+def settled(
+    config: PretrainConfig, model: MaskedAutoencoder, out: Path, choices: dict[str, Choice[Any]]
+) -> PretrainConfig:
+    """The config with every choice that touches the numbers fixed, since a resume must not choose anew."""
+    place = os.path.expanduser(config.data)
+    return dataclasses.replace(
+        config,
+        **{f.name: getattr(model.config, f.name) for f in dataclasses.fields(model.config)},
+        data=os.path.abspath(place) if os.path.exists(place) else config.data,
+        out=str(out),
+        precision=choices["precision"].value,
+        in_memory="yes" if choices["in memory"].value else "no",
+    )
