@@ -15,6 +15,8 @@ from maekit.config import UserError
 from maekit.training import checkpoint as module
 from maekit.training.checkpoint import latest, load, save, verify
 
+PROMISE = "a damaged checkpoint is found by its checksum and the one before is taken"
+
 
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())

@@ -32,6 +32,8 @@ from maekit.data.transforms import apply_to_batch, apply_to_image, centre_crops,
 from maekit.models.mae import MaskedAutoencoder
 from maekit.runtime import Choice
 
+PROMISE = "bad images: each is named, the others keep their order and masks"
+
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
 
 TINY = (
@@ -130,7 +132,10 @@ def quarantined(run: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", ["damaged-0", "damaged-2"])
-def test_the_run_goes_on_and_names_each_bad_file(runs: dict[str, Any], name: str) -> None:
+def test_the_run_goes_on_and_names_each_bad_file(
+    runs: dict[str, Any], name: str, record_property: Callable[[str, Any], None]
+) -> None:
+    record_property("faults", len(runs["bad"]))
     assert runs[name]["code"] == 0
     named = quarantined(runs["base"] / name / "run")
     assert named.keys() == runs["bad"].keys()

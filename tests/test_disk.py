@@ -22,6 +22,8 @@ from maekit.tasks import pretrain
 from maekit.training import checkpoint, saving
 from maekit.training.saving import SaveClock, _ordinal
 
+PROMISE = "a disk that fails: the old checkpoint stands, training goes on, loudly"
+
 WORDS = [*DIGITS, "--steps", "8", "--save-every", "0.1818", "--eval-every", "0.2728"]  # saves after 2, 4, 6 and 8
 
 

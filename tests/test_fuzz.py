@@ -37,6 +37,8 @@ from maekit.training.saving import position_of
 from maekit.weights.passport import Passport
 from maekit.weights.store import load, random_model
 
+PROMISE = "files of any content: one clear line, no traceback, no hang"
+
 set_hypothesis_home_dir(ROOT / ".pytest_cache" / "hypothesis")  # its tables of characters; `make clean` removes them
 
 SECONDS = 20
@@ -348,11 +350,13 @@ def fuzz(name: str, examples: int, stable: bool) -> None:
 
 
 @pytest.mark.parametrize("name", PROPERTIES)
-def test_fuzz(name: str) -> None:
+def test_fuzz(name: str, record_property: Callable[[str, Any], None]) -> None:
+    record_property("faults", PROPERTIES[name][2])
     fuzz(name, PROPERTIES[name][2], stable=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROPERTIES)
-def test_fuzz_for_long(name: str) -> None:
+def test_fuzz_for_long(name: str, record_property: Callable[[str, Any], None]) -> None:
+    record_property("faults", 100 * PROPERTIES[name][2])
     fuzz(name, 100 * PROPERTIES[name][2], stable=False)

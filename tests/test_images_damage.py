@@ -19,6 +19,8 @@ from PIL import Image
 from maekit.data import images
 from maekit.data.images import MAX_PIXELS, BadImage, decode, probe_size
 
+PROMISE = "bad images: each is named, the others keep their order and masks"
+
 
 def test_huge_headers_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     header = struct.pack(">IIBBBBB", 10_001, 10_000, 8, 2, 0, 0, 0)

@@ -14,6 +14,8 @@ import torch
 from maekit.config import UserError
 from maekit.training.metrics import MetricsLog
 
+PROMISE = "metrics survive a crash in mid-line"
+
 
 def test_metrics_log_is_cut_to_a_position(tmp_path: Path) -> None:
     path = tmp_path / "run" / "metrics.jsonl"

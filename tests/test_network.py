@@ -16,6 +16,8 @@ from test_untrusted import RUN
 from maekit import cli
 from maekit.models.mae import MaskedAutoencoder
 
+PROMISE = "no connection and no listener"
+
 pytestmark = pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="reads Linux's tables of sockets")
 
 

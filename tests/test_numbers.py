@@ -26,6 +26,8 @@ from maekit.tasks import pretrain
 from maekit.training import guard
 from maekit.training.guard import Guard, is_spike, replay, update
 
+PROMISE = "non-finite numbers: skipped, named, rolled back once, replayable"
+
 EVERY_STEP = ["--save-every", "0.0909", "--keep", "20", "--eval-every", "10"]
 NAN, INF = math.nan, math.inf
 

@@ -27,6 +27,8 @@ from maekit.tasks import pretrain
 from maekit.training import checkpoint, monitor, prepare
 from maekit.training import run as run_module
 
+PROMISE = "stop signals: the step is finished and saved, and the exit code says so"
+
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
 WORDS = [*DIGITS, "--steps", "4", "--eval-every", "0.1818", "--probe-every", "0.1818", "--save-every", "10"]
 """Held-out loss and probe after 2 and 4 steps."""

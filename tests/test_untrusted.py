@@ -36,6 +36,8 @@ from maekit.training import checkpoint
 from maekit.weights.passport import LIMITS
 from maekit.weights.store import PICKLES, WEIGHTS_FILE, load
 
+PROMISE = "files from strangers run nothing and leave their folder alone"
+
 __all__ = ["_scratch"]
 
 SIZES = [

@@ -17,6 +17,8 @@ from maekit.config import PretrainConfig
 from maekit.data.loader import StreamPool
 from maekit.data.sources import open_source
 
+PROMISE = "nothing outlives a killed run"
+
 
 def children(pid: int) -> list[int]:
     """Living child processes of a process."""

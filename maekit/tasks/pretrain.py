@@ -31,7 +31,7 @@ from maekit.runtime import (
 from maekit.terminal import make_console, make_progress, print_settings
 from maekit.training import lock
 from maekit.training.checkpoint import latest
-from maekit.training.guard import Guard, backward, gradient_norm, update
+from maekit.training.guard import Guard, backward, guarded_update
 from maekit.training.monitor import PANEL_IMAGES, heldout_masks, reconstruct, statistics_note
 from maekit.training.optim import (
     learning_rate,
@@ -166,12 +166,7 @@ def main(config: PretrainConfig, resume_from: Path | None = None, again: bool = 
                     job.optimizer.zero_grad(set_to_none=True)
                     restore_rng(rng, accelerator.process_index)
                     continue
-                norm = gradient_norm(model)
-                skip = guard.see(step, norm)
-                if config.clip_grad is not None:
-                    torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.clip_grad, norm)
-                update(job.optimizer, skip)
-                job.optimizer.zero_grad(set_to_none=True)
+                skip = guarded_update(model, job.optimizer, guard, step, config.clip_grad)
                 loss_sum += torch.where(skip > 0, 0.0, loss_of_step)
                 position.step, position.loss_count = step + 1, position.loss_count + 1
                 stop.patience = None  # from here on there is something to save

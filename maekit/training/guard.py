@@ -92,6 +92,22 @@ def update(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
         optimizer.step()
 
 
+def guarded_update(
+    model: nn.Module, optimizer: torch.optim.Optimizer, guard: Guard, step: int, clip_grad: float | None
+) -> Tensor:
+    """Use the gradients of a step (0-based), or throw them away where they are not finite; nothing waits for a GPU.
+
+    Returns: 1.0 where the step was skipped, else 0.0, on the device.
+    """
+    norm = gradient_norm(model)
+    skip = guard.see(step, norm)
+    if clip_grad is not None:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip_grad, norm)
+    update(optimizer, skip)
+    optimizer.zero_grad(set_to_none=True)
+    return skip
+
+
 def is_spike(before: Sequence[float], value: float) -> bool:
     """Whether a logged loss stands far above those before it."""
     if len(before) < SPIKE_MINIMUM:

@@ -1,7 +1,7 @@
 """`make test-faults`: every test that kills, stops and damages, with a table of promises, faults tried and losses.
 
-A test takes part by the mark `faults` or by living in this folder, and says what it tried by
-`record_property("promise" | "faults" | "losses", ...)`; one that fails without telling its losses counts as one.
+A file of tests takes part by its constant PROMISE. A test is one fault tried, or says how many by
+`record_property("faults", ...)`, and how many were lost by "losses"; one that fails without saying so lost one.
 """
 
 from __future__ import annotations
@@ -20,14 +20,19 @@ class Summary:
 
     def __init__(self) -> None:
         self.rows: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+        self.promises: dict[str, str] = {}
         self.began = time.monotonic()
+
+    def pytest_itemcollected(self, item: Any) -> None:
+        """The promise that each test's file keeps."""
+        self.promises[item.nodeid] = item.module.PROMISE
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """Once for each phase of a test; a fixture that fails is a loss too."""
         if report.when != "call" and not report.failed:
             return
         said = dict(report.user_properties)
-        row = self.rows[str(said.get("promise", Path(report.fspath).stem.removeprefix("test_")))]
+        row = self.rows[self.promises[report.nodeid]]
         row[0] += 1
         row[1] += int(said.get("faults", 1))
         row[2] += max(int(said.get("losses", 0)), int(report.failed))
@@ -47,4 +52,5 @@ class Summary:
 
 if __name__ == "__main__":
     here = Path(__file__).resolve().parent
-    sys.exit(pytest.main(["-m", "faults", str(here.parent), *sys.argv[1:]], plugins=[Summary()]))
+    files = sorted(str(path) for path in here.parent.rglob("test_*.py") if "\nPROMISE = " in path.read_text())
+    sys.exit(pytest.main(["-m", "not gpu", *files, *sys.argv[1:]], plugins=[Summary()]))

@@ -31,7 +31,6 @@ Record = Callable[[str, Any], None]
 
 def note(record_property: Record, faults: int) -> None:
     """For the summary; losses are what fails the test."""
-    record_property("promise", PROMISE)
     record_property("faults", faults)
 
 

@@ -66,7 +66,6 @@ def check(
     trials: Sequence[tuple[str, Callable[[], int]]], folder: Path, record_property: Callable[[str, Any], None]
 ) -> None:
     failed = each(trials, folder / "logs")
-    record_property("promise", PROMISE)
     record_property("faults", len(trials))
     record_property("losses", len(failed))
     for log in sorted((folder / "logs").glob("*.log")):

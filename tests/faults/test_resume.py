@@ -67,7 +67,6 @@ def check(points: Iterable[tuple[Case, Instant]], folder: Path, record_property:
         for number, (case, instant) in enumerate(points)
     ]
     failed = each(trials, folder / "logs")
-    record_property("promise", PROMISE)
     record_property("faults", len(trials))
     record_property("losses", len(failed))
     assert not failed, f"{len(failed)} of {len(trials)} were not the same:\n" + "\n".join(failed[:3])

@@ -15,6 +15,8 @@ from harness import DIGITS, run
 from maekit import cli
 from maekit.tasks.selftest import differences, first_difference
 
+PROMISE = "exact resume: stopped anywhere, continued bit-equal"
+
 
 def test_differences_are_found(tmp_path: Path) -> None:
     """The last bit of a tensor, a lost tensor and a changed metric are seen; wall-clock fields are not."""

@@ -107,7 +107,6 @@ def check(
         for pair, step in handovers
     ]
     failed = each(trials, folder / "logs", at_once=1)
-    record_property("promise", PROMISE)
     record_property("faults", len(trials))
     record_property("losses", len(failed))
     assert not failed, "\n".join(failed[:3])
