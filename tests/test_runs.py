@@ -23,7 +23,8 @@ import maekit
 from maekit import cli
 from maekit.config import PretrainConfig, UserError
 from maekit.configfile import from_json
-from maekit.runtime import StopRequest, check_processes
+from maekit.runtime import check_processes
+from maekit.stopping import StopRequest
 
 HERE = Path(__file__).parent
 SMALL = (

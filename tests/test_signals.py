@@ -22,7 +22,8 @@ from maekit import cli
 from maekit.data import loader
 from maekit.data.parts import FilePart
 from maekit.models.mae import MaskedAutoencoder
-from maekit.runtime import Choice, StopRequest
+from maekit.runtime import Choice
+from maekit.stopping import StopRequest
 from maekit.tasks import pretrain
 from maekit.training import checkpoint, monitor, prepare
 from maekit.training import run as run_module
@@ -126,8 +127,8 @@ def test_while_the_first_step_compiles(alone: Path, tmp_path: Path, monkeypatch:
     """Minutes of compilation are not waited for: the checkpoint of this position stands already."""
     with monkeypatch.context() as patch:
         patch.setattr(StopRequest, "GRACE", 0.3)
-        patch.setattr(prepare, "choose_compile", lambda *_: Choice(True, "for the test"))
-        patch.setattr(pretrain, "compile_or_eager", lambda model, report: lambda *_, **__: slowly())
+        patch.setattr(prepare, "choose_compile", lambda *_: Choice("whole", "for the test"))
+        patch.setattr(pretrain, "compile_or_eager", lambda model, how, report: lambda *_, **__: slowly())
         began = time.monotonic()
         assert run(WORDS, tmp_path / "run") == 143
         assert time.monotonic() - began < 20

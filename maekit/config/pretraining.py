@@ -140,8 +140,9 @@ class PretrainConfig(ModelConfig, DataConfig):
     """auto, cpu, cuda or mps."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the matrix products; loss and normalisation stay in float32."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile. auto: on for CUDA, off elsewhere."""
+    compile: Literal["auto", "off", "blocks", "whole", "graphs"] = "auto"
+    """torch.compile. blocks: each block by itself, quick to compile; whole: the model; graphs: the model, replayed as
+    CUDA graphs (small models). auto: whole on CUDA, off elsewhere."""
     workers: int | None = None
     """Processes that decode images. Default: chosen from the cores. Not used where the data fit in memory."""
     in_memory: Literal["auto", "yes", "no"] = "auto"

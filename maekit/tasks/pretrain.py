@@ -24,10 +24,8 @@ from maekit.data.loader import (
     lowest_hash,
 )
 from maekit.rng import Purpose
-from maekit.runtime import (
-    StopRequest,
-    compile_or_eager,
-)
+from maekit.runtime import compile_or_eager
+from maekit.stopping import StopRequest
 from maekit.terminal import make_console, make_progress, print_settings
 from maekit.training import lock
 from maekit.training.checkpoint import latest
@@ -80,8 +78,7 @@ def main(config: PretrainConfig, resume_from: Path | None = None, again: bool = 
             return 0
         begin(job, fresh=resume_from is None)
         step_model = accelerator.prepare_model(model, evaluation_mode=accelerator.num_processes == 1)
-        compiled = job.choices["compile"].value
-        forward = compile_or_eager(step_model, job.console.print) if compiled else step_model.__call__
+        forward = compile_or_eager(step_model, job.choices["compile"].value, job.console.print)
         clock = SaveClock(config.save_minutes, config.max_unsaved_minutes)
         guard = Guard(accelerator.device, config.max_bad_steps, position.bad_row)
         batches = open_batches(job)

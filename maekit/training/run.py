@@ -28,7 +28,8 @@ from maekit.data.parts import Part
 from maekit.models.encoder import flops_per_image
 from maekit.models.mae import MaskedAutoencoder
 from maekit.rng import Purpose
-from maekit.runtime import Choice, StopRequest
+from maekit.runtime import Choice
+from maekit.stopping import StopRequest
 from maekit.terminal import short_time
 from maekit.training.guard import SPIKE_HISTORY, Guard, is_spike, note_bad_steps
 from maekit.training.metrics import MetricsLog

@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 
 from maekit.config import UserError
 from maekit.configfile import from_values, to_json
-from maekit.runtime import Stopped, environment, greatest, package_versions
+from maekit.runtime import environment, package_versions
+from maekit.stopping import Stopped, greatest
 from maekit.training import checkpoint as checkpoints
 from maekit.training import guard, lock
 from maekit.training.metrics import MetricsLog

@@ -1,0 +1,65 @@
+"""torch.compile in every form gives the loss and the gradients of the eager step, and its failure is no end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+
+from maekit.config import PretrainConfig
+from maekit.data.loader import Batch
+from maekit.models.mae import MaskedAutoencoder
+from maekit.runtime import choose_compile, compile_or_eager
+from maekit.training.step import part_loss
+
+
+def step(how: str, said: list[str]) -> tuple[float, torch.Tensor]:
+    """Loss and the gradient of the patch embedding."""
+    config = PretrainConfig(**(TINY | {"precision": "fp32", "data": "-"}))
+    torch.manual_seed(0)
+    model = MaskedAutoencoder(config, (0.5,) * 3, (0.25,) * 3).train()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (4, 3, 16, 24), dtype=torch.uint8, generator=generator)
+    forward = compile_or_eager(model, how, said.append)
+    for _ in range(2):
+        model.zero_grad()
+        loss = part_loss(model, config, Batch(images, np.arange(4), []), 0, forward)
+        loss.backward()
+    gradient = model.encoder.patch_embed.proj.weight.grad
+    assert gradient is not None
+    return float(loss.detach()), gradient
+
+
+@pytest.mark.slow  # compiling takes half a minute each
+@pytest.mark.parametrize("how", ["blocks", "whole", "graphs"])
+def test_compiled_is_the_same(how: str) -> None:
+    if choose_compile(how, torch.device("cpu")).value == "off":
+        pytest.skip("needs a C++ compiler")
+    said: list[str] = []
+    loss, gradient = step(how, said)
+    wanted_loss, wanted = step("off", said)
+    assert said == []
+    assert abs(loss - wanted_loss) < 1e-5
+    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["blocks", "whole", "graphs"])
+def test_a_failed_compilation_is_said_and_survived(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no compiler today")
+
+    def compile_to_nothing(self: torch.nn.Module, **_: Any) -> None:
+        self._compiled_call_impl = broken
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_to_nothing)
+    said: list[str] = []
+    loss, gradient = step(how, said)
+    assert said == ["eager from here on, torch.compile failed: no compiler today"]
+    monkeypatch.undo()
+    wanted_loss, wanted = step("off", said)
+    assert loss == wanted_loss
+    assert torch.equal(gradient, wanted)
