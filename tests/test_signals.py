@@ -142,7 +142,7 @@ def test_while_the_first_step_compiles(alone: Path, tmp_path: Path, monkeypatch:
     [
         (MaskedAutoencoder, "loss", 2, kill_me, 1),  # in the first step; the first call was the held-out pass
         (pretrain, "backward", 3, kill_me, 3),
-        (pretrain, "update", 4, kill_me, 4),  # the last one: held-out pass and probe are left for the resume
+        (pretrain, "guarded_update", 4, kill_me, 4),  # the last one: held-out pass and probe are left for the resume
         (run_module, "heldout_sums", 2, slowly, 2),
         (run_module, "online_probe", 1, slowly, 2),
         (monitor, "extract_features", 4, slowly, 4),
@@ -257,7 +257,7 @@ def test_workers_ignore_the_signals(
                 os.kill(child.pid, number)
             told.append(child.pid)
 
-    before_call(monkeypatch, pretrain, "update", 1, tell_workers)
+    before_call(monkeypatch, pretrain, "guarded_update", 1, tell_workers)
     assert run([*words, "--workers", "2"], tmp_path / "run") == 0
     assert len(told) == 2
     assert metrics(tmp_path / "run") == metrics(alone)
