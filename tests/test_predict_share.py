@@ -17,10 +17,12 @@ import torch
 from test_cross import cross_model, random_images
 from tiny_runs import DIGITS, run
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from maekit import cli
 from maekit.config import PretrainConfig
 from maekit.data.loader import Batch
+from maekit.models import encoder
 from maekit.models.mae import MaskedAutoencoder
 from maekit.models.masking import choose_predicted, make_masks, num_predicted
 from maekit.models.targets import patchify, take_patches, trivial_losses
@@ -34,7 +36,7 @@ from maekit.training.optim import peak_learning_rate
 @pytest.mark.parametrize(
     ("num_patches", "hidden", "share", "count"),
     [(196, 147, 0.25, 49), (196, 147, None, 147), (196, 147, 0.75, 147), (64, 48, 0.001, 1), (24, 15, 0.6, 14),
-     (10, 7, 0.75, 7)],
+     (10, 7, 0.75, 7), (10, 7, 0.69, 6), (10, 7, 0.8, 7)],
 )  # fmt: skip
 def test_counts_by_hand(num_patches: int, hidden: int, share: float | None, count: int) -> None:
     """int(N x share), at least one, at most the hidden ones; all without a share."""
@@ -171,7 +173,15 @@ def test_runs_are_resumed_and_checkpointed_bit_for_bit(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         tiny_runs.without_pictures(patch)
         assert run(words, tmp_path / "alone") == 0
+        blocks: list[Any] = []
+
+        def noted(block: Any, *inputs: Tensor, use_reentrant: bool) -> Any:
+            blocks.append(block)
+            return checkpoint(block, *inputs, use_reentrant=use_reentrant)
+
+        patch.setattr(encoder, "checkpoint", noted)
         assert run(words, tmp_path / "again", "--grad-checkpoint") == 0
+        assert len(blocks) == 6 * 3  # two blocks of the encoder and one of the decoder in each step
 
     def stop(part: int, loss: Tensor) -> Tensor:
         if part == 3:
