@@ -29,6 +29,7 @@ class Purpose(IntEnum):
     HELDOUT_MASK = 6
     SUBSET = 7
     TEST_SPLIT = 8
+    PREDICT = 9
 
 
 def _mix(values: UInt64s) -> UInt64s:

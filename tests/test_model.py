@@ -18,6 +18,7 @@ from maekit.models.masking import make_masks
 from maekit.models.targets import patchify, unpatchify
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
+BOTH_DECODERS = pytest.mark.parametrize("decoder", ["self", "cross"])
 
 
 def tiny_model(seed: int = 0, **changes: Any) -> MaskedAutoencoder:
@@ -32,12 +33,13 @@ def random_images(batch: int = 2, seed: int = 0) -> Tensor:
 # ---- gradients ----
 
 
+@BOTH_DECODERS
 @pytest.mark.parametrize("class_token", [True, False])
 @pytest.mark.parametrize("reg_tokens", [0, 2])
 @pytest.mark.parametrize("pos_embed", ["sincos", "learned"])
-def test_every_weight_learns(class_token: bool, reg_tokens: int, pos_embed: str) -> None:
+def test_every_weight_learns(decoder: str, class_token: bool, reg_tokens: int, pos_embed: str) -> None:
     """One step gives each trainable parameter a gradient that is not zero; fixed positions get none."""
-    model = tiny_model(class_token=class_token, reg_tokens=reg_tokens, pos_embed=pos_embed)
+    model = tiny_model(decoder=decoder, class_token=class_token, reg_tokens=reg_tokens, pos_embed=pos_embed)
     assert model.num_prefix == class_token + reg_tokens
     model(random_images(4)).loss.backward()
     fixed = {"decoder.pos_embed"} | ({"encoder.pos_embed"} if pos_embed == "sincos" else set())
@@ -52,9 +54,10 @@ def test_every_weight_learns(class_token: bool, reg_tokens: int, pos_embed: str)
 # ---- initialisation ----
 
 
-def test_initialisation_is_the_papers() -> None:
+@BOTH_DECODERS
+def test_initialisation_is_the_papers(decoder: str) -> None:
     """Linear layers and the patch embedding fill the Xavier bounds evenly, biases are 0, norms 1 and 0, tokens 0.02."""
-    model = tiny_model(embed_dim=128, decoder_dim=64, reg_tokens=8)
+    model = tiny_model(decoder=decoder, embed_dim=128, decoder_dim=64, reg_tokens=8)
     for name, layer in model.named_modules():
         if isinstance(layer, nn.LayerNorm):
             assert (layer.weight == 1).all() and (layer.bias == 0).all(), name
@@ -260,10 +263,11 @@ def test_encode_does_not_depend_on_the_batch() -> None:
     torch.testing.assert_close(model.encode(images.flip(0), pool="tokens"), together.flip(0), rtol=0, atol=1e-12)
 
 
+@BOTH_DECODERS
 @torch.no_grad()
-def test_fused_attention_is_the_same_attention() -> None:
+def test_fused_attention_is_the_same_attention(decoder: str) -> None:
     """Switching the attention kernel changes the speed, not the features."""
-    model = tiny_model().double()
+    model = tiny_model(decoder=decoder).double()
     images = random_images().double()
     layers = [layer for layer in model.modules() if hasattr(layer, "fused_attn")]
     assert len(layers) == 4
@@ -278,10 +282,11 @@ def test_fused_attention_is_the_same_attention() -> None:
 # ---- inputs ----
 
 
+@BOTH_DECODERS
 @torch.no_grad()
-def test_uint8_equals_normalised_floats() -> None:
+def test_uint8_equals_normalised_floats(decoder: str) -> None:
     """8-bit pixels are divided by 255 and normalised by the model's own mean and deviation, channel by channel."""
-    model = tiny_model()
+    model = tiny_model(decoder=decoder)
     pixels = torch.randint(0, 256, (2, 3, 16, 24), dtype=torch.uint8)
     by_hand = torch.stack([(pixels[:, c].float() / 255 - MEAN[c]) / STD[c] for c in range(3)], dim=1)
     torch.testing.assert_close(model.normalize(pixels), by_hand, rtol=0, atol=1e-6)
@@ -290,11 +295,12 @@ def test_uint8_equals_normalised_floats() -> None:
     torch.testing.assert_close(model.encode(pixels), model.encode(by_hand), rtol=0, atol=1e-5)
 
 
+@BOTH_DECODERS
 @torch.no_grad()
 @pytest.mark.parametrize("target", ["pixels", "norm-pixels"])
-def test_hidden_pixels_reach_only_the_target(target: str) -> None:
+def test_hidden_pixels_reach_only_the_target(decoder: str, target: str) -> None:
     """Other hidden pixels leave every prediction as it was, bit for bit, and change the loss."""
-    model = tiny_model(target=target)
+    model = tiny_model(decoder=decoder, target=target)
     images = random_images()
     keep = model.draw_masks([0, 1], seed=0).ids_keep_BV
     first = model(images, keep)
@@ -312,10 +318,11 @@ def test_hidden_pixels_reach_only_the_target(target: str) -> None:
 # ---- masks given and drawn ----
 
 
+@BOTH_DECODERS
 @torch.no_grad()
-def test_ids_keep_alone_is_enough() -> None:
+def test_ids_keep_alone_is_enough(decoder: str) -> None:
     """Hidden ids follow from the visible ones: with and without them the results are the same."""
-    model = tiny_model().double()
+    model = tiny_model(decoder=decoder).double()
     images = random_images().double()
     masks = model.draw_masks([0, 1], seed=0)
     alone = model(images, masks.ids_keep_BV)
@@ -329,10 +336,11 @@ def test_ids_keep_alone_is_enough() -> None:
     torch.testing.assert_close(in_order, alone.pred_BMP, rtol=0, atol=1e-12)
 
 
+@BOTH_DECODERS
 @torch.no_grad()
-def test_order_of_visible_patches_does_not_matter() -> None:
+def test_order_of_visible_patches_does_not_matter(decoder: str) -> None:
     """Permuting ids_keep gives the same loss and predictions: each token carries the position of its patch."""
-    model = tiny_model().double()
+    model = tiny_model(decoder=decoder).double()
     images = random_images().double()
     keep = model.draw_masks([0, 1], seed=0).ids_keep_BV
     first, second = model(images, keep), model(images, keep.flip(1))
@@ -364,9 +372,10 @@ def test_bad_ids_are_refused() -> None:
         model(images, torch.tensor([[0, 3, 3]]))
 
 
-def test_loss_stays_in_float32_under_bf16() -> None:
+@BOTH_DECODERS
+def test_loss_stays_in_float32_under_bf16(decoder: str) -> None:
     """Under autocast the matrix products are bf16; loss and target are not."""
-    model = tiny_model()
+    model = tiny_model(decoder=decoder)
     images = random_images()
     exact = model(images).loss
     with torch.autocast("cpu", dtype=torch.bfloat16):

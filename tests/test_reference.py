@@ -68,14 +68,20 @@ def attention(tokens: list[Tensor], weights: Weights, name: str, num_heads: int)
 def transformer(tokens: list[Tensor], weights: Weights, name: str, depth: int, num_heads: int) -> list[Tensor]:
     """Pre-norm blocks: attention, then an MLP, each added to its input."""
     for index in range(depth):
-        block = f"{name}.{index}"
-        normed = [layer_norm(token, weights, f"{block}.norm1") for token in tokens]
-        attended = attention(normed, weights, f"{block}.attn", num_heads)
-        tokens = [token + change for token, change in zip(tokens, attended, strict=True)]
-        for place, token in enumerate(tokens):
-            inner = gelu(linear(layer_norm(token, weights, f"{block}.norm2"), weights, f"{block}.mlp.fc1"))
-            tokens[place] = token + linear(inner, weights, f"{block}.mlp.fc2")
+        tokens = block(tokens, weights, f"{name}.{index}", num_heads)
     return tokens
+
+
+def block(tokens: list[Tensor], weights: Weights, name: str, num_heads: int) -> list[Tensor]:
+    """One of them."""
+    normed = [layer_norm(token, weights, f"{name}.norm1") for token in tokens]
+    attended = attention(normed, weights, f"{name}.attn", num_heads)
+    tokens = [token + change for token, change in zip(tokens, attended, strict=True)]
+    return [token + mlp(layer_norm(token, weights, f"{name}.norm2"), weights, f"{name}.mlp") for token in tokens]
+
+
+def mlp(x_D: Tensor, weights: Weights, name: str) -> Tensor:
+    return linear(gelu(linear(x_D, weights, f"{name}.fc1")), weights, f"{name}.fc2")
 
 
 def positions(dim: int, grid_hw: tuple[int, int], num_prefix: int) -> list[Tensor]:
@@ -105,6 +111,31 @@ def wanted(values_P: Tensor, target: str) -> Tensor:
     return (values_P - mean) / torch.sqrt(variance + 1e-6)
 
 
+def embedded(weights: Weights, config: ModelConfig, image_CHW: Tensor, visible: list[int]) -> list[Tensor]:
+    """What enters the encoder's first block: class token, registers, then the visible patches, with their positions."""
+    patch = config.patch_size
+    assert patch and config.embed_dim
+    grid_hw = (config.size_hw[0] // patch, config.size_hw[1] // patch)
+    first = prefix(weights)
+    if config.pos_embed == "learned":
+        places = list(weights["encoder.pos_embed"][0])
+    else:
+        places = positions(config.embed_dim, grid_hw, len(first))
+    tokens = [token + place for token, place in zip(first, places, strict=False)]
+    for number in visible:
+        pixels = cut(image_CHW, patch, number // grid_hw[1], number % grid_hw[1])
+        kernels = weights["encoder.patch_embed.proj.weight"]
+        values = torch.stack([(kernel * pixels).sum() for kernel in kernels])
+        tokens.append(values + weights["encoder.patch_embed.proj.bias"] + places[len(first) + number])
+    return tokens
+
+
+def prefix(weights: Weights) -> list[Tensor]:
+    """The class token and the registers, those that there are."""
+    first = [weights["encoder.cls_token"][0, 0]] if "encoder.cls_token" in weights else []
+    return first + (list(weights["encoder.reg_token"][0]) if "encoder.reg_token" in weights else [])
+
+
 def reference(
     weights: Weights, config: ModelConfig, images_BCHW: Tensor, ids_keep: list[list[int]]
 ) -> tuple[Tensor, list[dict[int, Tensor]]]:
@@ -113,24 +144,12 @@ def reference(
     assert patch and depth and heads and config.embed_dim
     grid_hw = (config.size_hw[0] // patch, config.size_hw[1] // patch)
     num_patches = grid_hw[0] * grid_hw[1]
-    first = [weights["encoder.cls_token"][0, 0]] if "encoder.cls_token" in weights else []
-    if "encoder.reg_token" in weights:
-        first += list(weights["encoder.reg_token"][0])
-    if config.pos_embed == "learned":
-        places = list(weights["encoder.pos_embed"][0])
-    else:
-        places = positions(config.embed_dim, grid_hw, len(first))
+    first = prefix(weights)
     decoder_places = positions(config.decoder_dim, grid_hw, len(first))
 
     errors, all_predictions = [], []
     for image_CHW, visible in zip(images_BCHW, ids_keep, strict=True):
-        tokens = [token + place for token, place in zip(first, places, strict=False)]
-        for number in visible:
-            pixels = cut(image_CHW, patch, number // grid_hw[1], number % grid_hw[1])
-            kernels = weights["encoder.patch_embed.proj.weight"]
-            embedded = torch.stack([(kernel * pixels).sum() for kernel in kernels])
-            tokens.append(embedded + weights["encoder.patch_embed.proj.bias"] + places[len(first) + number])
-        tokens = transformer(tokens, weights, "encoder.blocks", depth, heads)
+        tokens = transformer(embedded(weights, config, image_CHW, visible), weights, "encoder.blocks", depth, heads)
         tokens = [layer_norm(token, weights, "encoder.norm") for token in tokens]
 
         narrow = [linear(token, weights, "decoder.embed") for token in tokens]

@@ -64,14 +64,18 @@ class ModelConfig:
     """Position embedding of the encoder: fixed 2-D sine-cosine as in the paper, or learned."""
     drop_path: float = 0.0
     """Stochastic depth in the encoder. The paper pretrains without."""
-    decoder: Literal["self"] = "self"
-    """Decoder: self-attention over visible and mask tokens (the paper)."""
+    decoder: Literal["self", "cross"] = "self"
+    """self: self-attention over visible and mask tokens (the paper); cross: mask tokens read the encoder's blocks by
+    cross-attention and not each other (CrossMAE, arXiv 2401.14391): less work, and less still with --predict-share."""
     decoder_dim: int = 512
     """Width of the decoder."""
     decoder_depth: int = 8
     """Blocks of the decoder."""
     decoder_heads: int = 16
     """Attention heads of the decoder."""
+    predict_share: float | None = None
+    """cross only: share of all patches that is predicted and scored in training, at most --mask-ratio; a random part
+    of the hidden ones, anew each time. CrossMAE takes 0.25. Default: all hidden patches."""
 
     mask: Literal["random", "block", "grid"] = "random"
     """Which patches are hidden: at random (the paper), in blocks, or all but a regular grid."""
@@ -118,7 +122,7 @@ class PretrainConfig(ModelConfig, DataConfig):
     accum: int = 1
     """Gradient accumulation: each process splits its share of a batch into this many parts."""
     blr: float = 1.5e-4
-    """Base learning rate: lr = blr x batch size / 256."""
+    """Base learning rate: lr = blr x batch size / 256, and x predicted share / mask ratio with --predict-share."""
     lr: float | None = None
     """Peak learning rate itself; overrides --blr."""
     min_lr: float = 0.0
@@ -145,6 +149,9 @@ class PretrainConfig(ModelConfig, DataConfig):
     CUDA graphs (small models). auto: whole on CUDA, off elsewhere."""
     workers: int | None = None
     """Processes that decode images. Default: chosen from the cores. Not used where the data fit in memory."""
+    grad_checkpoint: bool = False
+    """Compute the blocks of encoder and decoder again in the backward pass: less memory, about a third more time, the
+    same numbers."""
     in_memory: Literal["auto", "yes", "no"] = "auto"
     """Keep all images on the device as uint8. auto: where they have one size and fit."""
     processes: int | None = None
@@ -186,7 +193,7 @@ class PretrainConfig(ModelConfig, DataConfig):
                          "decoder_depth", "reg_tokens", "probe_every", "panel_every", "seed")
             if (value := getattr(self, name)) is not None and not value >= 0
         ]  # fmt: skip
-        found += self._choice_problems() + self._duration_problems()
+        found += self._choice_problems() + self._duration_problems() + self._decoder_problems()
         if not self.data:
             found.append("--data is missing: a folder of images, a Parquet file, a text file of paths, or a known name")
         if not 0 <= self.mask_ratio <= MAX_MASK_RATIO:
@@ -210,10 +217,6 @@ class PretrainConfig(ModelConfig, DataConfig):
                 found.append(f"--{name} has {len(values)} values, but --in-chans is {self.in_chans}")
         if self.std is not None and min(self.std, default=1.0) <= 0:
             found.append(f"--std {spaced(self.std)}: must be above 0")
-        if self.decoder_heads > 0 and self.decoder_dim % self.decoder_heads:
-            found.append(f"--decoder-dim {self.decoder_dim} is not divisible by --decoder-heads {self.decoder_heads}")
-        if self.decoder_dim % 4:
-            found.append(f"--decoder-dim {self.decoder_dim}: 2-D sine-cosine positions need a multiple of 4")
         if self.accum > 0 and self.batch_size % self.accum:
             found.append(f"--batch-size {self.batch_size} is not divisible by --accum {self.accum}")
         if self.crop == "resize-crop" and self.resize_to is not None and self.resize_to < max(self.img_size):
@@ -230,6 +233,26 @@ class PretrainConfig(ModelConfig, DataConfig):
             whole, warmup = getattr(self, unit), getattr(self, f"warmup_{unit}")
             if whole is not None and warmup is not None and warmup > whole > 0:
                 found.append(f"--warmup-{unit} {warmup:g} is longer than the run (--{unit} {whole:g})")
+        return found
+
+    def _decoder_problems(self) -> list[str]:
+        found, share = [], self.predict_share
+        if self.decoder_heads > 0 and self.decoder_dim % self.decoder_heads:
+            found.append(f"--decoder-dim {self.decoder_dim} is not divisible by --decoder-heads {self.decoder_heads}")
+        if self.decoder_dim % 4:
+            found.append(f"--decoder-dim {self.decoder_dim}: 2-D sine-cosine positions need a multiple of 4")
+        if self.decoder == "cross" and self.decoder_depth == 0:
+            found.append("--decoder-depth 0: a --decoder cross without blocks never reads the encoder; give at least 1")
+        if share is not None and self.decoder != "cross":
+            found.append(
+                f"--predict-share {share:g}: in --decoder {self.decoder} every hidden patch helps to predict the rest, "
+                "so none may be left out; take --decoder cross, or leave --predict-share away"
+            )
+        if share is not None and not 0 < share <= self.mask_ratio:
+            found.append(
+                f"--predict-share {share:g}: must be above 0 and at most --mask-ratio {self.mask_ratio:g}, since only "
+                "hidden patches are predicted; it is a share of all patches"
+            )
         return found
 
     def _choice_problems(self) -> list[str]:

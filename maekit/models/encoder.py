@@ -16,8 +16,10 @@ import torch
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from maekit.config import ModelConfig, UserError, did_you_mean
+from maekit.models.masking import num_predicted
 
 OFFICIAL_MODELS = {
     "mae_vit_base_patch16": "vit_base_patch16_224",
@@ -25,6 +27,9 @@ OFFICIAL_MODELS = {
     "mae_vit_huge_patch14": "vit_huge_patch14_224",
 }
 """The paper's sizes (table 3; decoder 512 wide, 8 blocks, 16 heads) and the timm model that each one is."""
+
+EPS = 1e-6
+"""LayerNorm's epsilon in encoder and decoder (the paper's code); it is not stored in weight files."""
 
 TOKEN_STD = 0.02
 """Deviation of the class, register and mask tokens at the start (BERT's; the paper's code)."""
@@ -197,11 +202,22 @@ def use_fused_attention(module: nn.Module, fused: bool) -> None:
             layer.fused_attn = fused  # type: ignore[assignment]  # timm's own switch, read in every forward pass
 
 
+def run_block(block: nn.Module, *inputs: Tensor, checkpointed: bool) -> Tensor:
+    """A block's output; checkpointed: only its inputs are kept, and the backward pass runs it again (1604.06174)."""
+    if checkpointed and torch.is_grad_enabled():
+        again: Tensor = checkpoint(block, *inputs, use_reentrant=False)
+        return again
+    out: Tensor = block(*inputs)
+    return out
+
+
 def flops_per_image(config: ModelConfig, num_visible: int) -> float:
     """Floating-point operations of one training step on one image: 3 x the forward pass, 2 per multiply-add.
 
     A block on n tokens of width d costs n (24 d^2 + 4 n d) at MLP ratio 4; embedding, projection to the decoder and
-    prediction are added. The prefix tokens count as tokens.
+    prediction are added. A cross-attention block of width e with Q queries onto K tokens of width d costs
+    Q (20 e^2 + 4 K e) + 4 K d e, and its weighted sum of the L + 1 feature maps 2 (L + 1) K d. The prefix tokens count
+    as tokens; what gradient checkpointing computes again does not count.
     """
     assert config.embed_dim and config.depth and config.mlp_ratio and config.patch_size
     size = config.patch_size**2 * config.in_chans
@@ -213,6 +229,11 @@ def flops_per_image(config: ModelConfig, num_visible: int) -> float:
         return tokens * ((8 + 4 * ratio) * dim**2 + 4 * tokens * dim)
 
     forward = 2 * num_visible * size * width + config.depth * block(seen, width, config.mlp_ratio)
-    forward += 2 * seen * width * narrow + config.decoder_depth * block(patches + prefix, narrow, 4.0)
-    forward += 2 * (patches - num_visible) * narrow * size
+    queries = num_predicted(patches, patches - num_visible, config.predict_share)
+    if config.decoder == "cross":
+        cross = queries * (20 * narrow**2 + 4 * seen * narrow) + 4 * seen * width * narrow
+        forward += config.decoder_depth * (cross + 2 * (config.depth + 1) * seen * width)
+    else:
+        forward += 2 * seen * width * narrow + config.decoder_depth * block(patches + prefix, narrow, 4.0)
+    forward += 2 * queries * narrow * size
     return 3 * forward

@@ -4,7 +4,8 @@
 
 Only visible patches are embedded; only hidden ones are predicted and scored. The decoder sees [prefix, visible,
 mask tokens], each with the position of its patch: attention does not depend on the order of its tokens, so the
-sequence need not be put back into image order (the tests check this against one that is).
+sequence need not be put back into image order (the tests check this against one that is). A decoder that is not the
+paper's stands in cross.py.
 
 Shapes: B batch, C channels, H x W pixels, N patches of P = p*p*C values, V visible, M hidden, T prefix tokens
 (class, then registers), D encoder width, E decoder width.
@@ -24,20 +25,20 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from maekit.config import ModelConfig, UserError
+from maekit.models.cross import CrossDecoder
 from maekit.models.encoder import (
+    EPS,
     TOKEN_STD,
     build_encoder,
     init_linear,
     patch_weight,
     prefix_and_positions,
     resolve,
+    run_block,
     sincos_positions,
 )
-from maekit.models.masking import Masks, make_masks, masks_from_keep, num_visible
+from maekit.models.masking import Masks, choose_predicted, make_masks, masks_from_keep, num_predicted, num_visible
 from maekit.models.targets import make_target, patchify, take_patches
-
-EPS = 1e-6
-"""LayerNorm's epsilon in encoder and decoder (the paper's code); it is not stored in weight files."""
 
 
 class MAEOutput(NamedTuple):
@@ -51,6 +52,8 @@ class MAEOutput(NamedTuple):
 
 class SelfDecoder(nn.Module):
     """The paper's decoder: blocks of self-attention over visible tokens and mask tokens (section 3, appendix A.1)."""
+
+    grad_checkpointing = False
 
     def __init__(self, config: ModelConfig, grid_hw: tuple[int, int], num_prefix: int) -> None:
         super().__init__()
@@ -81,7 +84,9 @@ class SelfDecoder(nn.Module):
         visible = tokens[:, num_prefix:] + F.embedding(ids_keep_BV, position_NE)
         hidden = self.mask_token + F.embedding(ids_masked_BM, position_NE)
         sequence = torch.cat([prefix, visible, hidden], dim=1)
-        last = self.blocks(sequence)[:, -ids_masked_BM.shape[1] :]
+        for block in self.blocks:
+            sequence = run_block(block, sequence, checkpointed=self.grad_checkpointing)
+        last = sequence[:, -ids_masked_BM.shape[1] :]
         prediction: Tensor = self.pred(self.norm(last))
         return prediction
 
@@ -109,7 +114,10 @@ class MaskedAutoencoder(nn.Module):
         self.num_patches = self.grid_hw[0] * self.grid_hw[1]
         self.num_prefix: int = self.encoder.num_prefix_tokens
         self.num_visible = num_visible(self.num_patches, self.config.mask_ratio)
-        self.decoder = SelfDecoder(self.config, self.grid_hw, self.num_prefix)
+        hidden = self.num_patches - self.num_visible
+        self.num_predicted = num_predicted(self.num_patches, hidden, self.config.predict_share)
+        kind = CrossDecoder if self.config.decoder == "cross" else SelfDecoder
+        self.decoder = kind(self.config, self.grid_hw, self.num_prefix)
         # Not weights: they come from the data and travel in the passport.
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
@@ -132,8 +140,9 @@ class MaskedAutoencoder(nn.Module):
         """Loss and predictions for images [B, C, H, W].
 
         ids_keep: visible patches [B, V]. Without it the masks are drawn from `seed` and `sample_ids` (default
-            0..B-1) with the mask kind and ratio of the pretraining.
-        ids_masked: hidden patches [B, M], when the caller has them already (it is trusted); else all others.
+            0..B-1) with the mask kind, ratio and predicted share of the pretraining.
+        ids_masked: the hidden patches to predict [B, M], when the caller has them already (it is trusted); else all
+            that are not visible.
 
         Raises:
             UserError: images of another size, or ids that are no valid masks.
@@ -147,17 +156,46 @@ class MaskedAutoencoder(nn.Module):
         else:
             masks = Masks(ids_keep, ids_masked)
         patches_BNP = patchify(images_BCHW, self.patch_size)
-        latent = self.encode_patches(take_patches(patches_BNP, masks.ids_keep_BV), masks.ids_keep_BV)
+        encode = self.encode_blocks if self.config.decoder == "cross" else self.encode_patches
+        latent = encode(take_patches(patches_BNP, masks.ids_keep_BV), masks.ids_keep_BV)
         pred_BMP = self.decoder(latent, masks.ids_keep_BV, masks.ids_masked_BM)
         loss = self.loss(pred_BMP, take_patches(patches_BNP, masks.ids_masked_BM))
         return MAEOutput(loss, pred_BMP, masks.ids_masked_BM, masks.ids_keep_BV)
 
     def draw_masks(self, sample_ids: npt.ArrayLike, *, seed: int, epoch: int = 0) -> Masks:
-        """Masks of the pretraining's kind and ratio for these samples, on the CPU."""
-        return make_masks(self.config.mask, self.grid_hw, self.config.mask_ratio, sample_ids, seed=seed, epoch=epoch)
+        """Masks of the pretraining's kind and ratio for these samples, on the CPU.
+
+        With a predicted share, their hidden patches are only those that are predicted and scored.
+        """
+        config = self.config
+        masks = make_masks(config.mask, self.grid_hw, config.mask_ratio, sample_ids, seed=seed, epoch=epoch)
+        if config.predict_share is None:
+            return masks
+        return choose_predicted(masks, self.num_predicted, sample_ids, seed=seed, epoch=epoch)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether the backward pass computes each block's activations again, to save memory; numbers stay the same."""
+        self.encoder.set_grad_checkpointing(enable)
+        self.decoder.grad_checkpointing = enable
 
     def encode_patches(self, patches_BVP: Tensor, ids_BV: Tensor | None) -> Tensor:
         """The encoder's normalised output [B, T + V, D] for the given patches (all, in order, without ids)."""
+        tokens = self._embed(patches_BVP, ids_BV)
+        for block in self.encoder.blocks:
+            tokens = run_block(block, tokens, checkpointed=self.encoder.grad_checkpointing)
+        normed: Tensor = self.encoder.norm(tokens)
+        return normed
+
+    def encode_blocks(self, patches_BVP: Tensor, ids_BV: Tensor | None) -> Tensor:
+        """All feature maps [L + 1, B, T + V, D]: before the first block and after each, the last one normalised."""
+        maps = [self._embed(patches_BVP, ids_BV)]
+        for block in self.encoder.blocks:
+            maps.append(run_block(block, maps[-1], checkpointed=self.encoder.grad_checkpointing))
+        maps[-1] = self.encoder.norm(maps[-1])
+        return torch.stack(maps)
+
+    def _embed(self, patches_BVP: Tensor, ids_BV: Tensor | None) -> Tensor:
+        """What enters the first block: prefix tokens and embedded patches with their positions [B, T + V, D]."""
         encoder = self.encoder
         prefix, positions_ND = prefix_and_positions(encoder)
         tokens = F.linear(patches_BVP, patch_weight(encoder), encoder.patch_embed.proj.bias)
@@ -165,8 +203,8 @@ class MaskedAutoencoder(nn.Module):
         tokens = tokens + (positions_ND if ids_BV is None else F.embedding(ids_BV, positions_ND))
         if prefix is not None:
             tokens = torch.cat([prefix.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
-        normed: Tensor = encoder.norm(encoder.blocks(encoder.norm_pre(tokens)))
-        return normed
+        ready: Tensor = encoder.norm_pre(tokens)
+        return ready
 
     def loss(self, pred_BMP: Tensor, hidden_BMP: Tensor) -> Tensor:
         """Mean squared error over the hidden patches, in float32 at least (section 3, equation of the target)."""

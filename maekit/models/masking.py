@@ -22,7 +22,11 @@ MASK_KINDS = ("random", "block", "grid")
 
 @dataclass(frozen=True)
 class Masks:
-    """One mask a sample: ids_keep_BV and ids_masked_BM, int64 patch numbers in row-major order of the grid."""
+    """One mask a sample: ids_keep_BV and ids_masked_BM, int64 patch numbers in row-major order of the grid.
+
+    Where only a part of the hidden patches is predicted, ids_masked_BM is that part (`choose_predicted`); the two
+    properties below are those of whole masks.
+    """
 
     ids_keep_BV: Tensor
     ids_masked_BM: Tensor
@@ -53,6 +57,11 @@ def num_visible(num_patches: int, mask_ratio: float) -> int:
     The truncation is the paper's code's: 196 patches at 0.75 leave 49, 64 at 0.9 leave 6.
     """
     return min(max(1, int(num_patches * (1 - mask_ratio))), num_patches - 1)
+
+
+def num_predicted(num_patches: int, num_hidden: int, predict_share: float | None) -> int:
+    """Predicted patches: max(1, int(N x share)), but no more than are hidden; all of those without a share."""
+    return num_hidden if predict_share is None else min(max(1, int(num_patches * predict_share)), num_hidden)
 
 
 def make_masks(
@@ -93,6 +102,20 @@ def make_masks(
         raise UserError(f"--mask {kind}: choose {', '.join(MASK_KINDS)}")
     order_BN = _argsort_unique(keys_BN)
     return Masks(torch.from_numpy(order_BN[:, :visible].copy()), torch.from_numpy(order_BN[:, visible:].copy()))
+
+
+def choose_predicted(masks: Masks, count: int, sample_ids: npt.ArrayLike, *, seed: int, epoch: int = 0) -> Masks:
+    """The same masks with `count` of each sample's hidden patches left to predict, a uniform choice.
+
+    It is a function of (seed, epoch, the sample's id) and of the mask alone.
+    """
+    hidden_BM = masks.ids_masked_BM.numpy()
+    ids = np.atleast_1d(np.asarray(sample_ids, dtype=np.int64))
+    num_patches = masks.ids_keep_BV.shape[1] + hidden_BM.shape[1]
+    # One key a patch, drawn by its number: the choice does not depend on the order in which a mask lists its patches.
+    keys_BN = random_bits(ids, num_patches, seed=seed, purpose=Purpose.PREDICT, epoch=epoch)
+    chosen_BM = _argsort_unique(np.take_along_axis(keys_BN, hidden_BM, axis=1))[:, :count]
+    return Masks(masks.ids_keep_BV, torch.from_numpy(np.take_along_axis(hidden_BM, chosen_BM, axis=1)))
 
 
 _MAX_BLOCKS = 48

@@ -10,7 +10,7 @@ from torch import nn
 
 from maekit.config import PretrainConfig
 
-TOKENS = ("encoder.cls_token", "encoder.reg_token", "encoder.pos_embed", "decoder.mask_token")
+TOKENS = ("encoder.cls_token", "encoder.reg_token", "encoder.pos_embed", "decoder.mask_token", "decoder.mix")
 """Parameters of more than one dimension that weight decay leaves alone."""
 
 
@@ -22,11 +22,19 @@ def make_optimizer(model: nn.Module, config: PretrainConfig, peak_lr: float) -> 
 
 
 def peak_learning_rate(config: PretrainConfig) -> tuple[float, str]:
-    """The highest learning rate, and the arithmetic that gave it (the linear rule of arXiv 1706.02677)."""
+    """The highest learning rate, and the arithmetic that gave it.
+
+    The linear rule of arXiv 1706.02677, in which a batch counts by its predictions: with a predicted share the rate
+    shrinks by share / mask ratio (CrossMAE, arXiv 2401.14391).
+    """
     if config.lr is not None:
         return config.lr, f"{config.lr:g} (--lr)"
     lr = config.blr * config.batch_size / 256
-    return lr, f"{lr:.3g} = {config.blr:g} x {config.batch_size} / 256"
+    reason = f"{config.blr:g} x {config.batch_size} / 256"
+    if config.predict_share is not None:
+        lr *= config.predict_share / config.mask_ratio
+        reason += f" x {config.predict_share:g} / {config.mask_ratio:g} (predicted share / mask ratio)"
+    return lr, f"{lr:.3g} = {reason}"
 
 
 def learning_rate(step: int, total: int, warmup: int, peak: float, lowest: float, start: int = 0) -> float:

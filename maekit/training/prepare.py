@@ -58,6 +58,7 @@ def prepare(config: PretrainConfig, resume_from: Path | None, console: Console, 
     seed_everything(config.seed)
     model = MaskedAutoencoder(config, config.mean, config.std).to(accelerator.device)
     use_fused_attention(model, choices["attention"].value)
+    model.set_grad_checkpointing(config.grad_checkpoint)
     config = settled(config, model, out, choices)
     peak_lr, peak_reason = peak_learning_rate(config)
     total = duration_steps(config.epochs, config.steps, order.steps_per_epoch)

@@ -138,13 +138,15 @@ def describe(job: Job, peak_reason: str) -> dict[str, str]:
     total, per_epoch = job.position.total_steps, job.order.steps_per_epoch
     millions = [sum(p.numel() for p in room.parameters()) / 1e6 for room in (model.encoder, model.decoder)]
     hidden = model.num_patches - model.num_visible
+    predicted = f", {model.num_predicted} of these predicted" if model.num_predicted < hidden else ""
     cost = flops_per_image(model.config, model.num_visible) / 1e9
     return {
         "data": f"{config.data}: {len(job.train_ids):,} images to train on, {len(job.heldout_ids):,} held out",
         "run": str(job.out),
-        "model": f"{config.model}, encoder {millions[0]:.2f} M, decoder {millions[1]:.2f} M parameters, "
-        f"{cost:.2g} GFLOP an image and step",
-        "masking": f"{config.mask}: {hidden} of {model.num_patches} patches of {config.patch_size} px are hidden",
+        "model": f"{config.model}, encoder {millions[0]:.2f} M, {config.decoder} decoder {millions[1]:.2f} M "
+        f"parameters, {cost:.2g} GFLOP an image and step",
+        "masking": f"{config.mask}: {hidden} of {model.num_patches} patches of {config.patch_size} px are hidden"
+        + predicted,
         "target": config.target,
         "batch": f"{config.batch_size} = {config.batch_size // world // config.accum} images x {world} "
         f"process{'es' if world > 1 else ''} x {config.accum} accumulation step{'s' if config.accum > 1 else ''}",

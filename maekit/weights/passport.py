@@ -114,6 +114,8 @@ def size_problems(config: ModelConfig) -> list[str]:
         found.append(f"--img-size with --patch-size {patch}: {patches:,} patches, at most {MAX_PATCHES:,}")
     width, ratio = config.embed_dim or 0, config.mlp_ratio or 4.0
     parameters = (config.depth or 0) * (4 + 2 * ratio) * width**2 + config.decoder_depth * 12 * config.decoder_dim**2
+    if config.decoder == "cross":  # keys and values come from the encoder's width
+        parameters += config.decoder_depth * 2 * width * config.decoder_dim
     parameters += (width + config.decoder_dim) * (patches + patch**2 * config.in_chans)
     if parameters > MAX_PARAMETERS:
         found.append(f"the sizes give about {parameters:.1e} parameters, at most {MAX_PARAMETERS:.1e} are built")
