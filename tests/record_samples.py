@@ -21,8 +21,8 @@ def record(folder: Path) -> None:
     draw = MaskedAutoencoder.draw_masks
     path = folder / f"rank{os.environ.get('RANK', '0')}.jsonl"
 
-    def drawn(self: MaskedAutoencoder, sample_ids: Any, *, seed: int, epoch: int = 0) -> Masks:
-        masks = draw(self, sample_ids, seed=seed, epoch=epoch)
+    def drawn(self: MaskedAutoencoder, sample_ids: Any, *, seed: int, epoch: int = 0, views: int = 1) -> Masks:
+        masks = draw(self, sample_ids, seed=seed, epoch=epoch, views=views)
         with path.open("a") as file:
             file.write(json.dumps([[int(i) for i in sample_ids], masks.ids_keep_BV.tolist()]) + "\n")
         return masks

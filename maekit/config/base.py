@@ -7,11 +7,21 @@ from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
-    """A problem that the user can mend: the command line prints it without a traceback and exits with code 2."""
+    """A problem that the user can mend: the command line prints it without a traceback and exits with code 2.
+
+    Each problem is one line that a terminal can show, whatever names from files and tables it repeats.
+    """
 
     def __init__(self, *problems: str) -> None:
-        self.problems = problems
-        super().__init__("\n".join(problems))
+        self.problems = tuple(printable(problem) for problem in problems)
+        super().__init__("\n".join(self.problems))
+
+
+def printable(text: str) -> str:
+    """The text with every character that would move a terminal's cursor, or that none can show, as its escape."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def did_you_mean(name: str, known: Iterable[str], limit: int = 4) -> str:

@@ -108,6 +108,10 @@ class PretrainConfig(ModelConfig, DataConfig):
     flip: bool = True
     """Mirror half of the images."""
 
+    masks_per_image: int = 1
+    """Masked views of each image in a batch, for where reading images is the limit: they are decoded and cropped once,
+    and the model works so many times. --batch-size and the learning rate go on counting images."""
+
     # ---- optimisation ----
     epochs: float | None = 800.0
     """Length of the run in passes over the data (or give --steps)."""
@@ -184,7 +188,7 @@ class PretrainConfig(ModelConfig, DataConfig):
             for name in ("epochs", "steps", "batch_size", "accum", "log_every", "eval_every", "save_every", "keep",
                          "save_minutes", "max_unsaved_minutes", "max_bad_steps", "decoder_dim", "decoder_heads",
                          "in_chans", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "blr", "lr",
-                         "clip_grad", "resize_to", "processes")
+                         "clip_grad", "resize_to", "processes", "masks_per_image")
             if (value := getattr(self, name)) is not None and not value > 0
         ]  # fmt: skip
         found += [

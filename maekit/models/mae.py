@@ -162,16 +162,25 @@ class MaskedAutoencoder(nn.Module):
         loss = self.loss(pred_BMP, take_patches(patches_BNP, masks.ids_masked_BM))
         return MAEOutput(loss, pred_BMP, masks.ids_masked_BM, masks.ids_keep_BV)
 
-    def draw_masks(self, sample_ids: npt.ArrayLike, *, seed: int, epoch: int = 0) -> Masks:
-        """Masks of the pretraining's kind and ratio for these samples, on the CPU.
+    def draw_masks(self, sample_ids: npt.ArrayLike, *, seed: int, epoch: int = 0, views: int = 1) -> Masks:
+        """Masks of the pretraining's kind and ratio for these samples, on the CPU; `views` of each, one after another.
 
         With a predicted share, their hidden patches are only those that are predicted and scored.
         """
-        config = self.config
-        masks = make_masks(config.mask, self.grid_hw, config.mask_ratio, sample_ids, seed=seed, epoch=epoch)
-        if config.predict_share is None:
+        drawn = [self._draw_view(sample_ids, seed, epoch, view) for view in range(views)]
+        if views == 1:
+            return drawn[0]
+        return Masks(
+            torch.stack([masks.ids_keep_BV for masks in drawn], dim=1).flatten(0, 1),
+            torch.stack([masks.ids_masked_BM for masks in drawn], dim=1).flatten(0, 1),
+        )
+
+    def _draw_view(self, sample_ids: npt.ArrayLike, seed: int, epoch: int, view: int) -> Masks:
+        kind, ratio = self.config.mask, self.config.mask_ratio
+        masks = make_masks(kind, self.grid_hw, ratio, sample_ids, seed=seed, epoch=epoch, view=view)
+        if self.config.predict_share is None:
             return masks
-        return choose_predicted(masks, self.num_predicted, sample_ids, seed=seed, epoch=epoch)
+        return choose_predicted(masks, self.num_predicted, sample_ids, seed=seed, epoch=epoch, view=view)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether the backward pass computes each block's activations again, to save memory; numbers stay the same."""

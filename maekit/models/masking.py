@@ -104,16 +104,18 @@ def make_masks(
     return Masks(torch.from_numpy(order_BN[:, :visible].copy()), torch.from_numpy(order_BN[:, visible:].copy()))
 
 
-def choose_predicted(masks: Masks, count: int, sample_ids: npt.ArrayLike, *, seed: int, epoch: int = 0) -> Masks:
+def choose_predicted(
+    masks: Masks, count: int, sample_ids: npt.ArrayLike, *, seed: int, epoch: int = 0, view: int = 0
+) -> Masks:
     """The same masks with `count` of each sample's hidden patches left to predict, a uniform choice.
 
-    It is a function of (seed, epoch, the sample's id) and of the mask alone.
+    It is a function of (seed, epoch, the sample's id, view) and of the mask alone.
     """
     hidden_BM = masks.ids_masked_BM.numpy()
     ids = np.atleast_1d(np.asarray(sample_ids, dtype=np.int64))
     num_patches = masks.ids_keep_BV.shape[1] + hidden_BM.shape[1]
     # One key a patch, drawn by its number: the choice does not depend on the order in which a mask lists its patches.
-    keys_BN = random_bits(ids, num_patches, seed=seed, purpose=Purpose.PREDICT, epoch=epoch)
+    keys_BN = random_bits(ids, num_patches, seed=seed, purpose=Purpose.PREDICT, epoch=epoch, view=view)
     chosen_BM = _argsort_unique(np.take_along_axis(keys_BN, hidden_BM, axis=1))[:, :count]
     return Masks(masks.ids_keep_BV, torch.from_numpy(np.take_along_axis(hidden_BM, chosen_BM, axis=1)))
 

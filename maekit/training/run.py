@@ -139,7 +139,7 @@ def describe(job: Job, peak_reason: str) -> dict[str, str]:
     millions = [sum(p.numel() for p in room.parameters()) / 1e6 for room in (model.encoder, model.decoder)]
     hidden = model.num_patches - model.num_visible
     predicted = f", {model.num_predicted} of these predicted" if model.num_predicted < hidden else ""
-    cost = flops_per_image(model.config, model.num_visible) / 1e9
+    cost = config.masks_per_image * flops_per_image(model.config, model.num_visible) / 1e9
     return {
         "data": f"{config.data}: {len(job.train_ids):,} images to train on, {len(job.heldout_ids):,} held out",
         "run": str(job.out),
@@ -149,7 +149,8 @@ def describe(job: Job, peak_reason: str) -> dict[str, str]:
         + predicted,
         "target": config.target,
         "batch": f"{config.batch_size} = {config.batch_size // world // config.accum} images x {world} "
-        f"process{'es' if world > 1 else ''} x {config.accum} accumulation step{'s' if config.accum > 1 else ''}",
+        f"process{'es' if world > 1 else ''} x {config.accum} accumulation step{'s' if config.accum > 1 else ''}"
+        + (f", each image under {config.masks_per_image} masks" if config.masks_per_image > 1 else ""),
         "learning rate": f"{peak_reason}, {job.warmup_steps:,} steps of warm-up, then a cosine to {config.min_lr:g}",
         "length": f"{total:,} steps = {total / per_epoch:.4g} epochs x {per_epoch:,} steps",
     }

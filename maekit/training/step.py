@@ -25,8 +25,11 @@ def part_loss(
     forward: what is called in the model's place, such as its compiled or distributed form.
     """
     device = batch.images.device
-    masks = model.draw_masks(batch.sample_ids, seed=config.seed, epoch=epoch).to(device)
+    views = config.masks_per_image
+    masks = model.draw_masks(batch.sample_ids, seed=config.seed, epoch=epoch, views=views).to(device)
     images = model.normalize(batch.images)
+    if views > 1:
+        images = images.repeat_interleave(views, dim=0)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         output = (forward or model)(images, masks.ids_keep_BV, ids_masked=masks.ids_masked_BM)
     loss: Tensor = output.loss
