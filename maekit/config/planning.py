@@ -35,10 +35,10 @@ class PlanConfig(PretrainConfig):
             for name in ("images", "dry_steps", "dry_seconds")
             if (value := getattr(self, name)) is not None and not value > 0
         ]
-        share = (self.processes or 1) * self.accum
-        if share > 0 and self.batch_size % share:
+        world = self.processes or 1
+        if world > 1 and self.accum > 0 and self.batch_size % (world * self.accum):
             found.append(
-                f"--batch-size {self.batch_size} is not divisible by {self.processes or 1} processes x --accum "
-                f"{self.accum}: it counts the images of one optimiser step over all of them"
+                f"--batch-size {self.batch_size} is not divisible by --processes {world} x --accum {self.accum}: it "
+                "counts the images of one optimiser step over all of them"
             )
         return found

@@ -42,8 +42,8 @@ from maekit.training.capacity import LARGEST_BATCH, RAM_SHARE, check_memory, fin
 from maekit.training.optim import duration_steps
 from maekit.training.trial import Trial
 
-SUITABLE_SECONDS = 1.0
-"""The batch of the dry run is doubled as long as the larger one should take less than this."""
+SUITABLE_SECONDS = 3.0
+"""The batch of the dry run is doubled as long as the larger one should take less than this for its gradients."""
 LOADER_SECONDS, LOADER_BATCH, LOADER_WARMUP = 5.0, 32, 3
 """The loader alone is timed for so long, in batches of so many images, after so many that are not counted."""
 
@@ -134,7 +134,7 @@ def main(config: PlanConfig, base: PretrainConfig, name: str) -> int:
     title = f"maekit plan {name}"
     print_settings(console, title, {**choices, **describe(config, data, trial, timing, forecast)})
     print_settings(console, "memory", describe_memory(config, trial, free, fits, per_image, accum))
-    print_settings(console, "next", {"type": command})
+    console.print(f"next: {command}", soft_wrap=True, markup=False)
     return 0
 
 
@@ -167,15 +167,15 @@ def suitable_batch(trial: Trial, most: int) -> int:
     if trial.device.type == "cuda":
         return most  # it was found to fit, and another size would be compiled anew
     while batch < most:
-        _, gradients, update = timed_step(trial, lambda: trial.images(batch))  # noqa: B023 # called at once
-        if 2 * (gradients + update) > SUITABLE_SECONDS:
+        gradients, _ = timed_step(trial, lambda: trial.images(batch))  # noqa: B023 # called at once
+        if 2 * gradients > SUITABLE_SECONDS:
             break
         batch = min(2 * batch, most)
     return batch
 
 
-def timed_step(trial: Trial, draw: Callable[[], tuple[Any, Any]]) -> tuple[int, float, float]:
-    """One step: its images, the seconds of drawing, forward and backward, and those of the update."""
+def timed_step(trial: Trial, draw: Callable[[], tuple[Any, Any]]) -> tuple[float, float]:
+    """One step: the seconds of drawing, forward and backward, and those of the update."""
     trial.wait()
     start = time.perf_counter()
     images, ids = draw()
@@ -184,7 +184,7 @@ def timed_step(trial: Trial, draw: Callable[[], tuple[Any, Any]]) -> tuple[int, 
     middle = time.perf_counter()
     trial.update()
     trial.wait()
-    return len(ids), middle - start, time.perf_counter() - middle
+    return middle - start, time.perf_counter() - middle
 
 
 def time_run(trial: Trial, config: PlanConfig, data: Data, batch: int, console: Console) -> Timing:
@@ -204,7 +204,7 @@ def time_run(trial: Trial, config: PlanConfig, data: Data, batch: int, console: 
         while len(gradients) < config.dry_steps:
             if len(gradients) >= 2 and sum(gradients) + sum(updates) > config.dry_seconds:
                 break
-            _, forth, update = timed_step(trial, draw)
+            forth, update = timed_step(trial, draw)
             gradients.append(forth)
             updates.append(update)
             progress.update(bar, completed=len(gradients))
@@ -277,7 +277,7 @@ def next_command(config: PlanConfig, base: PretrainConfig, name: str, accum: int
             words.append(f"--{'' if value else 'no-'}{flag(field.name)}")
         else:
             values = value if isinstance(value, tuple) else (value,)
-            words += [f"--{flag(field.name)}", *(str(one) for one in values)]
+            words += [f"--{flag(field.name)}", *(f"{one:g}" if isinstance(one, float) else str(one) for one in values)]
     return shlex.join([*words, "--out", f"runs/{config.recipe}"])
 
 
@@ -310,7 +310,7 @@ def describe(config: PlanConfig, data: Data, trial: Trial, timing: Timing, forec
     spread = f"{min(timing.gradients):.3g} to {max(timing.gradients):.3g} s"
     said = {
         "data": f"{data.name}: {data.train:,} to train on, {data.heldout:,} held out",
-        "dry run": f"{count} step{'s' if count > 1 else ''} of {timing.batch} {what}: forward and backward "
+        "dry run": f"{count} step{'s' if count > 1 else ''} of {timing.batch} {what if timing.batch > 1 else what.replace('images', 'image', 1)}: forward and backward "
         f"{forth:.3g} s (median; {spread}), update {update:.3g} s",
         "step": f"{rate(forecast.step_speed)} with batches of {config.batch_size:,}"
         + (f" on {world} processes as quick as this one" if world > 1 else "")
