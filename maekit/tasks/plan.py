@@ -305,12 +305,13 @@ def describe(config: PlanConfig, data: Data, trial: Trial, timing: Timing, forec
     cost = flops_per_image(trial.model.config, trial.model.num_visible)
     world, count = config.processes or 1, len(timing.gradients)
     here = timing.batch / forth
-    what = "images from memory" if data.in_memory is not None and data.in_memory.value else "images of noise"
+    in_memory = data.in_memory is not None and data.in_memory.value
+    what = f"image{'s' if timing.batch > 1 else ''} {'from memory' if in_memory else 'of noise'}"
     finish = time.localtime(time.time() + min(forecast.training + forecast.heldout, 3e9))
     spread = f"{min(timing.gradients):.3g} to {max(timing.gradients):.3g} s"
     said = {
         "data": f"{data.name}: {data.train:,} to train on, {data.heldout:,} held out",
-        "dry run": f"{count} step{'s' if count > 1 else ''} of {timing.batch} {what if timing.batch > 1 else what.replace('images', 'image', 1)}: forward and backward "
+        "dry run": f"{count} step{'s' if count > 1 else ''} of {timing.batch} {what}: forward and backward "
         f"{forth:.3g} s (median; {spread}), update {update:.3g} s",
         "step": f"{rate(forecast.step_speed)} with batches of {config.batch_size:,}"
         + (f" on {world} processes as quick as this one" if world > 1 else "")

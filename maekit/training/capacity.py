@@ -47,8 +47,8 @@ def check_memory(config: PretrainConfig, free: int) -> None:
 def find_limit(trial: Trial, free: int, console: Console) -> tuple[int, int]:
     """The largest batch of one process, and bytes for each of its images: tried on CUDA, elsewhere estimated.
 
-    The estimate is what a forward pass keeps for the backward pass: 83 MB an image for ViT-B at 224 px in float32, where
-    the peak of the process really grew by 71 MB an image.
+    The estimate is what a forward pass keeps for the backward pass: 83 MB an image for ViT-B at 224 px in float32,
+    where the peak of the process really grew by 71 MB an image.
     """
     small, large = (trial.saved_bytes(batch) for batch in (1, 3))
     per_image = max(1, (large - small) // 2)
