@@ -113,7 +113,8 @@ def say_machine(device: torch.device, found: Mapping[str, Any]) -> str:
     tf32 = " with TF32" if found["tf32"] else ""
     return (
         f"{where}, {about['threads']} threads, matrix products peak at {found['fp32'] / 1e9:,.0f} GFLOP/s in float32"
-        f"{tf32}, {found['bf16'] / 1e9:,.0f} in bfloat16; Python {about['python']}, {packages}, commit {about['commit']}"
+        f"{tf32}, {found['bf16'] / 1e9:,.0f} in bfloat16; Python {about['python']}, {packages}, "
+        f"commit {about['commit']}"
     )
 
 
