@@ -48,7 +48,7 @@ def test_the_peak_counts_two_operations_a_product(monkeypatch: pytest.MonkeyPatc
 
 
 def test_both_sides_step_on_equal_models_and_batches() -> None:
-    """Hugging Face's model has our number of trained weights, its batch our number of images; a step changes them all."""
+    """Hugging Face's model has our number of trained weights, its batch our number of images; a step changes all."""
     config = PretrainConfig(**SQUARE, target="norm-pixels")
     cpu = torch.device("cpu")
     ours, theirs = contenders.Ours(config, cpu, "fp32", False), contenders.HuggingFace(config, cpu, "fp32", False)
@@ -57,7 +57,8 @@ def test_both_sides_step_on_equal_models_and_batches() -> None:
     assert counts[0] == counts[1]
     assert ours.images.shape == theirs.images.shape
     assert theirs.model.config._attn_implementation == "sdpa"  # type: ignore[union-attr]
-    for one, model in zip((ours, theirs), models, strict=True):
+    sides: tuple[contenders.Contender, ...] = (ours, theirs)
+    for one, model in zip(sides, models, strict=True):
         matrices = [p for p in model.parameters() if p.requires_grad and p.ndim == 2]
         before = [parameter.clone() for parameter in matrices]
         one.step()

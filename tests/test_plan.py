@@ -239,3 +239,19 @@ def test_plan_names_the_value_and_the_flag(name: str, capsys: pytest.CaptureFixt
     code, _, error = run(capsys, *words)
     assert code == 2
     assert all(text in error for text in expected), error
+
+
+def test_nothing_is_run_where_not_even_one_image_fits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An error instead of a machine that swaps; a batch that fits in parts only gets its accumulation."""
+    monkeypatch.setattr(plan, "find_limit", lambda *_: (0, 10**9))
+    monkeypatch.setattr(plan, "suitable_batch", lambda *_: pytest.fail("a step was tried"))
+    code, _, error = run(capsys, "digits", "--images", "500", *STEPS)
+    assert (code, "not even one image fits" in error) == (2, True)
+    monkeypatch.undo()
+    monkeypatch.setattr(plan, "find_limit", lambda *_: (20, 10**6))
+    code, said, _ = run(capsys, "digits", "--images", "500", *STEPS)
+    assert code == 0
+    assert "64 = 16 images x 1 process x --accum 4" in said
+    assert "--accum 4 --device cpu" in said

@@ -109,10 +109,14 @@ def main(config: PlanConfig, base: PretrainConfig, name: str) -> int:
     share = config.batch_size // (config.processes or 1)
     fits, per_image = find_limit(trial, free, console)
     accum = least_accum(share, fits, config.accum)
-    part = share // accum if accum else min(share, max(1, fits))
+    if accum is None:
+        raise UserError(
+            f"--model {config.model}: not even one image fits beside its weights into the {size(free)} that are free: "
+            "take a smaller model or smaller images"
+        )
     if choices["compile"].value:
         trial.compile(console.print)
-    batch = suitable_batch(trial, min(part, data.train))
+    batch = suitable_batch(trial, min(share // accum, data.train))
     timing = time_run(trial, config, data, batch, console)
     forecast = predict(config, data, timing, shares_cores=device.value.type != "cuda")
     command = next_command(config, base, name, accum)
@@ -263,14 +267,14 @@ def predict(config: PlanConfig, data: Data, timing: Timing, *, shares_cores: boo
     )
 
 
-def next_command(config: PlanConfig, base: PretrainConfig, name: str, accum: int | None) -> str:
+def next_command(config: PlanConfig, base: PretrainConfig, name: str, accum: int) -> str:
     """What starts the run: the recipe, every field that differs from it, and the accumulation that fits."""
     words = [] if config.processes in (None, 1) else ["torchrun", "--nproc_per_node", str(config.processes), "-m"]
     words += ["maekit", "pretrain", name, "--data", config.data or "FOLDER"]
     for field in dataclasses.fields(PretrainConfig):
         value = getattr(config, field.name)
         if field.name == "accum":
-            value = accum or value
+            value = accum
         if value == getattr(base, field.name) or field.name in ("data", "out", "processes", "recipe"):
             continue
         if isinstance(value, bool):
@@ -333,7 +337,7 @@ def describe(config: PlanConfig, data: Data, trial: Trial, timing: Timing, forec
 
 
 def describe_memory(
-    config: PlanConfig, trial: Trial, free: int, fits: int, per_image: int, accum: int | None
+    config: PlanConfig, trial: Trial, free: int, fits: int, per_image: int, accum: int
 ) -> dict[str, str]:
     """Memory and the batch in words."""
     measured = trial.device.type == "cuda"
@@ -349,12 +353,9 @@ def describe_memory(
             else f" (estimated, counting on {RAM_SHARE:.0%} of it; not tried: nothing shall swap)"
         ),
     }
-    if accum is None:
-        said["batch"] = "not even one image fits: take a smaller model, or smaller images"
-    else:
-        share = config.batch_size // world
-        said["batch"] = f"{config.batch_size:,} = {share // accum} images x {world} process{'es' if world > 1 else ''} "
-        said["batch"] += f"x --accum {accum}"
+    share = config.batch_size // world
+    said["batch"] = f"{config.batch_size:,} = {share // accum} images x {world} process{'es' if world > 1 else ''} "
+    said["batch"] += f"x --accum {accum}"
     return said
 
 

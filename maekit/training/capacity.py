@@ -70,10 +70,11 @@ def find_limit(trial: Trial, free: int, console: Console) -> tuple[int, int]:
     with make_progress(console) as progress:
         bar = progress.add_task("", total=None)
         largest = search(fits, LARGEST_BATCH)
-        torch.cuda.reset_peak_memory_stats(trial.device)
-        if largest:  # a second point gives the bytes for each image
+        if largest:
+            torch.cuda.reset_peak_memory_stats(trial.device)
+            still = torch.cuda.memory_allocated(trial.device) + trial.state_bytes // 4  # no gradients are there yet
             trial.step(*trial.images(largest))
-            per_image = max(1, (torch.cuda.max_memory_allocated(trial.device) - trial.state_bytes) // largest)
+            per_image = max(1, (torch.cuda.max_memory_allocated(trial.device) - still) // largest)
     return largest, per_image
 
 
