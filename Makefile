@@ -1,5 +1,6 @@
 # Plain pip and GNU make. Needs Python 3.11 or newer, nothing else; everything goes into .venv.
 #   make test PYTHON=python3.12     another Python for the virtual environment
+#   make bench ARGS='--full --json bench.json'     options for python -m benchmarks; also --accelerator
 #   make test PY=python             a Python that has everything already: nothing is created or installed
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo     PyTorch without CUDA: a smaller download
 PYTHON ?= python3
@@ -7,15 +8,17 @@ PYTHON ?= python3
 ifdef PY
   DEMO_READY :=
   DEV_READY :=
+  BENCH_READY :=
 else
   PY := .venv/bin/python
   # Stamps inside the environment: it is installed again only after pyproject.toml changed, or .venv was removed.
   DEMO_READY := .venv/.installed-demo
   DEV_READY := .venv/.installed-dev
+  BENCH_READY := .venv/.installed-bench
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-faults lint clean
+.PHONY: help install demo test test-slow test-faults bench lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -33,6 +36,9 @@ test-slow: $(DEV_READY) ## the longer proofs
 
 test-faults: $(DEV_READY) ## kill, stop and damage runs hundreds of times; prints promise, faults tried, losses
 	@$(PY) tests/faults
+
+bench: $(BENCH_READY) ## speed and memory beside others' code, in one table; wants a quiet machine
+	@$(PY) -m benchmarks $(ARGS)
 
 lint: $(DEV_READY) ## ruff and mypy
 	@$(PY) -m ruff check .
@@ -66,6 +72,9 @@ endef
 
 .venv/.installed-demo: pyproject.toml | .venv/bin/pip
 	$(call pip_install,demo)
+
+.venv/.installed-bench: pyproject.toml | .venv/bin/pip
+	$(call pip_install,bench)
 
 .venv/.installed-dev: pyproject.toml | .venv/bin/pip
 	$(call pip_install,dev)

@@ -11,6 +11,7 @@ from typing import NoReturn, TypeVar
 from maekit.config import (
     CheckDataConfig,
     DemoConfig,
+    PlanConfig,
     PretrainConfig,
     ProbeConfig,
     ReconstructConfig,
@@ -31,6 +32,7 @@ usage: maekit COMMAND ...
   demo                                pretrain and evaluate on bundled photographs, in two minutes
   recipes                             the named configs, with cost and expected result
   pretrain RECIPE --data D --out RUN  pretrain; any field of the recipe is a flag
+  plan RECIPE --data D                a dry run: speed, memory, batch that fits, time of the whole run
   resume RUN                          continue a run exactly where its last checkpoint stands
   probe SRC [SRC ...] --data D        linear probe and k-NN, beside random weights and raw pixels
   reconstruct SRC --image I --out P   draw original | masked | reconstruction | pasted
@@ -88,28 +90,54 @@ def parse(kind: type[Config], prog: str, words: Sequence[str], default: Config |
 
 def pretrain(words: list[str]) -> int:
     """maekit pretrain RECIPE --flags"""
-    from maekit import recipes
-
     if not words or words[0] in ("-h", "--help"):
-        print("usage: maekit pretrain RECIPE --data D --out RUN [any field of the recipe]\n")
-        print_recipes()
-        print("\nmaekit pretrain RECIPE --help tells every flag with the recipe's values")
-        return 0 if words else 2
-    if words[0].startswith("-"):
-        raise UserError(f"the recipe comes first: maekit pretrain RECIPE ...; recipes: {', '.join(recipes.names())}")
-    if words[0].endswith(".json"):
-        path = Path(words[0]).expanduser()
-        if not path.is_file():
-            raise UserError(f"{words[0]}: no such config file")
-        base = read(PretrainConfig, path)
-        base.out = ""
-    else:
-        base = recipes.get(words[0])
+        return explain_recipes("pretrain", "--data D --out RUN", bool(words))
+    base = recipe_or_file(words[0], "pretrain")
     config = parse(PretrainConfig, f"maekit pretrain {words[0]}", words[1:], base)
     adapt_durations(config, base)
     from maekit.tasks import pretrain as task
 
     return task.main(config)
+
+
+def plan(words: list[str]) -> int:
+    """maekit plan RECIPE --flags"""
+    if not words or words[0] in ("-h", "--help"):
+        return explain_recipes("plan", "--data D or --images N", bool(words))
+    base = recipe_or_file(words[0], "plan")
+    defaults = PlanConfig(**vars(base))
+    given = {word.partition("=")[0] for word in words}
+    if "--images" in given and "--data" not in given:
+        defaults.data = ""  # the recipe's own, which was not asked for
+    config = parse(PlanConfig, f"maekit plan {words[0]}", words[1:], defaults)
+    adapt_durations(config, base)
+    from maekit.tasks import plan as task
+
+    return task.main(config, base, words[0])
+
+
+def explain_recipes(command: str, needs: str, asked: bool) -> int:
+    """The help of a command that wants a recipe first; an error where nobody asked for help."""
+    print(f"usage: maekit {command} RECIPE {needs} [any field of the recipe]\n")
+    print_recipes()
+    print(f"\nmaekit {command} RECIPE --help tells every flag with the recipe's values")
+    return 0 if asked else 2
+
+
+def recipe_or_file(word: str, command: str) -> PretrainConfig:
+    """The config that a recipe's name or a run's config.json stands for."""
+    from maekit import recipes
+
+    if word.startswith("-"):
+        raise UserError(f"the recipe comes first: maekit {command} RECIPE ...; recipes: {', '.join(recipes.names())}")
+    if not word.endswith(".json"):
+        return recipes.get(word)
+    path = Path(word).expanduser()
+    if not path.is_file():
+        raise UserError(f"{word}: no such config file")
+    base = read(PretrainConfig, path)
+    base.out = ""
+    return base
 
 
 def adapt_durations(config: PretrainConfig, base: PretrainConfig) -> None:
@@ -229,6 +257,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "demo": demo,
     "recipes": list_recipes,
     "pretrain": pretrain,
+    "plan": plan,
     "resume": resume,
     "probe": probe,
     "reconstruct": reconstruct,
