@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args, get_type_hints
+from typing import Any, Literal, NamedTuple
 
 import torch
 import tyro
@@ -21,7 +21,7 @@ import tyro
 from benchmarks import loader, startup, step
 from benchmarks.timing import peaks, say_machine, show, write_json
 from maekit import recipes
-from maekit.config import PretrainConfig, UserError
+from maekit.config import UserError
 from maekit.runtime import choose_precision, environment
 
 PAPER = "in1k-vit-base"
@@ -158,10 +158,7 @@ def tutorial(bench: Bench) -> Row:
 
 def cross(bench: Bench) -> Row:
     work = "ViT-B/16 step, cross decoder of 25 %, vs our self"
-    share = {"predict_share": 0.25} if "predict_share" in get_type_hints(PretrainConfig) else {}
-    if not share or "cross" not in get_args(get_type_hints(PretrainConfig)["decoder"]):
-        return Row(4, work, "this maekit has no cross decoder", goal=1.5, floor=1.3)
-    result = bench.step(PAPER, batch_size=16, ours="cross", peer="self", **share)
+    result = bench.step(PAPER, batch_size=16, decoder="cross", peer="self", predict_share=0.25)
     return versus(4, work, result, 1.5, 1.3)
 
 

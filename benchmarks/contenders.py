@@ -43,14 +43,13 @@ class Contender(Protocol):
 class Ours:
     """maekit's step, by the trainer's own pieces."""
 
-    def __init__(self, config: PretrainConfig, device: torch.device, precision: str, compiled: bool) -> None:
+    def __init__(self, config: PretrainConfig, device: torch.device, precision: str, compiled: str) -> None:
         fused = choose_attention(device, precision).value
         self.trial = Trial(config, device, precision=precision, fused_attention=fused)
-        if compiled:
-            self.trial.compile(print)
-        decoder = config.decoder
-        self.name = f"maekit {decoder}"
-        self.setting = f"{precision}, {'fused' if fused else 'plain'} attention{', compiled' if compiled else ''}"
+        self.trial.compile(compiled, print)
+        self.name = f"maekit {config.decoder}"
+        self.setting = f"{precision}, {'fused' if fused else 'plain'} attention"
+        self.setting += "" if compiled == "off" else f", compiled ({compiled})"
         self.flops = needed_flops(config)
         self.images, self.ids = self.trial.images(config.batch_size)
 

@@ -1,7 +1,7 @@
 """One training step of any recipe or model beside a peer's, in turn in one process.
 
     python -m benchmarks.step in1k-vit-base --batch-size 16 --peer hf --peer-precision bf16
-    python -m benchmarks.step cifar10 --peer self --ours cross --json step.json
+    python -m benchmarks.step cifar10 --peer self --decoder cross --predict-share 0.25 --json step.json
 
 The recipe comes first (in1k-vit-base where none is given), then any of its fields, then how to measure. A share of the
 peak is (images/s x the operations that an image needs, by maekit's count for both sides) / the matrix products' peak
@@ -22,7 +22,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -53,8 +53,6 @@ Side = Literal["ours", "peer"]
 class StepConfig(PretrainConfig):
     """A training step of a recipe beside a peer's."""
 
-    ours: str = ""
-    """Our decoder: self or cross. Default: the recipe's."""
     peer: Literal["hf", "lightly", "self", "none"] = "hf"
     """Who is compared: Hugging Face, lightly, maekit's own self decoder, or nobody."""
     peer_precision: Literal["fp32", "bf16", "auto"] = "fp32"
@@ -86,13 +84,6 @@ def settle(config: StepConfig) -> tuple[torch.device, str]:
         UserError: all that is wrong with the config.
     """
     config.data = config.data or "noise"
-    if config.ours:
-        known = get_args(get_type_hints(PretrainConfig)["decoder"])
-        if config.ours not in known:
-            raise UserError(
-                f"--ours {config.ours}: this maekit has the decoder{'s' * (len(known) > 1)} {', '.join(known)}"
-            )
-        config.decoder = config.ours  # type: ignore[assignment]
     problems = config.problems() + model_problems(config)
     if min(config.rounds, config.warmup + 1, config.turn or 1, config.threads or 1) < 1:
         problems.append("--rounds, --turn and --threads must be above 0, and --warmup not below 0")
@@ -112,7 +103,7 @@ def build(config: StepConfig, side: Side, device: torch.device, precision: str) 
     compiled = config.peer_compile == "on"
     if config.peer == "self":
         own = choose_compile(config.compile, device).value
-        return Ours(dataclasses.replace(config, decoder="self", ours=""), device, precision, own)
+        return Ours(dataclasses.replace(config, decoder="self", predict_share=None), device, precision, own)
     if config.peer == "lightly":
         return Lightly(config, device, theirs, compiled)
     if config.peer_attention == "quicker":
@@ -138,12 +129,12 @@ def measure(config: StepConfig, about: dict[str, Any] | None = None) -> dict[str
 
     works = {side: (lambda one=one: turns(one)) for side, one in contenders.items()}
     seconds = alternate(works, config.rounds, config.warmup, device_clock(device))  # type: ignore[arg-type]
-    needed = needed_flops(config)
     result: dict[str, Any] = {"recipe": config.recipe, "batch": config.batch_size, "peaks": about}
     for side, one in contenders.items():
         each = [value / turn for value in seconds[side]]
         speed = config.batch_size / spread(each).median
-        flops = needed_flops(dataclasses.replace(config, decoder="self")) if one.name == "maekit self" else needed
+        plain = dataclasses.replace(config, decoder="self", predict_share=None)
+        flops = needed_flops(plain if one.name == "maekit self" else config)
         result[side] = {
             "name": one.name,
             "setting": one.setting,
@@ -174,7 +165,7 @@ def peak_memory(config: StepConfig, side: Side, device: torch.device, precision:
             contender.step()
         torch.cuda.synchronize(device)
         return int(torch.cuda.max_memory_allocated(device)) - before
-    words = ["-m", "benchmarks.step", "child", to_json(dataclasses.replace(config, memory_of=side, ours=""))]
+    words = ["-m", "benchmarks.step", "child", to_json(dataclasses.replace(config, memory_of=side))]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
     if done.returncode:
         raise UserError("the process that measures memory failed: " + "".join(done.stderr.splitlines()[-1:]))

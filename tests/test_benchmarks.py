@@ -51,7 +51,7 @@ def test_both_sides_step_on_equal_models_and_batches() -> None:
     """Hugging Face's model has our number of trained weights, its batch our number of images; a step changes all."""
     config = PretrainConfig(**SQUARE, target="norm-pixels")
     cpu = torch.device("cpu")
-    ours, theirs = contenders.Ours(config, cpu, "fp32", False), contenders.HuggingFace(config, cpu, "fp32", False)
+    ours, theirs = contenders.Ours(config, cpu, "fp32", "off"), contenders.HuggingFace(config, cpu, "fp32", False)
     models = (ours.trial.model, theirs.model)
     counts = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in models]
     assert counts[0] == counts[1]
@@ -68,7 +68,7 @@ def test_both_sides_step_on_equal_models_and_batches() -> None:
 
 def test_our_masks_are_drawn_anew_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sample ids move on, as in training."""
-    ours = contenders.Ours(PretrainConfig(**SQUARE), torch.device("cpu"), "fp32", False)
+    ours = contenders.Ours(PretrainConfig(**SQUARE), torch.device("cpu"), "fp32", "off")
     seen: list[list[int]] = []
     real = ours.trial.model.draw_masks
     monkeypatch.setattr(ours.trial.model, "draw_masks", lambda ids, **key: seen.append(list(ids)) or real(ids, **key))  # type: ignore[func-returns-value]
@@ -110,7 +110,6 @@ def test_peers_that_are_absent_or_impossible(monkeypatch: pytest.MonkeyPatch) ->
     for changes, words in (
         ({"peer": "lightly"}, "--peer lightly: needs lightly"),
         ({"img_size": (16, 24)}, "--peer hf: it knows square images"),
-        ({"ours": "crossed"}, "--ours crossed"),
         ({"rounds": 0}, "--rounds"),
     ):
         with pytest.raises(UserError, match=words):

@@ -41,6 +41,7 @@ from maekit.terminal import counting, make_console, make_progress, print_setting
 from maekit.training.capacity import LARGEST_BATCH, RAM_SHARE, check_memory, find_limit, free_bytes, least_accum
 from maekit.training.optim import duration_steps
 from maekit.training.trial import Trial
+from maekit.weights.passport import size_problems
 
 SUITABLE_SECONDS = 3.0
 """The batch of the dry run is doubled as long as the larger one should take less than this for its gradients."""
@@ -85,7 +86,7 @@ def main(config: PlanConfig, base: PretrainConfig, name: str) -> int:
     Raises:
         UserError: everything that is wrong with the config; then unusable data, or a model that does not fit.
     """
-    problems = config.problems() + model_problems(config)
+    problems = size_problems(config) or config.problems() + model_problems(config)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         problems.append("maekit plan runs in one process: tell it by --processes how many the run will have")
     if config.out and Path(config.out).expanduser().is_dir():
@@ -114,8 +115,7 @@ def main(config: PlanConfig, base: PretrainConfig, name: str) -> int:
             f"--model {config.model}: not even one image fits beside its weights into the {size(free)} that are free: "
             "take a smaller model or smaller images"
         )
-    if choices["compile"].value:
-        trial.compile(console.print)
+    trial.compile(choices["compile"].value, console.print)
     batch = suitable_batch(trial, min(share // accum, data.train))
     timing = time_run(trial, config, data, batch, console)
     forecast = predict(config, data, timing, shares_cores=device.value.type != "cuda")
@@ -306,7 +306,7 @@ def size(count: float) -> str:
 def describe(config: PlanConfig, data: Data, trial: Trial, timing: Timing, forecast: Forecast) -> dict[str, str]:
     """Speed and length in words."""
     forth, update = statistics.median(timing.gradients), statistics.median(timing.updates)
-    cost = flops_per_image(trial.model.config, trial.model.num_visible)
+    cost = config.masks_per_image * flops_per_image(trial.model.config, trial.model.num_visible)
     world, count = config.processes or 1, len(timing.gradients)
     here = timing.batch / forth
     in_memory = data.in_memory is not None and data.in_memory.value

@@ -1,12 +1,12 @@
 """Training steps for their own sake: what `maekit plan` and the benchmarks time. Nothing is logged or saved.
 
-The pieces and their order are those of `tasks/pretrain.py`: masks drawn on the CPU, uint8 images normalised on the
-device, forward pass under autocast, guarded backward pass and update. Left out: the schedule, and what happens between
-two steps. The learning rate is that of a warm-up's beginning, so that no weight runs away.
+The pieces are those of `tasks/pretrain.py`, called in its order. Left out: the schedule, and what happens between two
+steps. The learning rate is that of a warm-up's beginning, so that no weight runs away.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from maekit.config import PretrainConfig
-from maekit.data.loader import Ids
+from maekit.data.loader import Batch, Ids
 from maekit.models.encoder import use_fused_attention
 from maekit.models.mae import MaskedAutoencoder
 from maekit.runtime import compile_or_eager, seed_everything
-from maekit.training.guard import Guard, backward, gradient_norm, update
+from maekit.training.guard import Guard, backward, guarded_update
 from maekit.training.optim import make_optimizer, peak_learning_rate
+from maekit.training.step import part_loss
 
 _FIRST_LR = 1e-3
 """The learning rate as a share of the peak."""
@@ -33,18 +34,20 @@ class Trial:
 
     def __init__(self, config: PretrainConfig, device: torch.device, *, precision: str, fused_attention: bool) -> None:
         seed_everything(config.seed)
-        self.config, self.device, self.bf16 = config, device, precision == "bf16"
+        chosen: dict[str, Any] = {"precision": precision}
+        self.config, self.device = dataclasses.replace(config, **chosen), device
         middle = (0.5,) * config.in_chans  # the statistics have no say in the time
         self.model = MaskedAutoencoder(config, config.mean or middle, config.std or middle).to(device).train()
         use_fused_attention(self.model, fused_attention)
+        self.model.set_grad_checkpointing(config.grad_checkpoint)
         self.optimizer = make_optimizer(self.model, config, _FIRST_LR * peak_learning_rate(config)[0])
         self.guard = Guard(device, config.max_bad_steps)
         self.forward: Callable[..., Any] = self.model.__call__
         self.steps = 0
 
-    def compile(self, report: Callable[[str], None]) -> None:
+    def compile(self, how: str, report: Callable[[str], None]) -> None:
         """Compile the forward pass from here on."""
-        self.forward = compile_or_eager(self.model, report)
+        self.forward = compile_or_eager(self.model, how, report)
 
     def images(self, batch: int) -> tuple[Tensor, Ids]:
         """Noise of the model's size on the device, with sample ids."""
@@ -54,11 +57,7 @@ class Trial:
 
     def loss(self, images_BCHW: Tensor, sample_ids: Ids) -> Tensor:
         """The training loss of a batch, with its own masks."""
-        masks = self.model.draw_masks(sample_ids, seed=self.config.seed, epoch=self.steps).to(self.device)
-        normal = self.model.normalize(images_BCHW)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            loss: Tensor = self.forward(normal, masks.ids_keep_BV, ids_masked=masks.ids_masked_BM).loss
-        return loss
+        return part_loss(self.model, self.config, Batch(images_BCHW, sample_ids, []), self.steps, self.forward)
 
     def gradients(self, images_BCHW: Tensor, sample_ids: Ids) -> None:
         """Forward and backward: all that is done again for each accumulated part of a batch."""
@@ -66,12 +65,7 @@ class Trial:
 
     def update(self) -> None:
         """What is done once a step: norm, guard, AdamW, gradients dropped."""
-        norm = gradient_norm(self.model)
-        skip = self.guard.see(self.steps, norm)
-        if self.config.clip_grad is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip_grad, norm)
-        update(self.optimizer, skip)
-        self.optimizer.zero_grad(set_to_none=True)
+        guarded_update(self.model, self.optimizer, self.guard, self.steps, self.config.clip_grad)
         if self.device.type == "cpu":
             self.guard.look()
         self.steps += 1
