@@ -1,4 +1,4 @@
-"""A decoder of cross-attention alone (CrossMAE, Fu et al. 2024, arXiv 2401.14391), written from the paper's text.
+"""A decoder of cross-attention alone (CrossMAE, Fu et al. 2024, arXiv 2401.14391), written from facts of the paper.
 
     encoder's feature maps -> for each decoder block its own weighted sum -> keys and values
     mask token + position of a hidden patch -> query -> blocks -> that patch
@@ -13,9 +13,10 @@ maps and the projections):
 - keys and values of each block come from its own weighted sum of the encoder's feature maps (inter-block attention),
   one learned number for each: the L block outputs and the tokens before the first block, L + 1 in all;
 - they are projected from the encoder's width at once; there is no projection to the decoder's width before it.
-Ours, where these leave it open, so results may differ from the paper's in detail: the sums start as plain means and pass a LayerNorm each (so only the weights'
-proportions matter); the last map is the encoder's normalised output, so that its last norm learns too; keys get no
-positions but those that the encoder's tokens carry; class and register tokens are keys like the others.
+Ours, where these leave it open, so that details may differ from the paper's: the sums start as plain means and pass a
+LayerNorm each (so only the weights' proportions matter); the last map is the encoder's normalised output, so that its
+last norm learns too; keys get no positions but those that the encoder's tokens carry; class and register tokens are
+keys like the others.
 
 Shapes: B batch, L encoder blocks, S decoder blocks, K = T + V encoder tokens (prefix, then visible), M patches to
 predict, P values a patch, D encoder width, E decoder width, h heads.
