@@ -1,4 +1,4 @@
-"""A decoder of cross-attention alone (CrossMAE, Fu et al. 2024, arXiv 2401.14391), written from the paper's text.
+"""A decoder of cross-attention alone (CrossMAE, Fu et al. 2024, arXiv 2401.14391), written from facts of the paper.
 
     encoder's feature maps -> for each decoder block its own weighted sum -> keys and values
     mask token + position of a hidden patch -> query -> blocks -> that patch
@@ -6,15 +6,17 @@
 Queries never look at each other: a prediction does not depend on which others are made, so any part of the hidden
 patches can be asked for, at a cost in proportion.
 
-From the paper (its overview figure, and the operations counted for its models):
+From the paper: its overview figure with caption, and the operations that were counted from it (they give the number of
+maps and the projections):
 - the first block's queries are mask tokens with their positions, a later block's are what the block before gave;
 - a block has cross-attention and an MLP, no self-attention;
 - keys and values of each block come from its own weighted sum of the encoder's feature maps (inter-block attention),
   one learned number for each: the L block outputs and the tokens before the first block, L + 1 in all;
 - they are projected from the encoder's width at once; there is no projection to the decoder's width before it.
-Ours, where the text leaves it open: the sums start as plain means and pass a LayerNorm each (so only the weights'
-proportions matter); the last map is the encoder's normalised output, so that its last norm learns too; keys get no
-positions but those that the encoder's tokens carry; class and register tokens are keys like the others.
+Ours, where these leave it open, so that details may differ from the paper's: the sums start as plain means and pass a
+LayerNorm each (so only the weights' proportions matter); the last map is the encoder's normalised output, so that its
+last norm learns too; keys get no positions but those that the encoder's tokens carry; class and register tokens are
+keys like the others.
 
 Shapes: B batch, L encoder blocks, S decoder blocks, K = T + V encoder tokens (prefix, then visible), M patches to
 predict, P values a patch, D encoder width, E decoder width, h heads.
