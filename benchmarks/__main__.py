@@ -110,7 +110,9 @@ class Bench:
         base = {"rounds": self.config.rounds, "warmup": 1, "memory": False, "threads": self.config.threads}
         small = TINY if self.config.tiny else {}
         values = {**vars(recipes.get(recipe)), **base, "device": str(self.device), **settings, **small}
-        return step.measure(step.StepConfig(**values), self.peaks)
+        result = step.measure(step.StepConfig(**values), self.peaks)
+        self.raw.setdefault("steps", []).append({**result, "asked": {**settings, **small}})
+        return result
 
 
 def versus(
@@ -228,7 +230,6 @@ def accelerated(bench: Bench) -> list[Row]:
                 recipe, batch_size=batch, precision="bf16", peer_precision="bf16", peer_compile=compiled, warmup=2,
                 memory=bench.device.type == "cuda" and compiled == "off",
             )  # fmt: skip
-            bench.raw[f"{recipe} {compiled}"] = result
             work = f"{recipe} step, batch {batch}, vs HF{' compiled' if compiled == 'on' else ''}"
             rows.append(versus(number, work, result))
             if result["ours"]["peak_memory"]:

@@ -43,7 +43,7 @@ from maekit.data.sources import open_source
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 QUALITY = 96
-"""Of the JPEGs, so that they come near ImageNet's mean of 110 KB."""
+"""Of the JPEGs: they come to 76 KB on average, where ImageNet's have about 110; --data takes real ones."""
 
 
 @dataclass

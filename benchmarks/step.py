@@ -22,6 +22,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -47,6 +48,8 @@ from maekit.models.mae import model_problems
 from maekit.runtime import choose_compile, choose_device, choose_precision, environment
 
 Side = Literal["ours", "peer"]
+ROOT = Path(__file__).resolve().parents[1]
+"""Where `-m benchmarks.step` is found."""
 
 
 @dataclass(kw_only=True)
@@ -103,12 +106,17 @@ def build(config: StepConfig, side: Side, device: torch.device, precision: str) 
     compiled = config.peer_compile == "on"
     if config.peer == "self":
         own = choose_compile(config.compile, device).value
-        return Ours(dataclasses.replace(config, decoder="self", predict_share=None), device, precision, own)
+        return Ours(own_self(config), device, precision, own)
     if config.peer == "lightly":
         return Lightly(config, device, theirs, compiled)
     if config.peer_attention == "quicker":
         return quicker_hugging_face(config, device, theirs, compiled)
     return HuggingFace(config, device, theirs, compiled, config.peer_attention)
+
+
+def own_self(config: StepConfig) -> StepConfig:
+    """The same with the paper's decoder."""
+    return dataclasses.replace(config, decoder="self", predict_share=None)
 
 
 def measure(config: StepConfig, about: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -133,8 +141,7 @@ def measure(config: StepConfig, about: dict[str, Any] | None = None) -> dict[str
     for side, one in contenders.items():
         each = [value / turn for value in seconds[side]]
         speed = config.batch_size / spread(each).median
-        plain = dataclasses.replace(config, decoder="self", predict_share=None)
-        flops = needed_flops(plain if one.name == "maekit self" else config)
+        flops = needed_flops(own_self(config) if one.name == "maekit self" else config)
         result[side] = {
             "name": one.name,
             "setting": one.setting,
@@ -166,7 +173,7 @@ def peak_memory(config: StepConfig, side: Side, device: torch.device, precision:
         torch.cuda.synchronize(device)
         return int(torch.cuda.max_memory_allocated(device)) - before
     words = ["-m", "benchmarks.step", "child", to_json(dataclasses.replace(config, memory_of=side))]
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise UserError("the process that measures memory failed: " + "".join(done.stderr.splitlines()[-1:]))
     return int(done.stdout.split()[-1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -158,6 +159,29 @@ def test_every_form_of_data(tmp_path: Path) -> None:
         assert result[name]["ratio"]["number"] == 2
     assert len(loader.table(result)) == 3
     assert result["packed"] is None or result["packed"]["ours"]["median"] > 0
+
+
+def test_packed_shards_are_read_where_there_is_a_pack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By `maekit pack`'s own main, at 256 px; without that command there is no part."""
+    pytest.importorskip("skimage", reason="needs the [demo] extra: scikit-image")
+    asked: list[Any] = []
+
+    def pack(config: Any) -> None:
+        asked.append((config.data, config.size))
+        loader.write_small_parquet(Path(config.out) / "part-0.parquet", 8)
+
+    monkeypatch.setattr(
+        loader.importlib, "import_module", lambda name: SimpleNamespace(main=pack, PackConfig=SimpleNamespace)
+    )
+    part = loader.packed("photos", tmp_path)
+    assert part is not None
+    assert (len(part), asked) == (8, [("photos", 256)])
+
+    def absent(name: str) -> None:
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(loader.importlib, "import_module", absent)
+    assert loader.packed("photos", tmp_path) is None
 
 
 def test_loaders_yield_equal_batches(tmp_path: Path) -> None:

@@ -104,6 +104,8 @@ def main(config: PlanConfig, base: PretrainConfig, name: str) -> int:
         "workers": choose_workers(config.workers, (config.processes or 1) if device.value.type != "cuda" else 1),
     }
     data = open_data(config, choices, console)
+    if data.in_memory is not None:
+        choices["in memory"] = data.in_memory
     free = free_bytes(device.value)
     check_memory(config, free)
     trial = Trial(config, device.value, precision=precision.value, fused_attention=choices["attention"].value)
