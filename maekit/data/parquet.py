@@ -22,7 +22,7 @@ from maekit.config import UserError, did_you_mean
 from maekit.data.folders import holds_images
 from maekit.data.images import BadImage, decode, probe_size
 from maekit.data.parts import SPLITS, Labels, Source, evenly_spaced, is_folder, printable
-from maekit.data.pixels import Pixels
+from maekit.data.pixels import Look, Pixels
 
 _FILE_SPLITS = {**SPLITS, "valid": "val", "dev": "val"}
 _LABEL_NAMES = ("label", "labels", "fine_label")
@@ -94,9 +94,9 @@ class TablePart:
             raise BadImage(f"the path {printable(relative)[:120]} leaves the Parquet file's folder")
         return path
 
-    def read(self, index: int) -> Pixels:
-        """The image H W C; raises BadImage."""
-        return decode(self._data(index), self.in_chans)
+    def read(self, index: int, look: Look | None = None) -> Pixels:
+        """The image H W C or the window that `look` chooses; raises BadImage."""
+        return decode(self._data(index), self.in_chans, look)
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width in pixels from the header; raises BadImage."""

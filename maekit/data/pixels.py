@@ -5,12 +5,49 @@ Legend: H height, W width, C channels. Arrays are uint8 in 0..255 or float32, wh
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 Pixels: TypeAlias = npt.NDArray[Any]
+
+
+class Window(NamedTuple):
+    """The box of an image that is wanted, in pixels of the whole upright image.
+
+    `shrink` is 1, 2, 4 or 8: by how much the image may be decoded smaller, sides rounded up. Only JPEG does so.
+    """
+
+    top: int
+    left: int
+    height: int
+    width: int
+    shrink: int = 1
+
+    def within(self, size_hw: tuple[int, int], found_hw: tuple[int, int]) -> Window:
+        """The same box in the image as it was decoded, which has another size: to the nearest pixel of that one."""
+        if found_hw == size_hw:
+            return self
+        (top, tall), (left, wide) = (
+            _scaled(start, length, size, found)
+            for start, length, size, found in zip(self[:2], self[2:4], size_hw, found_hw, strict=True)
+        )
+        return Window(top, left, tall, wide)
+
+    def cut(self, values_HWC: Pixels) -> Pixels:
+        """The box's pixels, a view."""
+        return values_HWC[self.top : self.top + self.height, self.left : self.left + self.width]
+
+
+def _scaled(start: int, length: int, size: int, found: int) -> tuple[int, int]:
+    first = min(round(start * found / size), found - 1)
+    return first, min(max(1, round(length * found / size)), found - first)
+
+
+Look: TypeAlias = Callable[[int, int], Window]
+"""Told height and width of the whole upright image, decides what of it is decoded."""
 
 MAX_PIXELS = 100_000_000
 """Larger images are refused before their pixels are decoded: a small file can claim any size (a decompression bomb)."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maekit.config import PretrainConfig
+from maekit.data.pixels import Window
 from maekit.rng import Purpose, uniforms
 
 _ATTEMPTS = 10
@@ -38,23 +39,47 @@ class Crops:
     flip: npt.NDArray[np.bool_]
 
 
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of B crops, drawn before any image's size is known; [B, attempts, 4] and [B]."""
+
+    u_BA4: npt.NDArray[np.float64]
+    flip: npt.NDArray[np.bool_]
+
+    def row(self, index: int) -> Draws:
+        """Those of one crop."""
+        return Draws(self.u_BA4[index : index + 1], self.flip[index : index + 1])
+
+
+def draw_crops(config: PretrainConfig, sample_ids: npt.ArrayLike, *, epoch: int, view: int = 0) -> Draws:
+    """What is random in the training crops of B samples, each a function of its own key."""
+    ids = np.atleast_1d(np.asarray(sample_ids, np.int64))
+    key = {"seed": config.seed, "epoch": epoch, "view": view}
+    u = uniforms(ids, 4 * _ATTEMPTS, purpose=Purpose.CROP, **key)
+    flip = np.zeros(len(ids), np.bool_)
+    if config.flip:
+        flip = uniforms(ids, 1, purpose=Purpose.FLIP, **key)[:, 0] < 0.5
+    return Draws(u.reshape(len(ids), _ATTEMPTS, 4), flip)
+
+
+def place_crops(config: PretrainConfig, sizes_B2: npt.NDArray[np.int64], draws: Draws) -> Crops:
+    """The training crops of B images of the given heights and widths."""
+    if config.crop == "random-resized":
+        crops = _random_resized(config, sizes_B2, draws.u_BA4)
+    elif config.crop == "resize-crop":
+        short = config.resize_to or math.ceil(max(config.size_hw) * 9 / 8)
+        crops = _resized(sizes_B2, config.size_hw, short, draws.u_BA4[:, 0, :2])
+    else:
+        crops = centre_crops(sizes_B2, config.size_hw)
+    crops.flip[:] = draws.flip
+    return crops
+
+
 def random_crops(
     config: PretrainConfig, sizes_B2: npt.NDArray[np.int64], sample_ids: npt.ArrayLike, *, epoch: int, view: int = 0
 ) -> Crops:
     """The training crops of B images of the given heights and widths, each a function of its own key."""
-    ids = np.atleast_1d(np.asarray(sample_ids, np.int64))
-    key = {"seed": config.seed, "epoch": epoch, "view": view}
-    u = uniforms(ids, 4 * _ATTEMPTS, purpose=Purpose.CROP, **key)
-    if config.crop == "random-resized":
-        crops = _random_resized(config, sizes_B2, u.reshape(len(ids), _ATTEMPTS, 4))
-    elif config.crop == "resize-crop":
-        short = config.resize_to or math.ceil(max(config.size_hw) * 9 / 8)
-        crops = _resized(sizes_B2, config.size_hw, short, u[:, :2])
-    else:
-        crops = centre_crops(sizes_B2, config.size_hw)
-    if config.flip:
-        crops.flip[:] = uniforms(ids, 1, purpose=Purpose.FLIP, **key)[:, 0] < 0.5
-    return crops
+    return place_crops(config, sizes_B2, draw_crops(config, sample_ids, epoch=epoch, view=view))
 
 
 def centre_crops(sizes_B2: npt.NDArray[np.int64], size_hw: tuple[int, int]) -> Crops:
@@ -154,39 +179,59 @@ def _weights(crops: Crops, axis: int, size_in: int, size_out: int, device: torch
     return weights / weights.sum(dim=2, keepdim=True)
 
 
-def apply_to_image(image_HWC: npt.NDArray[np.generic], crops: Crops, index: int, size_hw: tuple[int, int]) -> Tensor:
-    """One image cropped, scaled and flipped: [C, S, T], uint8 for 8-bit images, else float32.
+def wanted(crops: Crops, index: int, size_hw: tuple[int, int], *, shrink: bool) -> Window:
+    """What must be decoded for a crop: its box, or of a long thin image what the output needs.
 
-    The same filter as `apply_to_batch`, by torch's antialiased bicubic, which skips the zeros: large photographs.
+    With `shrink`, a JPEG may be decoded by 2, 4 or 8 smaller: as far as the box keeps at least one pixel for each pixel
+    that it is resized to. Its place is rounded to those larger pixels, by at most half a pixel of the output.
     """
-    resized_hw = [int(side) for side in np.rint(crops.length[index] / crops.scale[index])]
+    start, length, scale = crops.start[index], crops.length[index], crops.scale[index]
+    if math.prod(_resized_hw(crops, index)) > _MAX_WASTE * math.prod(size_hw):
+        # Resized whole to cover 224 px, an image of 1 x 20,000 px would take 3 GB.
+        size = np.array(size_hw)
+        reach = np.ceil(2 * np.maximum(scale, 1)) + 1  # the filter's, in pixels of the image
+        end = start + length
+        first = np.clip(np.floor(start + crops.offset[index] * scale - reach), start, end - 1).astype(np.int64)
+        last = np.clip(np.ceil(start + (crops.offset[index] + size) * scale + reach), first + 1, end).astype(np.int64)
+        return _window(first, last - first, 1)
+    factor = next(f for f in (8, 4, 2, 1) if f <= scale.min() or f == 1) if shrink else 1
+    return _window(start, length, factor)
+
+
+def _window(start: npt.NDArray[np.int64], length: npt.NDArray[np.int64], shrink: int) -> Window:
+    return Window(int(start[0]), int(start[1]), int(length[0]), int(length[1]), shrink)
+
+
+def apply_to_image(image_HWC: npt.NDArray[np.generic], crops: Crops, index: int, size_hw: tuple[int, int]) -> Tensor:
+    """One whole image cropped, scaled and flipped: [C, S, T], uint8 for 8-bit images, else float32."""
+    window = wanted(crops, index, size_hw, shrink=False)
+    return apply_to_window(np.ascontiguousarray(window.cut(image_HWC)), window, crops, index, size_hw)
+
+
+def apply_to_window(
+    box_HWC: npt.NDArray[np.generic], window: Window, crops: Crops, index: int, size_hw: tuple[int, int]
+) -> Tensor:
+    """The `wanted` window of one image, decoded, scaled and flipped: [C, S, T], uint8 for 8-bit images, else float32.
+
+    The same filter as `apply_to_batch`, by torch's antialiased bicubic, which skips the zeros: large photographs. The
+    memory layout is channels last where the image is resized: torch's fast 8-bit path wants it.
+    """
+    # Channels last without a copy.
+    box_1CHW = torch.from_numpy(box_HWC).permute(2, 0, 1).unsqueeze(0)
+    resized_hw = _resized_hw(crops, index)
     if math.prod(resized_hw) > _MAX_WASTE * math.prod(size_hw):
-        return _cut_and_scale(image_HWC, crops, index, size_hw)
-    (top, left), (tall, wide) = crops.start[index], crops.length[index]
-    box = torch.from_numpy(np.ascontiguousarray(image_HWC[top : top + tall, left : left + wide]))
-    # Channels last without a copy: torch's fast 8-bit path wants it.
-    box_1CHW = box.permute(2, 0, 1).unsqueeze(0)
+        here, first = slice(index, index + 1), np.array([window.top, window.left])
+        start = crops.start[here] - first
+        one = Crops(start, crops.length[here], crops.scale[here], crops.offset[here], crops.flip[here])
+        scaled_CST = apply_to_batch(box_1CHW, one, size_hw)[0]
+        return (scaled_CST * 255).round().to(torch.uint8) if box_HWC.dtype == np.uint8 else scaled_CST
     if resized_hw != list(box_1CHW.shape[2:]):
         box_1CHW = F.interpolate(box_1CHW, size=resized_hw, mode="bicubic", align_corners=False, antialias=True)
     y, x = crops.offset[index]
     cut = box_1CHW[0, :, y : y + size_hw[0], x : x + size_hw[1]]
-    return (cut.flip(2) if crops.flip[index] else cut).contiguous()
+    return cut.flip(2) if crops.flip[index] else cut
 
 
-def _cut_and_scale(image_HWC: npt.NDArray[np.generic], crops: Crops, index: int, size_hw: tuple[int, int]) -> Tensor:
-    """As `apply_to_image`, but of a long thin image only what the output needs is ever scaled.
-
-    Resized whole to cover 224 px, an image of 1 x 20,000 px would take 3 GB.
-    """
-    start, end = crops.start[index], crops.start[index] + crops.length[index]
-    scale, size = crops.scale[index], np.array(size_hw)
-    reach = np.ceil(2 * np.maximum(scale, 1)) + 1  # the filter's, in pixels of the image
-    first = np.clip(np.floor(start + crops.offset[index] * scale - reach), start, end - 1).astype(np.int64)
-    last = np.clip(np.ceil(start + (crops.offset[index] + size) * scale + reach), first + 1, end).astype(np.int64)
-    box_HWC = np.ascontiguousarray(image_HWC[first[0] : last[0], first[1] : last[1]])
-    here = slice(index, index + 1)
-    one = Crops(crops.start[here] - first, crops.length[here], crops.scale[here], crops.offset[here], crops.flip[here])
-    scaled_1CST = apply_to_batch(torch.from_numpy(box_HWC).permute(2, 0, 1).unsqueeze(0), one, size_hw)
-    if image_HWC.dtype == np.uint8:
-        return (scaled_1CST[0] * 255).round().to(torch.uint8).contiguous()
-    return scaled_1CST[0].contiguous()
+def _resized_hw(crops: Crops, index: int) -> list[int]:
+    """The size that a crop's box is scaled to, before the output is cut out of it."""
+    return [int(side) for side in np.rint(crops.length[index] / crops.scale[index])]
