@@ -20,7 +20,7 @@ from maekit.data.images import BadImage
 from maekit.data.order import Batch, Ids, sides
 from maekit.data.parts import Part
 from maekit.data.pixels import Window
-from maekit.data.transforms import Crops, Draws, apply_to_window, centre_crops, draw_crops, place_crops, wanted
+from maekit.data.transforms import Crops, Draws, apply_to_window, centre_crops, draw_crops, place_crop, wanted
 from maekit.data.workers import WorkerStart
 
 _REPLACEMENTS = 100
@@ -96,9 +96,9 @@ class _Decoder(Dataset[Decoded]):
         epoch = keys[0][0]
         slots = [slot for _, slot in keys]
         draws = None if epoch is None else draw_crops(self.config, slots, epoch=epoch)
-        return [self._decode(slot, None if draws is None else draws.row(row)) for row, slot in enumerate(slots)]
+        return [self._decode(slot, draws, row) for row, slot in enumerate(slots)]
 
-    def _decode(self, slot: int, draws: Draws | None) -> Decoded:
+    def _decode(self, slot: int, draws: Draws | None, row: int) -> Decoded:
         bad: list[tuple[int, str]] = []
         for step in range(len(self.part)):
             index = (slot + step) % len(self.part)
@@ -106,7 +106,7 @@ class _Decoder(Dataset[Decoded]):
                 continue
             if len(bad) == self.attempts:
                 return None, slot, bad
-            framing = _Framing(self.config, draws)
+            framing = _Framing(self.config, draws, row)
             try:
                 box = self.part.read(index, framing)
             except BadImage as error:
@@ -125,15 +125,15 @@ class _Framing:
     crops: Crops
     window: Window
 
-    def __init__(self, config: PretrainConfig, draws: Draws | None) -> None:
-        self.config, self.draws = config, draws
+    def __init__(self, config: PretrainConfig, draws: Draws | None, row: int) -> None:
+        self.config, self.draws, self.row = config, draws, row
 
     def __call__(self, height: int, width: int) -> Window:
-        sizes = np.array([[height, width]], np.int64)
-        size_hw = self.config.size_hw
-        training = self.draws is not None
-        self.crops = place_crops(self.config, sizes, self.draws) if self.draws else centre_crops(sizes, size_hw)
-        self.window = wanted(self.crops, 0, size_hw, shrink=training)
+        if self.draws is None:
+            self.crops = centre_crops(np.array([[height, width]]), self.config.size_hw)
+        else:
+            self.crops = place_crop(self.config, height, width, self.draws, self.row)
+        self.window = wanted(self.crops, 0, self.config.size_hw, shrink=self.draws is not None)
         return self.window
 
 

@@ -18,6 +18,8 @@ from maekit.config import PretrainConfig
 from maekit.data.pixels import Window
 from maekit.rng import Purpose, uniforms
 
+_ASPECTS = (3 / 4, 4 / 3)
+"""Limits of a random box's width over its height."""
 _ATTEMPTS = 10
 """Random boxes tried before the centre is taken, as in torchvision's RandomResizedCrop."""
 _MAX_WASTE = 16
@@ -41,14 +43,15 @@ class Crops:
 
 @dataclass(frozen=True)
 class Draws:
-    """The random numbers of B crops, drawn before any image's size is known; [B, attempts, 4] and [B]."""
+    """The random numbers of B crops, drawn before any image's size is known; [B, attempts] and [B]."""
 
-    u_BA4: npt.NDArray[np.float64]
+    share_BA: npt.NDArray[np.float64]
+    """Of the image's area."""
+    aspect_BA: npt.NDArray[np.float64]
+    """Width over height."""
+    place_BA2: npt.NDArray[np.float64]
+    """Vertical and horizontal, in 0..1 of the slack."""
     flip: npt.NDArray[np.bool_]
-
-    def row(self, index: int) -> Draws:
-        """Those of one crop."""
-        return Draws(self.u_BA4[index : index + 1], self.flip[index : index + 1])
 
 
 def draw_crops(config: PretrainConfig, sample_ids: npt.ArrayLike, *, epoch: int, view: int = 0) -> Draws:
@@ -59,20 +62,49 @@ def draw_crops(config: PretrainConfig, sample_ids: npt.ArrayLike, *, epoch: int,
     flip = np.zeros(len(ids), np.bool_)
     if config.flip:
         flip = uniforms(ids, 1, purpose=Purpose.FLIP, **key)[:, 0] < 0.5
-    return Draws(u.reshape(len(ids), _ATTEMPTS, 4), flip)
+    if config.crop != "random-resized":
+        none = np.zeros((len(ids), 0))
+        return Draws(none, none, u[:, None, :2], flip)
+    u_BA4 = u.reshape(len(ids), _ATTEMPTS, 4)
+    low, high = config.crop_scale
+    log_low, log_high = math.log(_ASPECTS[0]), math.log(_ASPECTS[1])
+    aspect_BA = np.exp(log_low + (log_high - log_low) * u_BA4[..., 1])
+    return Draws(low + (high - low) * u_BA4[..., 0], aspect_BA, u_BA4[..., 2:], flip)
 
 
 def place_crops(config: PretrainConfig, sizes_B2: npt.NDArray[np.int64], draws: Draws) -> Crops:
     """The training crops of B images of the given heights and widths."""
     if config.crop == "random-resized":
-        crops = _random_resized(config, sizes_B2, draws.u_BA4)
+        crops = _random_resized(config, sizes_B2, draws)
     elif config.crop == "resize-crop":
         short = config.resize_to or math.ceil(max(config.size_hw) * 9 / 8)
-        crops = _resized(sizes_B2, config.size_hw, short, draws.u_BA4[:, 0, :2])
+        crops = _resized(sizes_B2, config.size_hw, short, draws.place_BA2[:, 0])
     else:
         crops = centre_crops(sizes_B2, config.size_hw)
     crops.flip[:] = draws.flip
     return crops
+
+
+def place_crop(config: PretrainConfig, height: int, width: int, draws: Draws, row: int) -> Crops:
+    """One of the crops that `place_crops` places, without its cost: for one image, 40 calls of NumPy are most of it.
+
+    Products, quotients, square roots and their rounding are exact rules of IEEE 754, so both ways agree to the bit.
+    """
+    one = slice(row, row + 1)
+    if config.crop == "random-resized":
+        for attempt, (share, aspect) in enumerate(
+            zip(draws.share_BA[row].tolist(), draws.aspect_BA[row].tolist(), strict=True)
+        ):
+            area = height * width * share
+            wide, tall = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 1 <= wide <= width and 1 <= tall <= height:
+                y, x = draws.place_BA2[row, attempt].tolist()
+                start = np.array([[math.floor(y * (height - tall + 1)), math.floor(x * (width - wide + 1))]])
+                length = np.array([[tall, wide]])
+                scale = length / np.array(config.size_hw, np.float64)
+                return Crops(start, length, scale, np.zeros_like(start), draws.flip[one])
+    drawn = Draws(draws.share_BA[one], draws.aspect_BA[one], draws.place_BA2[one], draws.flip[one])
+    return place_crops(config, np.array([[height, width]]), drawn)
 
 
 def random_crops(
@@ -87,29 +119,25 @@ def centre_crops(sizes_B2: npt.NDArray[np.int64], size_hw: tuple[int, int]) -> C
     return _resized(sizes_B2, size_hw, None, np.full((len(sizes_B2), 2), 0.5))
 
 
-def _random_resized(config: PretrainConfig, sizes_B2: npt.NDArray[np.int64], u_BA4: npt.NDArray[np.float64]) -> Crops:
+def _random_resized(config: PretrainConfig, sizes_B2: npt.NDArray[np.int64], draws: Draws) -> Crops:
     """A box of a random share of the area and a random aspect (3/4 to 4/3), scaled to the output size.
 
     The first of ten random boxes that fits is taken; where none fits, the largest centred box of allowed aspect.
     """
     height_B1, width_B1 = sizes_B2[:, :1].astype(np.float64), sizes_B2[:, 1:].astype(np.float64)
-    low, high = config.crop_scale
-    aspect_limits = (3 / 4, 4 / 3)
-    area_BA = height_B1 * width_B1 * (low + (high - low) * u_BA4[..., 0])
-    log_low, log_high = math.log(aspect_limits[0]), math.log(aspect_limits[1])
-    aspect_BA = np.exp(log_low + (log_high - log_low) * u_BA4[..., 1])
-    wide_BA = np.rint(np.sqrt(area_BA * aspect_BA))
-    tall_BA = np.rint(np.sqrt(area_BA / aspect_BA))
+    area_BA = height_B1 * width_B1 * draws.share_BA
+    wide_BA = np.rint(np.sqrt(area_BA * draws.aspect_BA))
+    tall_BA = np.rint(np.sqrt(area_BA / draws.aspect_BA))
     fits_BA = (wide_BA >= 1) & (tall_BA >= 1) & (wide_BA <= width_B1) & (tall_BA <= height_B1)
     first_B = fits_BA.argmax(axis=1)
     rows = np.arange(len(sizes_B2))
     length = np.stack([tall_BA[rows, first_B], wide_BA[rows, first_B]], axis=1).astype(np.int64)
-    start = np.floor(u_BA4[rows, first_B, 2:] * (sizes_B2 - length + 1)).astype(np.int64)
+    start = np.floor(draws.place_BA2[rows, first_B] * (sizes_B2 - length + 1)).astype(np.int64)
     none_B = ~fits_BA.any(axis=1)
     if none_B.any():
         ratio_B = sizes_B2[:, 1] / sizes_B2[:, 0]
-        tall = np.where(ratio_B < aspect_limits[0], np.rint(sizes_B2[:, 1] / aspect_limits[0]), sizes_B2[:, 0])
-        wide = np.where(ratio_B > aspect_limits[1], np.rint(sizes_B2[:, 0] * aspect_limits[1]), sizes_B2[:, 1])
+        tall = np.where(ratio_B < _ASPECTS[0], np.rint(sizes_B2[:, 1] / _ASPECTS[0]), sizes_B2[:, 0])
+        wide = np.where(ratio_B > _ASPECTS[1], np.rint(sizes_B2[:, 0] * _ASPECTS[1]), sizes_B2[:, 1])
         centred = np.minimum(np.stack([tall, wide], axis=1), sizes_B2).astype(np.int64)
         length[none_B] = np.maximum(centred, 1)[none_B]
         start[none_B] = ((sizes_B2 - length) // 2)[none_B]
