@@ -95,7 +95,7 @@ def test_the_codes() -> None:
     ("owner", "name"),
     [
         (pretrain, "open_source"),
-        (loader, "_common_size"),
+        (loader, "common_size"),
         (pretrain, "channel_statistics"),
         (pretrain, "MaskedAutoencoder"),
         (run_module, "training_trivial"),

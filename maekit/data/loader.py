@@ -44,7 +44,7 @@ def open_pool(
     part: Part, config: PretrainConfig, device: torch.device, workers: Choice[int], on_progress: Progress | None = None
 ) -> tuple[Pool, Choice[bool]]:
     """The images in memory where that is possible and wanted, else decoded by workers; and which, with the reason."""
-    size, reason = _common_size(part)
+    size, reason = common_size(part)
     if config.in_memory == "no":
         return StreamPool(part, config, device, workers.value), Choice(False, "as asked for")
     if size is not None:
@@ -61,7 +61,7 @@ def open_pool(
     return StreamPool(part, config, device, workers.value), Choice(False, f"{reason}; {workers.value} workers")
 
 
-def _common_size(part: Part) -> tuple[tuple[int, int] | None, str]:
+def common_size(part: Part) -> tuple[tuple[int, int] | None, str]:
     """The size shared by up to 64 evenly spaced images, or None with the reason.
 
     Raises:
