@@ -46,13 +46,13 @@ class TablePart:
         self.in_chans = in_chans
         self.labels = labels
         self.class_names = class_names
-        self._rows = int(self._table.first_rows[-1])
+        self._rows = int(self.rows.first_rows[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_table"}
+        return {name: value for name, value in self.__dict__.items() if name != "rows"}
 
     @cached_property
-    def _table(self) -> Rows:
+    def rows(self) -> Rows:
         return open_rows(self.files, self.column)
 
     def __len__(self) -> int:
@@ -60,13 +60,13 @@ class TablePart:
 
     def _data(self, index: int) -> bytes | str:
         """The encoded image, or the path of the file that the row points to."""
-        data = self._table.encoded(index)
+        data = self.rows.encoded(index)
         if data is not None:
             return data
-        relative = self._table.path(index)
+        relative = self.rows.path(index)
         if not relative:
             raise BadImage("no image in this row")
-        file = self.files[int(np.searchsorted(self._table.first_rows, index, side="right")) - 1]
+        file = self.files[int(np.searchsorted(self.rows.first_rows, index, side="right")) - 1]
         try:
             folder = os.path.realpath(os.path.dirname(file))
             path = os.path.realpath(os.path.join(folder, os.fsdecode(relative)))
@@ -92,7 +92,7 @@ class TablePart:
     def path(self, index: int) -> str | None:
         """The path that the row names, on one printable line."""
         with contextlib.suppress(BadImage):
-            path = self._table.path(index)
+            path = self.rows.path(index)
             return printable(path) if path else None
         return None
 
@@ -107,7 +107,7 @@ class TablePart:
 
         Of a table too large for memory, the lengths are those of its row groups.
         """
-        table = self._table
+        table = self.rows
         digest = hashlib.sha256(table.lengths().astype("<i8").tobytes())
         digest.update(b"" if self.labels is None else self.labels.astype("<i8").tobytes())
         for index in evenly_spaced(len(self), _FINGERPRINT_SAMPLES):

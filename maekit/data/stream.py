@@ -47,10 +47,10 @@ class StreamPool:
 
     def _batches(self, keys: Iterable[list[tuple[int | None, int]]]) -> Iterator[Batch]:
         loader: DataLoader[Any] = DataLoader(
-            _Decoder(self.part, self.config, self.heldout_N),
+            Decoder(self.part, self.config, self.heldout_N),
             batch_sampler=_Once(keys),
             num_workers=self.workers,
-            collate_fn=_collate,
+            collate_fn=collate,
             # its own: a loader draws a seed when it starts, and a resumed run has started more of them
             generator=torch.Generator(),
             worker_init_fn=WorkerStart(os.getpid()),
@@ -83,7 +83,7 @@ class _Once:
 Decoded = tuple[Tensor | None, int, list[tuple[int, str]]]
 
 
-class _Decoder(Dataset[Decoded]):
+class Decoder(Dataset[Decoded]):
     """(epoch or None for evaluation, sample id) -> image [C, S, T], its slot's id, and what could not be read."""
 
     def __init__(self, part: Part, config: PretrainConfig, heldout_N: npt.NDArray[np.bool_]) -> None:
@@ -137,7 +137,7 @@ class _Framing:
         return self.window
 
 
-def _collate(samples: list[Decoded]) -> tuple[Tensor | None, Tensor, list[tuple[int, str]]]:
+def collate(samples: list[Decoded]) -> tuple[Tensor | None, Tensor, list[tuple[int, str]]]:
     """Images [B, S, T, C], sample ids [B], and what could not be read."""
     images = [image.permute(1, 2, 0) for image, _, _ in samples if image is not None]
     if len(images) < len(samples):
