@@ -237,13 +237,15 @@ def _decode_pillow(file: IO[bytes], look: Look | None = None) -> Pixels:
     if raw_mode in _SIXTEEN or raw_mode == "LA;16B":
         values_HWC = upright(_sixteen_bit_colour(file, image, raw_mode), orientation)
         return values_HWC if window is None else window.cut(values_HWC)
-    if window is not None and window.shrink > 1 and isinstance(image, JpegImageFile):
-        image.draft(None, (image.width // window.shrink, image.height // window.shrink))
-    image.load()
-    found_hw = (image.height, image.width) if orientation < 5 else (image.width, image.height)
     if window is None:
+        image.load()
         return upright(_values(image), orientation)
-    window = window.within(size_hw, found_hw)
+    # Turned or mirrored, the larger pixels begin at the other edge: then only sides without a rest keep their place.
+    exact = orientation == 1 or (image.width % window.shrink == 0 and image.height % window.shrink == 0)
+    if window.shrink > 1 and exact and isinstance(image, JpegImageFile):
+        image.draft(None, (image.width // window.shrink, image.height // window.shrink))
+        window = window.shrunken()
+    image.load()
     if orientation > 1:
         return window.cut(upright(_values(image), orientation))
     box = (window.left, window.top, window.left + window.width, window.top + window.height)

@@ -26,24 +26,15 @@ class Window(NamedTuple):
     width: int
     shrink: int = 1
 
-    def within(self, size_hw: tuple[int, int], found_hw: tuple[int, int]) -> Window:
-        """The same box in the image as it was decoded, which has another size: to the nearest pixel of that one."""
-        if found_hw == size_hw:
-            return self
-        (top, tall), (left, wide) = (
-            _scaled(start, length, size, found)
-            for start, length, size, found in zip(self[:2], self[2:4], size_hw, found_hw, strict=True)
-        )
-        return Window(top, left, tall, wide)
+    def shrunken(self) -> Window:
+        """The smallest box that holds this one in the image decoded `shrink` times smaller, in its pixels."""
+        top, left = self.top // self.shrink, self.left // self.shrink
+        bottom, right = -(-(self.top + self.height) // self.shrink), -(-(self.left + self.width) // self.shrink)
+        return Window(top, left, bottom - top, right - left)
 
     def cut(self, values_HWC: Pixels) -> Pixels:
         """The box's pixels, a view."""
         return values_HWC[self.top : self.top + self.height, self.left : self.left + self.width]
-
-
-def _scaled(start: int, length: int, size: int, found: int) -> tuple[int, int]:
-    first = min(round(start * found / size), found - 1)
-    return first, min(max(1, round(length * found / size)), found - first)
 
 
 Look: TypeAlias = Callable[[int, int], Window]

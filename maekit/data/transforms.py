@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from maekit.config import PretrainConfig
@@ -22,6 +23,8 @@ _ASPECTS = (3 / 4, 4 / 3)
 """Limits of a random box's width over its height."""
 _ATTEMPTS = 10
 """Random boxes tried before the centre is taken, as in torchvision's RandomResizedCrop."""
+_MIN_SHRUNKEN = 8
+"""Below this output size, in pixels, a JPEG is decoded in full: a shrunken box could have the size of the whole one."""
 _MAX_WASTE = 16
 """An image is resized whole and then cut, unless that takes this many times the pixels that are kept."""
 
@@ -211,7 +214,7 @@ def wanted(crops: Crops, index: int, size_hw: tuple[int, int], *, shrink: bool) 
     """What must be decoded for a crop: its box, or of a long thin image what the output needs.
 
     With `shrink`, a JPEG may be decoded by 2, 4 or 8 smaller: as far as the box keeps at least one pixel for each pixel
-    that it is resized to. Its place is rounded to those larger pixels, by at most half a pixel of the output.
+    that it is resized to.
     """
     start, length, scale = crops.start[index], crops.length[index], crops.scale[index]
     if math.prod(_resized_hw(crops, index)) > _MAX_WASTE * math.prod(size_hw):
@@ -222,7 +225,9 @@ def wanted(crops: Crops, index: int, size_hw: tuple[int, int], *, shrink: bool) 
         first = np.clip(np.floor(start + crops.offset[index] * scale - reach), start, end - 1).astype(np.int64)
         last = np.clip(np.ceil(start + (crops.offset[index] + size) * scale + reach), first + 1, end).astype(np.int64)
         return _window(first, last - first, 1)
-    factor = next(f for f in (8, 4, 2, 1) if f <= scale.min() or f == 1) if shrink else 1
+    factor = next(f for f in (8, 4, 2, 1) if f <= scale.min() or f == 1)
+    if not shrink or min(size_hw) < _MIN_SHRUNKEN:
+        factor = 1
     return _window(start, length, factor)
 
 
@@ -244,6 +249,8 @@ def apply_to_window(
     The same filter as `apply_to_batch`, by torch's antialiased bicubic, which skips the zeros: large photographs. The
     memory layout is channels last where the image is resized: torch's fast 8-bit path wants it.
     """
+    if box_HWC.shape[:2] != (window.height, window.width):
+        return _scale_shrunken(box_HWC, window, crops, index, size_hw)
     # Channels last without a copy.
     box_1CHW = torch.from_numpy(box_HWC).permute(2, 0, 1).unsqueeze(0)
     resized_hw = _resized_hw(crops, index)
@@ -257,6 +264,25 @@ def apply_to_window(
         box_1CHW = F.interpolate(box_1CHW, size=resized_hw, mode="bicubic", align_corners=False, antialias=True)
     y, x = crops.offset[index]
     cut = box_1CHW[0, :, y : y + size_hw[0], x : x + size_hw[1]]
+    return cut.flip(2) if crops.flip[index] else cut
+
+
+def _scale_shrunken(
+    box_HWC: npt.NDArray[np.generic], window: Window, crops: Crops, index: int, size_hw: tuple[int, int]
+) -> Tensor:
+    """As `apply_to_window`, of a JPEG that was decoded smaller: the box may begin and end within one of its pixels.
+
+    Pillow's resize takes such boxes, torch's does not.
+    """
+    top, left = window.top / window.shrink % 1, window.left / window.shrink % 1
+    bottom = min(top + window.height / window.shrink, box_HWC.shape[0])
+    right = min(left + window.width / window.shrink, box_HWC.shape[1])
+    (tall, wide), (y, x) = _resized_hw(crops, index), crops.offset[index]
+    gray = box_HWC.shape[2] == 1
+    image = Image.fromarray(box_HWC[..., 0] if gray else box_HWC)
+    scaled = np.array(image.resize((wide, tall), Image.Resampling.BICUBIC, (left, top, right, bottom)))
+    cut_HWC = (scaled[..., None] if gray else scaled)[y : y + size_hw[0], x : x + size_hw[1]]
+    cut = torch.from_numpy(cut_HWC).permute(2, 0, 1)
     return cut.flip(2) if crops.flip[index] else cut
 
 

@@ -54,8 +54,8 @@ def main(config: PackConfig) -> int:
     Raises:
         UserError: flags or data that cannot be used, a folder that is not free, or too many unreadable images.
     """
-    out = Path(config.out).expanduser()
-    temporary = out.with_name(f".{out.name}.packing")
+    out = Path(os.path.abspath(os.path.expanduser(config.out)))
+    temporary = out.parent / f".{out.name}.packing"
     problems = config.problems() + places_problems(config.out, out, temporary)
     if problems:
         raise UserError(*problems)
@@ -86,13 +86,13 @@ def main(config: PackConfig) -> int:
         return stop.exit_code
     for line in count.bad[:5]:
         console.print(f"[yellow]left out:[/yellow] {escape(line)}", soft_wrap=True)
-    print_settings(console, "packed", summary(config, out, count, time.monotonic() - began))
+    print_settings(console, "packed", summary(config, Path(config.out), count, time.monotonic() - began))
     return 0
 
 
 def places_problems(given: str, out: Path, temporary: Path) -> list[str]:
     """What keeps the shards from being written there."""
-    if not given or out.name in ("", ".."):
+    if not given or not out.name:
         return [f"--out {given!r}: name a folder for the shards, such as shards"]
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         return [f"--out {given}: exists and is not empty; name another folder"]
