@@ -11,6 +11,7 @@ from typing import NoReturn, TypeVar
 from maekit.config import (
     CheckDataConfig,
     DemoConfig,
+    PackConfig,
     PlanConfig,
     PretrainConfig,
     ProbeConfig,
@@ -37,6 +38,7 @@ usage: maekit COMMAND ...
   probe SRC [SRC ...] --data D        linear probe and k-NN, beside random weights and raw pixels
   reconstruct SRC --image I --out P   draw original | masked | reconstruction | pasted
   check-data --data D                 read every image: sizes, labels, and which cannot be read and why
+  pack --data D --out SHARDS          write the images once, resized, into Parquet shards that load faster
   selftest resume RECIPE              prove here that a stopped run continues bit for bit
 
 SRC   a run's folder, a maekit .safetensors file, or random:MODEL
@@ -194,6 +196,14 @@ def check_data(words: list[str]) -> int:
     return task.main(config)
 
 
+def pack(words: list[str]) -> int:
+    """maekit pack --data D --out SHARDS"""
+    config = parse(PackConfig, "maekit pack", words)
+    from maekit.tasks import pack as task
+
+    return task.main(config)
+
+
 def selftest(words: list[str]) -> int:
     """maekit selftest resume RECIPE --flags"""
     usage = "maekit selftest resume RECIPE"
@@ -262,6 +272,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "probe": probe,
     "reconstruct": reconstruct,
     "check-data": check_data,
+    "pack": pack,
     "selftest": selftest,
 }
 

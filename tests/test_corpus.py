@@ -248,7 +248,7 @@ def test_huge_images_among_small_ones_are_not_decoded_by_the_hundred(
         return np.zeros((16, 24) if index % 2 == 0 else (160, 240), np.uint8)[..., None].repeat(3, 2)
 
     monkeypatch.setattr(part, "read", read)
-    monkeypatch.setattr("maekit.data.loader._common_size", lambda part: ((16, 24), "all are"))
+    monkeypatch.setattr("maekit.data.loader.common_size", lambda part: ((16, 24), "all are"))
     from maekit.data.loader import open_pool
 
     config = PretrainConfig(data="x", img_size=(16, 24))

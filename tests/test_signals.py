@@ -98,7 +98,7 @@ def test_the_codes() -> None:
     ("owner", "name"),
     [
         (prepare, "open_source"),
-        (loader, "_common_size"),
+        (loader, "common_size"),
         (prepare, "channel_statistics"),
         (prepare, "MaskedAutoencoder"),
         (run_module, "training_trivial"),
@@ -202,10 +202,10 @@ def read_hangs(patch: pytest.MonkeyPatch, part: int, seconds: float = 60) -> Non
     hanging = set(order.step_ids(part // 2)[1][4 * (part % 2) : 4 * (part % 2) + 4].tolist())
     real = FilePart.read
 
-    def read(self: FilePart, index: int) -> Any:
+    def read(self: FilePart, index: int, *look: Any) -> Any:
         if index in hanging and os.environ.get("TEST_HANGS"):
             time.sleep(seconds)
-        return real(self, index)
+        return real(self, index, *look)
 
     patch.setattr(FilePart, "read", read)
     before_call(patch, pretrain, "open_batches", 1, lambda: patch.setenv("TEST_HANGS", "1"))

@@ -5,7 +5,7 @@ A recipe is a complete value of `PretrainConfig`; the resolved value is saved as
 """
 
 from maekit.config.base import UserError, did_you_mean, flag
-from maekit.config.datasets import CheckDataConfig
+from maekit.config.datasets import CheckDataConfig, PackConfig
 from maekit.config.evaluation import ProbeConfig, ReconstructConfig
 from maekit.config.planning import PlanConfig
 from maekit.config.pretraining import (
@@ -24,6 +24,7 @@ __all__ = [
     "DataConfig",
     "DemoConfig",
     "ModelConfig",
+    "PackConfig",
     "PlanConfig",
     "PretrainConfig",
     "ProbeConfig",

@@ -22,11 +22,13 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError, features
+from PIL.JpegImagePlugin import JpegImageFile
 
 from maekit.data import tiff
 from maekit.data.pixels import (
     MAX_PIXELS,
     BadImage,
+    Look,
     Pixels,
     check_size,
     fit_channels,
@@ -74,10 +76,11 @@ _SIXTEEN = {
 }
 
 
-def decode(data: bytes | str | Path, in_chans: int) -> Pixels:
+def decode(data: bytes | str | Path, in_chans: int, look: Look | None = None) -> Pixels:
     """An encoded image, or the file at a path, as a C-contiguous array H W C with C = in_chans.
 
-    uint8 for 8-bit images, float32 in 0..1 for 16-bit ones, float32 as they are for float TIFF and .npy.
+    uint8 for 8-bit images, float32 in 0..1 for 16-bit ones, float32 as they are for float TIFF and .npy. With `look`,
+    only the window that it chooses: a JPEG may be decoded smaller then, by the window's `shrink`.
 
     Raises:
         BadImage: whatever is wrong with the file, on one line.
@@ -90,7 +93,9 @@ def decode(data: bytes | str | Path, in_chans: int) -> Pixels:
         elif head[:4] in tiff.MAGICS:
             values_HWC = _decode_tiff(file, in_chans)
         if values_HWC is None:
-            values_HWC = _decode_pillow(file)
+            values_HWC = _decode_pillow(file, look)
+        elif look is not None:
+            values_HWC = look(*values_HWC.shape[:2]).cut(values_HWC)
         return np.ascontiguousarray(fit_channels(values_HWC, in_chans))
 
 
@@ -221,16 +226,30 @@ def _orientation(image: Any) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _decode_pillow(file: IO[bytes]) -> Pixels:
+def _decode_pillow(file: IO[bytes], look: Look | None = None) -> Pixels:
     file.seek(0)
     image = _open_pillow(file)
     orientation = _orientation(image)
     image.info.pop("xmp", None)  # TIFF: Pillow would turn by XMP too, after having announced the unturned size
+    size_hw = (image.height, image.width) if orientation < 5 else (image.width, image.height)
+    window = look(*size_hw) if look is not None else None
     raw_mode = _raw_mode(image)
     if raw_mode in _SIXTEEN or raw_mode == "LA;16B":
-        return upright(_sixteen_bit_colour(file, image, raw_mode), orientation)
+        values_HWC = upright(_sixteen_bit_colour(file, image, raw_mode), orientation)
+        return values_HWC if window is None else window.cut(values_HWC)
+    if window is None:
+        image.load()
+        return upright(_values(image), orientation)
+    # Turned or mirrored, the larger pixels begin at the other edge: then only sides without a rest keep their place.
+    exact = orientation == 1 or (image.width % window.shrink == 0 and image.height % window.shrink == 0)
+    if window.shrink > 1 and exact and isinstance(image, JpegImageFile):
+        image.draft(None, (image.width // window.shrink, image.height // window.shrink))
+        window = window.shrunken()
     image.load()
-    return upright(_values(image), orientation)
+    if orientation > 1:
+        return window.cut(upright(_values(image), orientation))
+    box = (window.left, window.top, window.left + window.width, window.top + window.height)
+    return _values(image.crop(box))  # cut before the conversion to an array, which costs as much as half of decoding
 
 
 def _raw_mode(image: Any) -> str:
@@ -298,7 +317,7 @@ def _values(image: Any) -> Pixels:
         return over_white(values[..., :-1], values[..., -1:])
     if mode in ("1", "L"):
         return np.array(image.convert("L"))[..., None]
-    return np.array(image.convert("RGB"))
+    return np.array(image if mode == "RGB" else image.convert("RGB"))
 
 
 # ---- n-channel data ----

@@ -1,11 +1,12 @@
 """Parquet files in the hub's image schema: a column of struct<bytes, path> and a column of class labels.
 
 Schema: https://huggingface.co/docs/datasets/image_dataset (the `huggingface` key of the schema's metadata names each
-column's feature). The encoded images stay in memory as Arrow buffers; nothing is unpickled.
+column's feature). Where the encoded images are held: rows.py. Nothing is unpickled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,7 +23,8 @@ from maekit.config import UserError, did_you_mean
 from maekit.data.folders import holds_images
 from maekit.data.images import BadImage, decode, probe_size
 from maekit.data.parts import SPLITS, Labels, Source, evenly_spaced, is_folder, printable
-from maekit.data.pixels import Pixels
+from maekit.data.pixels import Look, Pixels
+from maekit.data.rows import Rows, open_rows
 
 _FILE_SPLITS = {**SPLITS, "valid": "val", "dev": "val"}
 _LABEL_NAMES = ("label", "labels", "fine_label")
@@ -44,46 +46,27 @@ class TablePart:
         self.in_chans = in_chans
         self.labels = labels
         self.class_names = class_names
-        self._rows = len(self._table[0])
+        self._rows = int(self.rows.first_rows[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_table"}
+        return {name: value for name, value in self.__dict__.items() if name != "rows"}
 
     @cached_property
-    def _table(self) -> tuple[Any, Any, Labels]:
-        """Encoded images and paths as Arrow columns, and each file's first row."""
-        encoded, paths, rows = [], [], [0]
-        for file in self.files:
-            column = pq.ParquetFile(file).read(columns=[self.column]).column(self.column)
-            rows.append(rows[-1] + len(column))
-            fields = [field.name for field in column.type] if pa.types.is_struct(column.type) else None
-            nothing = pa.nulls(len(column))
-            of = {
-                name: pc.struct_field(column, name) if fields and name in fields else nothing
-                for name in ("bytes", "path")
-            }
-            encoded += pa.chunked_array([of["bytes"] if fields else column]).cast(pa.large_binary()).chunks
-            # bytes again: a damaged table holds strings that are not UTF-8
-            paths += pa.chunked_array([of["path"]]).cast(pa.large_string()).cast(pa.large_binary()).chunks
-        return (
-            pa.chunked_array(encoded, pa.large_binary()),
-            pa.chunked_array(paths, pa.large_binary()),
-            np.array(rows, np.int64),
-        )
+    def rows(self) -> Rows:
+        return open_rows(self.files, self.column)
 
     def __len__(self) -> int:
         return self._rows
 
     def _data(self, index: int) -> bytes | str:
         """The encoded image, or the path of the file that the row points to."""
-        encoded, paths, first_rows = self._table
-        data = encoded[index].as_py()
+        data = self.rows.encoded(index)
         if data is not None:
-            return bytes(data)
-        relative = paths[index].as_py()
+            return data
+        relative = self.rows.path(index)
         if not relative:
             raise BadImage("no image in this row")
-        file = self.files[int(np.searchsorted(first_rows, index, side="right")) - 1]
+        file = self.files[int(np.searchsorted(self.rows.first_rows, index, side="right")) - 1]
         try:
             folder = os.path.realpath(os.path.dirname(file))
             path = os.path.realpath(os.path.join(folder, os.fsdecode(relative)))
@@ -94,9 +77,9 @@ class TablePart:
             raise BadImage(f"the path {printable(relative)[:120]} leaves the Parquet file's folder")
         return path
 
-    def read(self, index: int) -> Pixels:
-        """The image H W C; raises BadImage."""
-        return decode(self._data(index), self.in_chans)
+    def read(self, index: int, look: Look | None = None) -> Pixels:
+        """The image H W C or the window that `look` chooses; raises BadImage."""
+        return decode(self._data(index), self.in_chans, look)
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width in pixels from the header; raises BadImage."""
@@ -106,15 +89,30 @@ class TablePart:
         """'row 17'."""
         return f"row {index}"
 
+    def path(self, index: int) -> str | None:
+        """The path that the row names, on one printable line."""
+        with contextlib.suppress(BadImage):
+            path = self.rows.path(index)
+            return printable(path) if path else None
+        return None
+
+    def stored_bytes(self, index: int) -> int:
+        """Bytes of the encoded image."""
+        data = self._data(index)
+        return len(data) if isinstance(data, bytes) else os.path.getsize(data)
+
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the lengths of all images, the labels, and at most 100 evenly spaced images or paths."""
-        encoded, paths, _ = self._table
-        lengths = pc.fill_null(pc.binary_length(encoded), -1).to_numpy().astype("<i8")
-        digest = hashlib.sha256(lengths.tobytes())
+        """SHA-256 over the lengths of all images, the labels, and at most 100 evenly spaced images or paths.
+
+        Of a table too large for memory, the lengths are those of its row groups.
+        """
+        table = self.rows
+        digest = hashlib.sha256(table.lengths().astype("<i8").tobytes())
         digest.update(b"" if self.labels is None else self.labels.astype("<i8").tobytes())
         for index in evenly_spaced(len(self), _FINGERPRINT_SAMPLES):
-            digest.update(encoded[int(index)].as_py() or paths[int(index)].as_py() or b"")
+            with contextlib.suppress(BadImage):
+                digest.update(table.encoded(int(index)) or table.path(int(index)) or b"")
         return digest.hexdigest()
 
 

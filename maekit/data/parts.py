@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from maekit.data.images import BadImage, decode, probe_size
-from maekit.data.pixels import Pixels, fit_channels
+from maekit.data.pixels import Look, Pixels, fit_channels
 
 Labels = npt.NDArray[np.int64]
 
@@ -50,8 +50,8 @@ class Part(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, index: int) -> Pixels:
-        """The image H W C, uint8 or float32 (see `images.decode`); raises BadImage."""
+    def read(self, index: int, look: Look | None = None) -> Pixels:
+        """The image H W C, or the window that `look` chooses: uint8 or float32, as `images.decode`; raises BadImage."""
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width in pixels, from the header only; raises BadImage."""
@@ -129,9 +129,9 @@ class FilePart:
         """The file's path, ready to open."""
         return os.fsdecode(os.path.join(self.root, self._relative(index)))
 
-    def read(self, index: int) -> Pixels:
-        """The image H W C; raises BadImage."""
-        return decode(self.path(index), self.in_chans)
+    def read(self, index: int, look: Look | None = None) -> Pixels:
+        """The image H W C or the window that `look` chooses; raises BadImage."""
+        return decode(self.path(index), self.in_chans, look)
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width in pixels from the header; raises BadImage."""
@@ -168,9 +168,10 @@ class ArrayPart:
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, index: int) -> Pixels:
-        """The image H W C as an array of its own; raises BadImage where the channels do not fit."""
-        image = fit_channels(self.images[index], self.in_chans)
+    def read(self, index: int, look: Look | None = None) -> Pixels:
+        """The image H W C, or a window of it, as an array of its own; raises BadImage where the channels do not fit."""
+        image = self.images[index]
+        image = fit_channels(image if look is None else look(*image.shape[:2]).cut(image), self.in_chans)
         return image.copy() if np.shares_memory(image, self.images) else image
 
     def size(self, index: int) -> tuple[int, int]:

@@ -5,12 +5,40 @@ Legend: H height, W width, C channels. Arrays are uint8 in 0..255 or float32, wh
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 Pixels: TypeAlias = npt.NDArray[Any]
+
+
+class Window(NamedTuple):
+    """The box of an image that is wanted, in pixels of the whole upright image.
+
+    `shrink` is 1, 2, 4 or 8: by how much the image may be decoded smaller, sides rounded up. Only JPEG does so.
+    """
+
+    top: int
+    left: int
+    height: int
+    width: int
+    shrink: int = 1
+
+    def shrunken(self) -> Window:
+        """The smallest box that holds this one in the image decoded `shrink` times smaller, in its pixels."""
+        top, left = self.top // self.shrink, self.left // self.shrink
+        bottom, right = -(-(self.top + self.height) // self.shrink), -(-(self.left + self.width) // self.shrink)
+        return Window(top, left, bottom - top, right - left)
+
+    def cut(self, values_HWC: Pixels) -> Pixels:
+        """The box's pixels, a view."""
+        return values_HWC[self.top : self.top + self.height, self.left : self.left + self.width]
+
+
+Look: TypeAlias = Callable[[int, int], Window]
+"""Told height and width of the whole upright image, decides what of it is decoded."""
 
 MAX_PIXELS = 100_000_000
 """Larger images are refused before their pixels are decoded: a small file can claim any size (a decompression bomb)."""

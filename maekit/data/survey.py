@@ -5,22 +5,17 @@ Memory is constant: one image for each process, and counters. Legend: H height, 
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-import signal
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from maekit.config import UserError
 from maekit.data.images import BadImage
 from maekit.data.parts import Part
 from maekit.data.pixels import Pixels
+from maekit.data.workers import in_order
 
 CHUNK = 32
 """Images that a process reads between two reports."""
@@ -84,50 +79,11 @@ def survey(part: Part, workers: int, on_progress: Callable[[int, int], None], on
     """
     total = Survey()
     ranges = (range(start, min(start + CHUNK, len(part))) for start in range(0, len(part), CHUNK))
-    for done, (found, bad) in _results(part, workers, ranges):
+    for done, (found, bad) in in_order(part, _read, ranges, workers):
         total.add(found)
         on_bad(bad)
         on_progress(done.stop, len(part))
     return total
-
-
-def _results(part: Part, workers: int, ranges: Iterator[range]) -> Iterator[tuple[range, tuple[Survey, Bad]]]:
-    if workers == 0:
-        yield from ((chunk, _read(part, chunk)) for chunk in ranges)
-        return
-    waiting: deque[tuple[range, Future[tuple[Survey, Bad]]]] = deque()
-    context = multiprocessing.get_context()
-    with ProcessPoolExecutor(workers, context, _start_worker, (part,)) as pool:
-        try:
-            for chunk in ranges:
-                waiting.append((chunk, pool.submit(_read_here, chunk)))
-                if len(waiting) > 4 * workers:
-                    done, future = waiting.popleft()
-                    yield done, future.result()
-            while waiting:
-                done, future = waiting.popleft()
-                yield done, future.result()
-        except BrokenProcessPool:
-            raise UserError(
-                f"a process that reads images died near {part.name(done.start)}, perhaps for want of memory: "
-                "--workers 0 shows where"
-            ) from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-_part: list[Part] = []
-"""In a worker process: the part that it reads."""
-
-
-def _start_worker(part: Part) -> None:
-    _part[:] = [part]
-    with contextlib.suppress(ValueError):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
-
-
-def _read_here(chunk: range) -> tuple[Survey, Bad]:
-    return _read(_part[0], chunk)
 
 
 def _read(part: Part, chunk: range) -> tuple[Survey, Bad]:

@@ -12,13 +12,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from maekit.config import PretrainConfig
+from maekit.data.pixels import Window
 from maekit.rng import Purpose, uniforms
 
+_ASPECTS = (3 / 4, 4 / 3)
+"""Limits of a random box's width over its height."""
 _ATTEMPTS = 10
 """Random boxes tried before the centre is taken, as in torchvision's RandomResizedCrop."""
+_MIN_SHRUNKEN = 8
+"""Below this output size, in pixels, a JPEG is decoded in full: a shrunken box could have the size of the whole one."""
 _MAX_WASTE = 16
 """An image is resized whole and then cut, unless that takes this many times the pixels that are kept."""
 
@@ -38,23 +44,77 @@ class Crops:
     flip: npt.NDArray[np.bool_]
 
 
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of B crops, drawn before any image's size is known; [B, attempts] and [B]."""
+
+    share_BA: npt.NDArray[np.float64]
+    """Of the image's area."""
+    aspect_BA: npt.NDArray[np.float64]
+    """Width over height."""
+    place_BA2: npt.NDArray[np.float64]
+    """Vertical and horizontal, in 0..1 of the slack."""
+    flip: npt.NDArray[np.bool_]
+
+
+def draw_crops(config: PretrainConfig, sample_ids: npt.ArrayLike, *, epoch: int, view: int = 0) -> Draws:
+    """What is random in the training crops of B samples, each a function of its own key."""
+    ids = np.atleast_1d(np.asarray(sample_ids, np.int64))
+    key = {"seed": config.seed, "epoch": epoch, "view": view}
+    u = uniforms(ids, 4 * _ATTEMPTS, purpose=Purpose.CROP, **key)
+    flip = np.zeros(len(ids), np.bool_)
+    if config.flip:
+        flip = uniforms(ids, 1, purpose=Purpose.FLIP, **key)[:, 0] < 0.5
+    if config.crop != "random-resized":
+        none = np.zeros((len(ids), 0))
+        return Draws(none, none, u[:, None, :2], flip)
+    u_BA4 = u.reshape(len(ids), _ATTEMPTS, 4)
+    low, high = config.crop_scale
+    log_low, log_high = math.log(_ASPECTS[0]), math.log(_ASPECTS[1])
+    aspect_BA = np.exp(log_low + (log_high - log_low) * u_BA4[..., 1])
+    return Draws(low + (high - low) * u_BA4[..., 0], aspect_BA, u_BA4[..., 2:], flip)
+
+
+def place_crops(config: PretrainConfig, sizes_B2: npt.NDArray[np.int64], draws: Draws) -> Crops:
+    """The training crops of B images of the given heights and widths."""
+    if config.crop == "random-resized":
+        crops = _random_resized(config, sizes_B2, draws)
+    elif config.crop == "resize-crop":
+        short = config.resize_to or math.ceil(max(config.size_hw) * 9 / 8)
+        crops = _resized(sizes_B2, config.size_hw, short, draws.place_BA2[:, 0])
+    else:
+        crops = centre_crops(sizes_B2, config.size_hw)
+    crops.flip[:] = draws.flip
+    return crops
+
+
+def place_crop(config: PretrainConfig, height: int, width: int, draws: Draws, row: int) -> Crops:
+    """One of the crops that `place_crops` places, without its cost: for one image, 40 calls of NumPy are most of it.
+
+    Products, quotients, square roots and their rounding are exact rules of IEEE 754, so both ways agree to the bit.
+    """
+    one = slice(row, row + 1)
+    if config.crop == "random-resized":
+        for attempt, (share, aspect) in enumerate(
+            zip(draws.share_BA[row].tolist(), draws.aspect_BA[row].tolist(), strict=True)
+        ):
+            area = height * width * share
+            wide, tall = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 1 <= wide <= width and 1 <= tall <= height:
+                y, x = draws.place_BA2[row, attempt].tolist()
+                start = np.array([[math.floor(y * (height - tall + 1)), math.floor(x * (width - wide + 1))]])
+                length = np.array([[tall, wide]])
+                scale = length / np.array(config.size_hw, np.float64)
+                return Crops(start, length, scale, np.zeros_like(start), draws.flip[one])
+    drawn = Draws(draws.share_BA[one], draws.aspect_BA[one], draws.place_BA2[one], draws.flip[one])
+    return place_crops(config, np.array([[height, width]]), drawn)
+
+
 def random_crops(
     config: PretrainConfig, sizes_B2: npt.NDArray[np.int64], sample_ids: npt.ArrayLike, *, epoch: int, view: int = 0
 ) -> Crops:
     """The training crops of B images of the given heights and widths, each a function of its own key."""
-    ids = np.atleast_1d(np.asarray(sample_ids, np.int64))
-    key = {"seed": config.seed, "epoch": epoch, "view": view}
-    u = uniforms(ids, 4 * _ATTEMPTS, purpose=Purpose.CROP, **key)
-    if config.crop == "random-resized":
-        crops = _random_resized(config, sizes_B2, u.reshape(len(ids), _ATTEMPTS, 4))
-    elif config.crop == "resize-crop":
-        short = config.resize_to or math.ceil(max(config.size_hw) * 9 / 8)
-        crops = _resized(sizes_B2, config.size_hw, short, u[:, :2])
-    else:
-        crops = centre_crops(sizes_B2, config.size_hw)
-    if config.flip:
-        crops.flip[:] = uniforms(ids, 1, purpose=Purpose.FLIP, **key)[:, 0] < 0.5
-    return crops
+    return place_crops(config, sizes_B2, draw_crops(config, sample_ids, epoch=epoch, view=view))
 
 
 def centre_crops(sizes_B2: npt.NDArray[np.int64], size_hw: tuple[int, int]) -> Crops:
@@ -62,29 +122,25 @@ def centre_crops(sizes_B2: npt.NDArray[np.int64], size_hw: tuple[int, int]) -> C
     return _resized(sizes_B2, size_hw, None, np.full((len(sizes_B2), 2), 0.5))
 
 
-def _random_resized(config: PretrainConfig, sizes_B2: npt.NDArray[np.int64], u_BA4: npt.NDArray[np.float64]) -> Crops:
+def _random_resized(config: PretrainConfig, sizes_B2: npt.NDArray[np.int64], draws: Draws) -> Crops:
     """A box of a random share of the area and a random aspect (3/4 to 4/3), scaled to the output size.
 
     The first of ten random boxes that fits is taken; where none fits, the largest centred box of allowed aspect.
     """
     height_B1, width_B1 = sizes_B2[:, :1].astype(np.float64), sizes_B2[:, 1:].astype(np.float64)
-    low, high = config.crop_scale
-    aspect_limits = (3 / 4, 4 / 3)
-    area_BA = height_B1 * width_B1 * (low + (high - low) * u_BA4[..., 0])
-    log_low, log_high = math.log(aspect_limits[0]), math.log(aspect_limits[1])
-    aspect_BA = np.exp(log_low + (log_high - log_low) * u_BA4[..., 1])
-    wide_BA = np.rint(np.sqrt(area_BA * aspect_BA))
-    tall_BA = np.rint(np.sqrt(area_BA / aspect_BA))
+    area_BA = height_B1 * width_B1 * draws.share_BA
+    wide_BA = np.rint(np.sqrt(area_BA * draws.aspect_BA))
+    tall_BA = np.rint(np.sqrt(area_BA / draws.aspect_BA))
     fits_BA = (wide_BA >= 1) & (tall_BA >= 1) & (wide_BA <= width_B1) & (tall_BA <= height_B1)
     first_B = fits_BA.argmax(axis=1)
     rows = np.arange(len(sizes_B2))
     length = np.stack([tall_BA[rows, first_B], wide_BA[rows, first_B]], axis=1).astype(np.int64)
-    start = np.floor(u_BA4[rows, first_B, 2:] * (sizes_B2 - length + 1)).astype(np.int64)
+    start = np.floor(draws.place_BA2[rows, first_B] * (sizes_B2 - length + 1)).astype(np.int64)
     none_B = ~fits_BA.any(axis=1)
     if none_B.any():
         ratio_B = sizes_B2[:, 1] / sizes_B2[:, 0]
-        tall = np.where(ratio_B < aspect_limits[0], np.rint(sizes_B2[:, 1] / aspect_limits[0]), sizes_B2[:, 0])
-        wide = np.where(ratio_B > aspect_limits[1], np.rint(sizes_B2[:, 0] * aspect_limits[1]), sizes_B2[:, 1])
+        tall = np.where(ratio_B < _ASPECTS[0], np.rint(sizes_B2[:, 1] / _ASPECTS[0]), sizes_B2[:, 0])
+        wide = np.where(ratio_B > _ASPECTS[1], np.rint(sizes_B2[:, 0] * _ASPECTS[1]), sizes_B2[:, 1])
         centred = np.minimum(np.stack([tall, wide], axis=1), sizes_B2).astype(np.int64)
         length[none_B] = np.maximum(centred, 1)[none_B]
         start[none_B] = ((sizes_B2 - length) // 2)[none_B]
@@ -154,39 +210,82 @@ def _weights(crops: Crops, axis: int, size_in: int, size_out: int, device: torch
     return weights / weights.sum(dim=2, keepdim=True)
 
 
-def apply_to_image(image_HWC: npt.NDArray[np.generic], crops: Crops, index: int, size_hw: tuple[int, int]) -> Tensor:
-    """One image cropped, scaled and flipped: [C, S, T], uint8 for 8-bit images, else float32.
+def wanted(crops: Crops, index: int, size_hw: tuple[int, int], *, shrink: bool) -> Window:
+    """What must be decoded for a crop: its box, or of a long thin image what the output needs.
 
-    The same filter as `apply_to_batch`, by torch's antialiased bicubic, which skips the zeros: large photographs.
+    With `shrink`, a JPEG may be decoded by 2, 4 or 8 smaller: as far as the box keeps at least one pixel for each pixel
+    that it is resized to.
     """
-    resized_hw = [int(side) for side in np.rint(crops.length[index] / crops.scale[index])]
+    start, length, scale = crops.start[index], crops.length[index], crops.scale[index]
+    if math.prod(_resized_hw(crops, index)) > _MAX_WASTE * math.prod(size_hw):
+        # Resized whole to cover 224 px, an image of 1 x 20,000 px would take 3 GB.
+        size = np.array(size_hw)
+        reach = np.ceil(2 * np.maximum(scale, 1)) + 1  # the filter's, in pixels of the image
+        end = start + length
+        first = np.clip(np.floor(start + crops.offset[index] * scale - reach), start, end - 1).astype(np.int64)
+        last = np.clip(np.ceil(start + (crops.offset[index] + size) * scale + reach), first + 1, end).astype(np.int64)
+        return _window(first, last - first, 1)
+    factor = next(f for f in (8, 4, 2, 1) if f <= scale.min() or f == 1)
+    if not shrink or min(size_hw) < _MIN_SHRUNKEN:
+        factor = 1
+    return _window(start, length, factor)
+
+
+def _window(start: npt.NDArray[np.int64], length: npt.NDArray[np.int64], shrink: int) -> Window:
+    return Window(int(start[0]), int(start[1]), int(length[0]), int(length[1]), shrink)
+
+
+def apply_to_image(image_HWC: npt.NDArray[np.generic], crops: Crops, index: int, size_hw: tuple[int, int]) -> Tensor:
+    """One whole image cropped, scaled and flipped: [C, S, T], uint8 for 8-bit images, else float32."""
+    window = wanted(crops, index, size_hw, shrink=False)
+    return apply_to_window(np.ascontiguousarray(window.cut(image_HWC)), window, crops, index, size_hw)
+
+
+def apply_to_window(
+    box_HWC: npt.NDArray[np.generic], window: Window, crops: Crops, index: int, size_hw: tuple[int, int]
+) -> Tensor:
+    """The `wanted` window of one image, decoded, scaled and flipped: [C, S, T], uint8 for 8-bit images, else float32.
+
+    The same filter as `apply_to_batch`, by torch's antialiased bicubic, which skips the zeros: large photographs. The
+    memory layout is channels last where the image is resized: torch's fast 8-bit path wants it.
+    """
+    if box_HWC.shape[:2] != (window.height, window.width):
+        return _scale_shrunken(box_HWC, window, crops, index, size_hw)
+    # Channels last without a copy.
+    box_1CHW = torch.from_numpy(box_HWC).permute(2, 0, 1).unsqueeze(0)
+    resized_hw = _resized_hw(crops, index)
     if math.prod(resized_hw) > _MAX_WASTE * math.prod(size_hw):
-        return _cut_and_scale(image_HWC, crops, index, size_hw)
-    (top, left), (tall, wide) = crops.start[index], crops.length[index]
-    box = torch.from_numpy(np.ascontiguousarray(image_HWC[top : top + tall, left : left + wide]))
-    # Channels last without a copy: torch's fast 8-bit path wants it.
-    box_1CHW = box.permute(2, 0, 1).unsqueeze(0)
+        here, first = slice(index, index + 1), np.array([window.top, window.left])
+        start = crops.start[here] - first
+        one = Crops(start, crops.length[here], crops.scale[here], crops.offset[here], crops.flip[here])
+        scaled_CST = apply_to_batch(box_1CHW, one, size_hw)[0]
+        return (scaled_CST * 255).round().to(torch.uint8) if box_HWC.dtype == np.uint8 else scaled_CST
     if resized_hw != list(box_1CHW.shape[2:]):
         box_1CHW = F.interpolate(box_1CHW, size=resized_hw, mode="bicubic", align_corners=False, antialias=True)
     y, x = crops.offset[index]
     cut = box_1CHW[0, :, y : y + size_hw[0], x : x + size_hw[1]]
-    return (cut.flip(2) if crops.flip[index] else cut).contiguous()
+    return cut.flip(2) if crops.flip[index] else cut
 
 
-def _cut_and_scale(image_HWC: npt.NDArray[np.generic], crops: Crops, index: int, size_hw: tuple[int, int]) -> Tensor:
-    """As `apply_to_image`, but of a long thin image only what the output needs is ever scaled.
+def _scale_shrunken(
+    box_HWC: npt.NDArray[np.generic], window: Window, crops: Crops, index: int, size_hw: tuple[int, int]
+) -> Tensor:
+    """As `apply_to_window`, of a JPEG that was decoded smaller: the box may begin and end within one of its pixels.
 
-    Resized whole to cover 224 px, an image of 1 x 20,000 px would take 3 GB.
+    Pillow's resize takes such boxes, torch's does not.
     """
-    start, end = crops.start[index], crops.start[index] + crops.length[index]
-    scale, size = crops.scale[index], np.array(size_hw)
-    reach = np.ceil(2 * np.maximum(scale, 1)) + 1  # the filter's, in pixels of the image
-    first = np.clip(np.floor(start + crops.offset[index] * scale - reach), start, end - 1).astype(np.int64)
-    last = np.clip(np.ceil(start + (crops.offset[index] + size) * scale + reach), first + 1, end).astype(np.int64)
-    box_HWC = np.ascontiguousarray(image_HWC[first[0] : last[0], first[1] : last[1]])
-    here = slice(index, index + 1)
-    one = Crops(crops.start[here] - first, crops.length[here], crops.scale[here], crops.offset[here], crops.flip[here])
-    scaled_1CST = apply_to_batch(torch.from_numpy(box_HWC).permute(2, 0, 1).unsqueeze(0), one, size_hw)
-    if image_HWC.dtype == np.uint8:
-        return (scaled_1CST[0] * 255).round().to(torch.uint8).contiguous()
-    return scaled_1CST[0].contiguous()
+    top, left = window.top / window.shrink % 1, window.left / window.shrink % 1
+    bottom = min(top + window.height / window.shrink, box_HWC.shape[0])
+    right = min(left + window.width / window.shrink, box_HWC.shape[1])
+    (tall, wide), (y, x) = _resized_hw(crops, index), crops.offset[index]
+    gray = box_HWC.shape[2] == 1
+    image = Image.fromarray(box_HWC[..., 0] if gray else box_HWC)
+    scaled = np.array(image.resize((wide, tall), Image.Resampling.BICUBIC, (left, top, right, bottom)))
+    cut_HWC = (scaled[..., None] if gray else scaled)[y : y + size_hw[0], x : x + size_hw[1]]
+    cut = torch.from_numpy(cut_HWC).permute(2, 0, 1)
+    return cut.flip(2) if crops.flip[index] else cut
+
+
+def _resized_hw(crops: Crops, index: int) -> list[int]:
+    """The size that a crop's box is scaled to, before the output is cut out of it."""
+    return [int(side) for side in np.rint(crops.length[index] / crops.scale[index])]

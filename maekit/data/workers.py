@@ -1,22 +1,37 @@
-"""The processes that decode images: how many, and how each one begins."""
+"""The processes that decode images: how many, how each one begins, and work on a whole part in the order of ids."""
 
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
 
+from maekit.config import UserError
+from maekit.data.parts import Part
 from maekit.runtime import Choice
+
+Result = TypeVar("Result")
 
 
 def choose_workers(requested: int | None, local_processes: int) -> Choice[int]:
     """How many processes decode images for each training process."""
     if requested is not None:
         return Choice(requested, "as asked for")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     share = max(1, min(16, cores // local_processes))
     return Choice(share, f"{cores} cores for {local_processes} process{'es' if local_processes > 1 else ''}")
+
+
+def available_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class WorkerStart:
@@ -38,3 +53,51 @@ class WorkerStart:
             ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
             if os.getppid() != self.trainer:  # it died before this was set
                 os._exit(1)
+
+
+def in_order(
+    part: Part, work: Callable[[Part, range], Result], chunks: Iterable[range], workers: int
+) -> Iterator[tuple[range, Result]]:
+    """`work` done on each chunk of a part's ids by so many processes (0: this one); results in the order of chunks.
+
+    A few chunks for each process are under way at a time, so memory does not grow with their number.
+
+    Raises:
+        UserError: a process died, as the system kills one that takes too much memory.
+    """
+    if workers == 0:
+        yield from ((chunk, work(part, chunk)) for chunk in chunks)
+        return
+    waiting: deque[tuple[range, Future[Result]]] = deque()
+    context = multiprocessing.get_context()
+    with ProcessPoolExecutor(workers, context, _start, (part, work, os.getpid())) as pool:
+        try:
+            for chunk in chunks:
+                waiting.append((chunk, pool.submit(_do, chunk)))
+                if len(waiting) > 4 * workers:
+                    done, future = waiting.popleft()
+                    yield done, future.result()
+            while waiting:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        except BrokenProcessPool:
+            raise UserError(
+                f"a process that reads images died near {part.name(done.start)}, perhaps for want of memory: "
+                "--workers 0 shows where"
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+_task: list[Any] = []
+"""In a worker process: the part that it reads and what is done with it."""
+
+
+def _start(part: Part, work: Callable[[Part, range], Any], parent: int) -> None:
+    _task[:] = [part, work]
+    WorkerStart(parent)(0)
+
+
+def _do(chunk: range) -> Any:
+    part, work = _task
+    return work(part, chunk)

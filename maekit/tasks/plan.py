@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from maekit.config import PlanConfig, PretrainConfig, UserError, flag
-from maekit.data.loader import MIN_HELDOUT, Pool, SampleOrder, open_pool, split_heldout
+from maekit.data.loader import Pool, SampleOrder, open_pool, split_heldout
+from maekit.data.order import MIN_HELDOUT
 from maekit.data.sources import open_source
 from maekit.data.workers import choose_workers
 from maekit.models.encoder import flops_per_image

@@ -38,6 +38,7 @@ from maekit.training.optim import (
 from maekit.training.prepare import prepare
 from maekit.training.run import (
     Job,
+    advise_on_loading,
     due,
     evaluate,
     log_training,
@@ -116,8 +117,10 @@ def main(config: PretrainConfig, resume_from: Path | None = None, again: bool = 
                         logged, logged_step = time.monotonic(), position.step
                         continue
                 if log_due:
-                    speed = (position.step - logged_step) * config.batch_size / (paused - logged)
+                    images = (position.step - logged_step) * config.batch_size
+                    speed = images / (paused - logged)
                     value, skill = log_training(job, loss_sum, lr, speed, paused - began)
+                    advise_on_loading(job, images // accelerator.num_processes, paused - logged)
                     loss_sum.zero_()
                     logged, logged_step = paused, position.step
                     progress.update(bar, loss=f"{value:.4f}", skill=f"{skill:.3f}", speed=f"{speed:,.0f}")

@@ -13,6 +13,7 @@ from rich.console import Console
 from maekit.config import PretrainConfig, UserError
 from maekit.data.loader import Quarantine, SampleOrder, channel_statistics, open_pool, split_heldout
 from maekit.data.sources import open_source
+from maekit.data.speed import worker_images_per_second
 from maekit.data.workers import choose_workers
 from maekit.models.encoder import use_fused_attention
 from maekit.models.mae import MaskedAutoencoder, model_problems
@@ -49,6 +50,7 @@ def prepare(config: PretrainConfig, resume_from: Path | None, console: Console, 
     order = SampleOrder(train_ids, config.batch_size, config.seed)
     with counting(console, "reading images") as progress:
         pool, choices["in memory"] = open_pool(part, config, accelerator.device, choices["workers"], progress)
+    loader_speed = 0.0 if choices["in memory"].value else worker_images_per_second(part, config)
     if config.mean is None or config.std is None:
         with counting(console, "measuring mean and deviation") as progress:
             mean, std = channel_statistics(pool, train_ids, progress)
@@ -69,6 +71,7 @@ def prepare(config: PretrainConfig, resume_from: Path | None, console: Console, 
         optimizer=make_optimizer(model, config, peak_lr), peak_lr=peak_lr, warmup_steps=min(warmup, total),
         position=Position(total, fingerprint=part.fingerprint), metrics=MetricsLog(out / "metrics.jsonl"),
         quarantine=Quarantine(out / "quarantine.jsonl", part, config.max_bad_share), choices=choices,
+        loader_speed=loader_speed,
     )  # fmt: skip
     if resume_from is not None:
         restore(job, resume_from)

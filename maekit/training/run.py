@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
@@ -25,6 +27,8 @@ from rich.markup import escape
 from maekit.config import PretrainConfig
 from maekit.data.loader import Batch, Pool, Quarantine, SampleOrder, lowest_hash
 from maekit.data.parts import Part
+from maekit.data.speed import keeps_up
+from maekit.data.workers import available_cores
 from maekit.models.encoder import flops_per_image
 from maekit.models.mae import MaskedAutoencoder
 from maekit.rng import Purpose
@@ -38,6 +42,8 @@ from maekit.training.monitor import TRIVIAL_IMAGES, Heldout, heldout_sums, onlin
 EVAL_BATCH = 256
 """Images per forward pass in evaluation; it has no say in the numbers."""
 BAD_STEPS_FILE = "nonfinite.jsonl"
+WAITING = 0.2
+"""Share of the time between two lines of metrics.jsonl from which on waiting for images is worth a word."""
 _UNWRITTEN = 10_000
 """Lines of metrics.jsonl, at most, that wait in memory for a disk that can be written again."""
 
@@ -115,6 +121,12 @@ class Job:
     metrics: MetricsLog
     quarantine: Quarantine
     choices: dict[str, Choice[Any]]
+    loader_speed: float = 0.0
+    """Images/s that one loader process reads; 0 where the images are in memory."""
+    waited: float = 0.0
+    """Seconds since the last line of metrics.jsonl in which the model waited for images."""
+    lines: int = 0
+    """Lines of training losses that this process has written."""
     heldout: Heldout | None = None
     rng: dict[str, torch.Tensor] = field(default_factory=dict)
     """Generators' states of processes that this run does not have, kept for a later one that does."""
@@ -167,7 +179,32 @@ def next_batch(job: Job, batches: Iterator[Batch], begun: bool) -> Batch | None:
     """The next part of a step; None where a signal came and it does not: at once, or soon where the step was begun."""
     if job.choices["in memory"].value:
         return next(batches)  # it is there already
-    return job.stop.unless_stopped(job.accelerator, lambda: next(batches), job.stop.GRACE if begun else 0.0)
+    began = time.monotonic()
+    batch = job.stop.unless_stopped(job.accelerator, lambda: next(batches), job.stop.GRACE if begun else 0.0)
+    job.waited += time.monotonic() - began
+    return batch
+
+
+def advise_on_loading(job: Job, images: int, seconds: float) -> None:
+    """Say at the second line which flags help, where this process waited long for these images; workers start before.
+
+    images, seconds: those of this process since the line before.
+    """
+    waited, job.waited, job.lines = job.waited, 0.0, job.lines + 1
+    if job.lines != 2 or not job.loader_speed or waited < WAITING * seconds:
+        return
+    verdict = keeps_up(
+        job.part,
+        per_worker=job.loader_speed,
+        model=images / max(seconds - waited, 1e-9),
+        workers=job.choices["workers"].value,
+        cores=max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
+        masks_per_image=job.config.masks_per_image,
+    )
+    if not verdict.value:
+        job.console.print(
+            f"[yellow]{waited / seconds:.0%} of the time went into waiting for images:[/] {verdict.reason}"
+        )
 
 
 def due(job: Job) -> set[str]:

@@ -1,0 +1,149 @@
+"""All images of a small data set as one tensor on the device, augmented there in batch.
+
+Shapes: N images, B batch, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from maekit.config import PretrainConfig, UserError
+from maekit.data.images import BadImage
+from maekit.data.order import Batch, Ids, Progress, sides
+from maekit.data.parts import Part
+from maekit.data.pixels import Pixels
+from maekit.data.transforms import apply_to_batch, centre_crops, random_crops
+from maekit.data.workers import in_order
+
+MANY = 4096
+"""From so many images on, worker processes read them: of a small image, half the time is Python's, one thread's."""
+_CHUNK = 256
+
+Read = list[Pixels | str]
+"""Of each image of a chunk, its pixels or the reason why there are none; it ends early where a size differs."""
+
+
+class SizesDiffer(Exception):
+    """An image is not of the others' size; the message says which."""
+
+
+class MemoryPool:
+    """All images as one uint8 tensor on the device (float32 for 16-bit and float data), augmented there in batch."""
+
+    def __init__(
+        self,
+        part: Part,
+        config: PretrainConfig,
+        device: torch.device,
+        size_hw: tuple[int, int],
+        on_progress: Progress | None = None,
+        workers: int = 0,
+    ) -> None:
+        self.config, self.device, self.size_hw = config, device, size_hw
+        pixels, self.bad = _read_all(
+            part, size_hw, sides(len(part), config), on_progress, workers if len(part) >= MANY else 0
+        )
+        self.images_NCHW = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(device)
+
+    def train_batches(self, shares: Iterable[tuple[int, Ids]]) -> Iterator[Batch]:
+        bad = self.bad
+        for epoch, ids in shares:
+            crops = random_crops(self.config, self._sizes(ids), ids, epoch=epoch)
+            yield Batch(apply_to_batch(self._take(ids), crops, self.config.size_hw), ids, bad)
+            bad = []
+
+    def eval_batches(self, ids: Ids, batch_size: int) -> Iterator[Batch]:
+        for start in range(0, len(ids), batch_size):
+            some = ids[start : start + batch_size]
+            crops = centre_crops(self._sizes(some), self.config.size_hw)
+            yield Batch(apply_to_batch(self._take(some), crops, self.config.size_hw), some, [])
+
+    def _take(self, ids: Ids) -> Tensor:
+        return self.images_NCHW[torch.from_numpy(ids).to(self.device, non_blocking=True)]
+
+    def _sizes(self, ids: Ids) -> npt.NDArray[np.int64]:
+        return np.tile(np.array(self.size_hw, np.int64), (len(ids), 1))
+
+
+def _read_chunk(size_hw: tuple[int, int], part: Part, chunk: range) -> Read:
+    found: Read = []
+    for index in chunk:
+        try:
+            image = part.read(index)
+        except BadImage as error:
+            found.append(str(error))
+            continue
+        found.append(image)
+        if image.shape[:2] != size_hw:  # the others of this chunk need not be decoded, and may be huge
+            break
+    return found
+
+
+def _read_in_threads(part: Part, size_hw: tuple[int, int], chunks: Iterable[range]) -> Iterator[tuple[range, Read]]:
+    """As worker processes would, but without their start-up time."""
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for chunk in chunks:
+            pieces = [chunk[start : start + 16] for start in range(0, len(chunk), 16)]
+            found: Read = []
+            for some, read in zip(pieces, threads.map(partial(_read_chunk, size_hw, part), pieces), strict=True):
+                found += read
+                if len(read) < len(some):
+                    break
+            yield chunk, found
+
+
+def _read_all(
+    part: Part,
+    size_hw: tuple[int, int],
+    heldout_N: npt.NDArray[np.bool_],
+    on_progress: Progress | None,
+    workers: int,
+) -> tuple[npt.NDArray[Any], list[tuple[int, str]]]:
+    """All images of a part [N, H, W, C]; an unreadable one is replaced by the next readable one of its own side."""
+    pixels: npt.NDArray[Any] = np.zeros((len(part), *size_hw, part.in_chans), np.uint8)
+    bad: dict[int, str] = {}
+    chunks = (range(start, min(start + _CHUNK, len(part))) for start in range(0, len(part), _CHUNK))
+    if workers > 1:
+        results = in_order(part, partial(_read_chunk, size_hw), chunks, workers)
+    else:
+        results = _read_in_threads(part, size_hw, chunks)
+    for chunk, found in results:
+        for index, image in zip(chunk, found, strict=False):
+            if isinstance(image, str):
+                bad[index] = image
+                continue
+            if image.shape[:2] != size_hw:
+                raise SizesDiffer(f"{part.name(index)} is {image.shape[0]} x {image.shape[1]}, others are not")
+            if image.dtype != pixels.dtype and pixels.dtype == np.uint8:
+                pixels = pixels.astype(np.float32) / 255  # 8-bit so far, and now 16-bit or float data
+            if pixels.dtype == np.float32 and image.dtype == np.uint8:
+                image = image.astype(np.float32) / 255
+            pixels[index] = image
+        if on_progress is not None:
+            on_progress(chunk.stop, len(part))
+    _stand_in(part, pixels, bad, heldout_N)
+    return pixels, sorted(bad.items())
+
+
+def _stand_in(part: Part, pixels: npt.NDArray[Any], bad: dict[int, str], heldout_N: npt.NDArray[np.bool_]) -> None:
+    """Fill the place of each unreadable image with the next readable one of its own side."""
+    readable = np.setdiff1d(np.arange(len(part)), list(bad))
+    if not len(readable):
+        raise UserError(f"none of the {len(part)} images can be read; the first: {next(iter(bad.values()), 'none')}")
+    for index in bad:
+        same = readable[heldout_N[readable] == heldout_N[index]]
+        if not len(same):
+            raise UserError(
+                f"none of the {int((heldout_N == heldout_N[index]).sum())} images can be read that are "
+                f"{'held out' if heldout_N[index] else 'trained on'}; {part.name(index)}: {bad[index]}"
+            )
+        pixels[index] = pixels[same[np.searchsorted(same, index) % len(same)]]

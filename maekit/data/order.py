@@ -1,0 +1,105 @@
+"""Which samples each step sees, which are held out, and what a batch is: the ground that both kinds of pool stand on.
+
+Shapes: B batch, C channels, H x W pixels, N images.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from maekit.config import PretrainConfig, UserError
+from maekit.rng import Purpose, random_bits, shuffled
+
+Ids = npt.NDArray[np.int64]
+Progress = Callable[[int, int], None]
+"""Called with (done, total)."""
+
+MIN_HELDOUT = 8
+"""Held-out images at least: as many as a panel has rows."""
+
+
+class Batch(NamedTuple):
+    """Images [B, C, H, W] on the device (uint8, or floats in 0..1), their sample ids, and what was unreadable."""
+
+    images: Tensor
+    sample_ids: Ids
+    bad: list[tuple[int, str]]
+
+
+def split_heldout(num: int, share: float) -> tuple[Ids, Ids]:
+    """Training and held-out sample ids, both ascending: held out are those with the lowest hash of their id.
+
+    The hash ignores the run's seed, so every run on the same data holds out the same images.
+
+    Raises:
+        UserError: too few images to hold any out.
+    """
+    held = max(MIN_HELDOUT, round(share * num))
+    if num <= held:
+        raise UserError(
+            f"{num} images are too few: {held} are held out of training (--heldout-share), and some must be left"
+        )
+    ids = np.arange(num, dtype=np.int64)
+    chosen = lowest_hash(ids, held, Purpose.HELDOUT_SPLIT)
+    return np.setdiff1d(ids, chosen, assume_unique=True), chosen
+
+
+def sides(num: int, config: PretrainConfig) -> npt.NDArray[np.bool_]:
+    """[N] True for held-out samples: the stand-in of an unreadable one must not cross over to training, or back."""
+    heldout_N = np.zeros(num, np.bool_)
+    with contextlib.suppress(UserError):  # too few to hold any out: then all are on one side
+        heldout_N[split_heldout(num, config.heldout_share)[1]] = True
+    return heldout_N
+
+
+def lowest_hash(ids: Ids, count: int, purpose: Purpose) -> Ids:
+    """The `count` ids with the lowest hash, ascending: a fixed random subset that grows with `count`."""
+    keys = random_bits(ids, 1, seed=0, purpose=purpose)[:, 0]
+    return np.sort(ids[np.lexsort((ids, keys))[:count]])
+
+
+class SampleOrder:
+    """Which samples each optimiser step sees: a permutation an epoch, cut into global batches, the rest dropped."""
+
+    def __init__(self, train_ids: Ids, batch_size: int, seed: int) -> None:
+        if batch_size > len(train_ids):
+            raise UserError(
+                f"--batch-size {batch_size} is larger than the {len(train_ids)} training images: lower it to at most "
+                f"{len(train_ids)}"
+            )
+        self.train_ids, self.batch_size, self.seed = train_ids, batch_size, seed
+        self.steps_per_epoch = len(train_ids) // batch_size
+        self._epoch, self._permutation = -1, train_ids
+
+    def step_ids(self, step: int) -> tuple[int, Ids]:
+        """Epoch (0-based) and the sample ids [batch_size] of a global step (0-based)."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._permutation = shuffled(self.train_ids, seed=self.seed, purpose=Purpose.ORDER, epoch=epoch)
+        return epoch, self._permutation[within * self.batch_size : (within + 1) * self.batch_size]
+
+    def micro_batches(self, steps: Iterable[int], rank: int, world: int, accum: int) -> Iterator[tuple[int, Ids]]:
+        """One process's share: for every step its `accum` parts, as (epoch, sample ids [batch / world / accum])."""
+        for step in steps:
+            epoch, ids = self.step_ids(step)
+            for part in ids.reshape(accum, world, -1)[:, rank]:
+                yield epoch, part
+
+
+class Pool(Protocol):
+    """Images that can be drawn by sample id."""
+
+    def train_batches(self, shares: Iterable[tuple[int, Ids]]) -> Iterator[Batch]:
+        """A batch for each (epoch, sample ids), with the training crops and flips."""
+        ...
+
+    def eval_batches(self, ids: Ids, batch_size: int) -> Iterator[Batch]:
+        """Batches of centre crops, in order, the last one smaller."""
+        ...
