@@ -148,7 +148,7 @@ def test_the_places_and_the_end_must_both_fit(
     shift: int, longer: int, believed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def index(column: str, places: Any, end: int) -> bytes:
-        return rows.make_index(column, [*places, shift, 0], end + longer)
+        return rows.make_index(column, places + np.array([shift, 0]), end + longer)
 
     monkeypatch.setattr(shards, "make_index", index)
     writer = shards.ShardWriter(tmp_path, "train", None, 1_000_000)
