@@ -143,6 +143,23 @@ def test_an_index_that_does_not_fit_is_not_believed(folders: tuple[Path, Path], 
         assert np.array_equal(part.read(7), open_source(str(first)).train.read(7))
 
 
+@pytest.mark.parametrize(("shift", "longer", "believed"), [(0, 0, True), (1, 0, False), (0, 1, False)])
+def test_the_places_and_the_end_must_both_fit(
+    shift: int, longer: int, believed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def index(column: str, places: Any, end: int) -> bytes:
+        return rows.make_index(column, places + np.array([shift, 0]), end + longer)
+
+    monkeypatch.setattr(shards, "make_index", index)
+    writer = shards.ShardWriter(tmp_path, "train", None, 1_000_000)
+    for number in range(3):
+        writer.add(encoded(photograph(number)), "x.png", -1)
+    writer.finish()
+    part = open_source(str(tmp_path)).train
+    assert isinstance(part, TablePart) and isinstance(part.rows, PlacedRows) == believed
+    assert np.array_equal(part.read(2), np.asarray(photograph(2)))
+
+
 def test_a_shard_that_changes_under_a_run_is_a_bad_image(folders: tuple[Path, Path], tmp_path: Path) -> None:
     """Cut short or overwritten after it was opened: a reason, neither a crash nor another image."""
     shard = tmp_path / "train.parquet"
