@@ -49,12 +49,13 @@ def open_pool(
     size, reason = common_size(part)
     if config.in_memory == "no":
         return StreamPool(part, config, device, workers.value), Choice(False, "as asked for")
-    if size is not None:
+    if size is not None and config.in_memory == "auto":
         volume = len(part) * part.in_chans * math.prod(size)
-        if volume > MEMORY_BUDGET and config.in_memory == "auto":
+        if volume > MEMORY_BUDGET:
             size, reason = None, f"{volume / 1024**3:.1f} GiB of pixels is over {MEMORY_BUDGET // 1024**3} GiB"
-        elif max(size) > MOST_SHRINKING * max(config.size_hw) and config.in_memory == "auto":
-            size, reason = None, f"images of {size[0]} x {size[1]} are read quicker at a size nearer to the input's"
+        elif max(size) > MOST_SHRINKING * max(config.size_hw):
+            reason = f"images of {size[0]} x {size[1]} are read quicker at a size nearer to the input's"
+            size = None
     if size is not None:
         try:
             return MemoryPool(part, config, device, size, on_progress, workers.value), Choice(True, reason)

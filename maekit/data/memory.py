@@ -54,6 +54,10 @@ class MemoryPool:
         )
         self.images_NCHW = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(device)
 
+    @property
+    def unreadable(self) -> dict[int, str]:
+        return dict(self.bad)
+
     def train_batches(self, shares: Iterable[tuple[int, Ids]]) -> Iterator[Batch]:
         bad = self.bad
         for epoch, ids in shares:

@@ -96,6 +96,11 @@ class SampleOrder:
 class Pool(Protocol):
     """Images that can be drawn by sample id."""
 
+    @property
+    def unreadable(self) -> dict[int, str]:
+        """Sample ids that were found unreadable so far, with the reason; another image stands in for each."""
+        ...
+
     def train_batches(self, shares: Iterable[tuple[int, Ids]]) -> Iterator[Batch]:
         """A batch for each (epoch, sample ids), with the training crops and flips."""
         ...

@@ -35,6 +35,10 @@ class StreamPool:
         self.heldout_N = sides(len(part), config)
         self.bad: dict[int, str] = {}
 
+    @property
+    def unreadable(self) -> dict[int, str]:
+        return self.bad
+
     def train_batches(self, shares: Iterable[tuple[int, Ids]]) -> Iterator[Batch]:
         told = 0  # what evaluation met is told here too: nobody else listens
         for batch in self._batches([(epoch, int(i)) for i in ids] for epoch, ids in shares):

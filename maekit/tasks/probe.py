@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from rich.console import Console
+from rich.markup import escape
 from torch import Tensor
 
 from maekit.config import PretrainConfig, ProbeConfig, UserError
@@ -38,6 +40,8 @@ from maekit.weights.store import load, random_model
 
 HELDOUT_SHARE = 0.1
 """Share of the training split on which pooling and weight decay are chosen."""
+NAMED = 5
+"""Unreadable images that are named."""
 TEST_SHARE = 0.2
 """Share of the images that become the test split where the data have none."""
 
@@ -46,6 +50,7 @@ TEST_SHARE = 0.2
 class Split:
     """Labelled images of one split: where they are, which of them, their class ids on the device."""
 
+    part: Part
     pool: Pool
     ids: npt.NDArray[np.int64]
     labels: Tensor
@@ -86,21 +91,23 @@ def main(sources: list[str], config: ProbeConfig) -> int:
             candidates.append((f"{name}, random weights", floor))
         for label, encoder in candidates:
             use_fused_attention(encoder, choose_attention(device, precision).value)
-            features = []
+            features, splits = [], []
             for split, what in ((train, "training"), (test, "test")):
                 with (
                     counting(console, f"{label}: features of {what} images") as progress,
                     torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
                 ):
                     kinds = poolings(config, encoder)
-                    features.append(
-                        extract_features(encoder, split.pool, split.ids, config.batch_size, kinds, progress)
-                    )
-            scores.append(measure(label, features[0], train, features[1], test))
+                    found = extract_features(encoder, split.pool, split.ids, config.batch_size, kinds, progress)
+                    features.append(readable(split, found))
+                    splits.append(without_unreadable(split))
+            scores.append(measure(label, features[0], splits[0], features[1], splits[1]))
         if config.baselines and name == sources[-1]:
-            pixels = [{"-": raw_pixels(split, config.batch_size)} for split in (train, test)]
-            scores.append(measure("raw pixels", pixels[0], train, pixels[1], test))
+            pixels = [readable(split, {"-": raw_pixels(split, config.batch_size)}) for split in (train, test)]
+            scores.append(measure("raw pixels", pixels[0], splits[0], pixels[1], splits[1]))
 
+    left_out = say_left_out(console, (train, test))
+    train, test = splits
     count = len(test.ids)
     rows = [
         [s.source, s.pooling, str(s.width), with_interval(s.linear, count), with_interval(s.knn, count)] for s in scores
@@ -110,7 +117,7 @@ def main(sources: list[str], config: ProbeConfig) -> int:
     console.print(make_table(title, ["features", "pooling", "width", "linear probe %", "k-NN %"], rows))
     console.print("[dim]test accuracy, +- 95 % interval; pooling and decay chosen on held-out training images[/dim]")
     folder = card_folder(config, sources[0], data.name)
-    write_card(folder, sources, config, data, train, test, scores, device)
+    write_card(folder, sources, config, data, train, test, scores, left_out, device)
     console.print(f"card: {folder / 'card.json'}")
     return 0
 
@@ -135,7 +142,7 @@ def open_splits(
             )
         ids = ids[part.labels[ids] >= 0]
         pool, _ = open_pool(part, reading, device, choose_workers(None, 1), progress)
-        return Split(pool, ids, torch.from_numpy(part.labels[ids]).to(device))
+        return Split(part, pool, ids, torch.from_numpy(part.labels[ids]).to(device))
 
     test_part = data.test or data.val
     train_ids = np.arange(len(data.train), dtype=np.int64)
@@ -146,6 +153,39 @@ def open_splits(
         train_ids = np.setdiff1d(train_ids, test_ids)
         test = open_split(data.train, test_ids)
     return data, open_split(data.train, train_ids), test
+
+
+def is_readable(split: Split) -> npt.NDArray[np.bool_]:
+    """[S] False where another image stood in for an unreadable one, whose label is not its own."""
+    readable_S: npt.NDArray[np.bool_] = ~np.isin(split.ids, list(split.pool.unreadable))
+    return readable_S
+
+
+def readable(split: Split, features: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The features of readable images; to be asked after they were extracted, when it is known which they are."""
+    kept = torch.from_numpy(is_readable(split))
+    return {kind: rows[kept.to(rows.device)] for kind, rows in features.items()}
+
+
+def without_unreadable(split: Split) -> Split:
+    """The split without its unreadable images."""
+    kept = is_readable(split)
+    return Split(split.part, split.pool, split.ids[kept], split.labels[torch.from_numpy(kept).to(split.labels.device)])
+
+
+def say_left_out(console: Console, splits: Iterable[Split]) -> int:
+    """Name a few of the images that could not be read; returns how many there are."""
+    lines = [
+        f"{split.part.name(index)}: {reason}"
+        for split in splits
+        for index, reason in sorted(split.pool.unreadable.items())
+        if index in set(split.ids.tolist())
+    ]
+    for line in lines[:NAMED]:
+        console.print(f"[yellow]unreadable, left out:[/yellow] {escape(line)}", soft_wrap=True)
+    if len(lines) > NAMED:
+        console.print(f"[yellow]{len(lines)} in all are left out:[/yellow] maekit check-data names them")
+    return len(lines)
 
 
 def poolings(config: ProbeConfig, model: MaskedAutoencoder) -> tuple[Literal["cls", "mean"], ...]:
@@ -224,6 +264,7 @@ def write_card(
     train: Split,
     test: Split,
     scores: list[Score],
+    left_out: int,
     device: torch.device,
 ) -> None:
     """card.json with every number of the table, and config.json with what was asked for."""
@@ -232,6 +273,7 @@ def write_card(
         "fingerprint": data.train.fingerprint,
         "training_images": len(train.ids),
         "test_images": len(test.ids),
+        "unreadable": left_out,
         "most_frequent_class": float(torch.bincount(test.labels).max()) / len(test.labels),
         "scores": [dataclasses.asdict(score) for score in scores],
         "environment": environment(device),

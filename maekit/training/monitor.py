@@ -124,17 +124,25 @@ def online_probe(
     batch_size: int,
 ) -> dict[str, float]:
     """RankMe of the held-out features and, with labels, k-NN and ridge accuracy from training to held-out images."""
-    device = model.mean.device
     heldout = extract_features(model, pool, heldout_ids, batch_size, ("mean",))["mean"]
     found = {"rankme": rankme(heldout)}
     if labels is not None:
         some = lowest_hash(train_ids, PROBE_IMAGES, Purpose.SUBSET)
         train = extract_features(model, pool, some, batch_size, ("mean",))["mean"]
-        train_labels = torch.from_numpy(labels[some]).to(device)
-        heldout_labels = torch.from_numpy(labels[heldout_ids]).to(device)
+        train, train_labels = _labelled(pool, some, train, labels)
+        heldout, heldout_labels = _labelled(pool, heldout_ids, heldout, labels)
         found["knn"] = knn_accuracy(train, train_labels, heldout, heldout_labels)
         found["linear"] = ridge_accuracy(train, train_labels, heldout, heldout_labels)
     return found
+
+
+def _labelled(
+    pool: Pool, ids: npt.NDArray[np.int64], features_SD: Tensor, labels: npt.NDArray[np.int64]
+) -> tuple[Tensor, Tensor]:
+    """Features and labels of the images that could be read and have a label: a stand-in's label is not its own."""
+    kept = ~np.isin(ids, list(pool.unreadable)) & (labels[ids] >= 0)
+    device = features_SD.device
+    return features_SD[torch.from_numpy(kept).to(device)], torch.from_numpy(labels[ids[kept]]).to(device)
 
 
 @dataclass(frozen=True)
