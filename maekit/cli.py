@@ -11,6 +11,7 @@ from typing import NoReturn, TypeVar
 from maekit.config import (
     CheckDataConfig,
     DemoConfig,
+    EmbedConfig,
     PretrainConfig,
     ProbeConfig,
     ReconstructConfig,
@@ -34,6 +35,7 @@ usage: maekit COMMAND ...
   resume RUN                          continue a run exactly where its last checkpoint stands
   probe SRC [SRC ...] --data D        linear probe and k-NN, beside random weights and raw pixels
   reconstruct SRC --image I --out P   draw original | masked | reconstruction | pasted
+  embed SRC --data D --out F          features of every image, to .parquet or .npz
   check-data --data D                 read every image: sizes, labels, and which cannot be read and why
   selftest resume RECIPE              prove here that a stopped run continues bit for bit
 
@@ -157,6 +159,15 @@ def reconstruct(words: list[str]) -> int:
     return task.main(source[0], config)
 
 
+def embed(words: list[str]) -> int:
+    """maekit embed SRC --data D --out F"""
+    source, rest = positional(words, "maekit embed SRC --data D --out F", "a source of weights")
+    config = parse(EmbedConfig, "maekit embed SRC", rest)
+    from maekit.tasks import embed as task
+
+    return task.main(source[0], config)
+
+
 def check_data(words: list[str]) -> int:
     """maekit check-data --data D"""
     config = parse(CheckDataConfig, "maekit check-data", words)
@@ -231,6 +242,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "resume": resume,
     "probe": probe,
     "reconstruct": reconstruct,
+    "embed": embed,
     "check-data": check_data,
     "selftest": selftest,
 }

@@ -16,12 +16,14 @@ from maekit.config.pretraining import (
     ResumeConfig,
     SelftestConfig,
 )
+from maekit.config.transfer import EmbedConfig
 
 __all__ = [
     "MAX_MASK_RATIO",
     "CheckDataConfig",
     "DataConfig",
     "DemoConfig",
+    "EmbedConfig",
     "ModelConfig",
     "PretrainConfig",
     "ProbeConfig",

@@ -1,0 +1,36 @@
+"""Taking features and weights elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(kw_only=True)
+class EmbedConfig:
+    """Write the features of every image to a file, in the order of the data. An interrupted call continues."""
+
+    data: str
+    """Images: a known name, a folder, a Parquet file or folder, or a text file of paths. Labels are taken along."""
+    out: str
+    """File to write, .parquet or .npz. It appears when it is complete; until then the work lies in OUT.partial."""
+    pool: Literal["cls", "mean", "tokens"] = "mean"
+    """cls: the class token; mean: the mean of the patch tokens; tokens: class, registers, then patches row by row."""
+    block: int | None = None
+    """Features after this block, counted from 1. Default: after the last one. The final normalisation belongs to the
+    last block: earlier ones give their output as it is."""
+    part: Literal["train", "val", "test", "all"] = "all"
+    """Which part of the data. all: every part that is there, one after the other."""
+    image_column: str | None = None
+    """Parquet: the column with the images."""
+    label_column: str | None = None
+    """Parquet: the column with the labels."""
+    batch_size: int = 256
+    """Images that are decoded and sent to the device at a time. On a CPU it never changes a bit of the features: the
+    encoder always takes 16 there. On other devices the last bits can depend on it."""
+    workers: int | None = None
+    """Processes that decode images. Default: chosen from the cores. 0: the main process."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the encoder; the file holds float32."""
