@@ -10,6 +10,7 @@ from typing import NoReturn, TypeVar
 
 from maekit.config import (
     CheckDataConfig,
+    ConvertConfig,
     DemoConfig,
     EmbedConfig,
     PretrainConfig,
@@ -36,6 +37,7 @@ usage: maekit COMMAND ...
   probe SRC [SRC ...] --data D        linear probe and k-NN, beside random weights and raw pixels
   reconstruct SRC --image I --out P   draw original | masked | reconstruction | pasted
   embed SRC --data D --out F          features of every image, to .parquet or .npz
+  convert SRC --to T --out DIR        for timm, hf, official, onnx or torch-export; outputs are compared
   check-data --data D                 read every image: sizes, labels, and which cannot be read and why
   selftest resume RECIPE              prove here that a stopped run continues bit for bit
 
@@ -168,6 +170,15 @@ def embed(words: list[str]) -> int:
     return task.main(source[0], config)
 
 
+def convert(words: list[str]) -> int:
+    """maekit convert SRC --to T --out DIR"""
+    source, rest = positional(words, "maekit convert SRC --to T --out DIR", "a source of weights")
+    config = parse(ConvertConfig, "maekit convert SRC", rest)
+    from maekit.tasks import convert as task
+
+    return task.main(source[0], config)
+
+
 def check_data(words: list[str]) -> int:
     """maekit check-data --data D"""
     config = parse(CheckDataConfig, "maekit check-data", words)
@@ -243,6 +254,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "probe": probe,
     "reconstruct": reconstruct,
     "embed": embed,
+    "convert": convert,
     "check-data": check_data,
     "selftest": selftest,
 }

@@ -16,11 +16,12 @@ from maekit.config.pretraining import (
     ResumeConfig,
     SelftestConfig,
 )
-from maekit.config.transfer import EmbedConfig
+from maekit.config.transfer import ConvertConfig, EmbedConfig
 
 __all__ = [
     "MAX_MASK_RATIO",
     "CheckDataConfig",
+    "ConvertConfig",
     "DataConfig",
     "DemoConfig",
     "EmbedConfig",

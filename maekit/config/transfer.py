@@ -34,3 +34,19 @@ class EmbedConfig:
     """auto, cpu, cuda or mps."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the encoder; the file holds float32."""
+
+
+@dataclass(kw_only=True)
+class ConvertConfig:
+    """Write weights for another tool, load them back through that tool, and keep them only where outputs agree."""
+
+    to: Literal["timm", "hf", "official", "onnx", "torch-export"]
+    """timm: a folder for timm.create_model("local-dir:DIR", pretrained=True); hf: a folder for transformers'
+    from_pretrained; official: a .pth as the released MAE weights; onnx, torch-export: the encoder as a graph."""
+    out: str
+    """Folder to write; new or empty."""
+    pool: Literal["cls", "mean", "tokens"] = "mean"
+    """timm, onnx and torch-export: what a call gives. cls: the class token; mean: the mean of the patch tokens;
+    tokens: class, registers, then patches row by row."""
+    decoder: bool = True
+    """hf and official: take the decoder along where there is one. Without it, hf writes a ViTModel, not a ViTMAE."""
