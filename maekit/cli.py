@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from maekit.config import (
+    AttendConfig,
     CheckDataConfig,
     ConvertConfig,
     DemoConfig,
@@ -38,6 +39,7 @@ usage: maekit COMMAND ...
   reconstruct SRC --image I --out P   draw original | masked | reconstruction | pasted
   embed SRC --data D --out F          features of every image, to .parquet or .npz
   convert SRC --to T --out DIR        for timm, hf, official, onnx or torch-export; outputs are compared
+  attend SRC --image I --out P        draw attention maps, and patch features as colours
   check-data --data D                 read every image: sizes, labels, and which cannot be read and why
   selftest resume RECIPE              prove here that a stopped run continues bit for bit
 
@@ -179,6 +181,15 @@ def convert(words: list[str]) -> int:
     return task.main(source[0], config)
 
 
+def attend(words: list[str]) -> int:
+    """maekit attend SRC --image I --out P"""
+    source, rest = positional(words, "maekit attend SRC --image I", "a source of weights")
+    config = parse(AttendConfig, "maekit attend SRC", rest)
+    from maekit.tasks import attend as task
+
+    return task.main(source[0], config)
+
+
 def check_data(words: list[str]) -> int:
     """maekit check-data --data D"""
     config = parse(CheckDataConfig, "maekit check-data", words)
@@ -255,6 +266,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "reconstruct": reconstruct,
     "embed": embed,
     "convert": convert,
+    "attend": attend,
     "check-data": check_data,
     "selftest": selftest,
 }

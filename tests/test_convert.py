@@ -202,6 +202,11 @@ def test_activation_and_eps_are_looked_at() -> None:
     found = " ".join(obstacles(model, "hf", True))
     assert "approximate='tanh'" in found
     assert "eps [1e-06, 1e-05]" in found
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = 1e-5
+    assert any("eps [1e-05]" in line for line in obstacles(model, "hf", True)), "their decoder has the same one"
+    assert not any("eps" in line for line in obstacles(model, "hf", False))
 
 
 def test_a_refusal_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,10 +16,11 @@ from maekit.config.pretraining import (
     ResumeConfig,
     SelftestConfig,
 )
-from maekit.config.transfer import ConvertConfig, EmbedConfig
+from maekit.config.transfer import AttendConfig, ConvertConfig, EmbedConfig
 
 __all__ = [
     "MAX_MASK_RATIO",
+    "AttendConfig",
     "CheckDataConfig",
     "ConvertConfig",
     "DataConfig",

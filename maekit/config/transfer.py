@@ -50,3 +50,17 @@ class ConvertConfig:
     tokens: class, registers, then patches row by row."""
     decoder: bool = True
     """hf and official: take the decoder along where there is one. Without it, hf writes a ViTModel, not a ViTMAE."""
+
+
+@dataclass(kw_only=True)
+class AttendConfig:
+    """Draw attention maps of every head, and the patch features as colours, beside the images."""
+
+    image: tuple[str, ...]
+    """One or more image files: a row for each."""
+    out: str = "maps.png"
+    """PNG to write."""
+    block: int | None = None
+    """Attention of this block, counted from 1. Default: the last one."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
