@@ -56,7 +56,7 @@ def main(source: str, config: AttendConfig) -> int:
     note = (
         f"head: attention of {who} to the patches in block {block} of {depth}; dark is 0, bright its own maximum, "
         "and what is missing to 100 % goes to class and register tokens\nfeatures: the first three principal "
-        "components (red, green, blue) of the patch features, over all images shown; like colours are alike to the model"
+        "components (red, green, blue) of the patch features, over all images shown; like colours mean alike"
     )
     try:
         draw_attention(

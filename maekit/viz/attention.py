@@ -6,6 +6,7 @@ R rank.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ from maekit.viz.panels import render, write_png
 
 FloatArray = npt.NDArray[np.floating[Any]]
 
-TILE_INCH, TITLE_INCH, NOTE_INCH, LABEL_INCH = 1.35, 0.62, 0.62, 0.3
+TILE_INCH, LABEL_INCH, HEADING_INCH, LINE_INCH = 1.35, 0.3, 0.3, 0.14
+LETTERS_PER_INCH = {"title": 11.5, "note": 18.5}
 CLIP_PERCENT = 1.0
 """Share of the patches, at either end of a component, that are shown as its darkest or brightest."""
 _INK, _PALE = "#222222", "#666666"
@@ -40,7 +42,8 @@ def pca_colors(features_IND: FloatArray, grid_hw: tuple[int, int]) -> FloatArray
     """The first three principal components of all patches' features as red, green and blue [I, gh, gw, 3] in 0..1.
 
     The components are those of all images together, so that a colour means the same in every row. Their order is that
-    of their variance; the sign of each is the one that makes its largest loading positive: a decomposition gives any. Where there are fewer than three, the last colours are 0.
+    of their variance; the sign of each is the one that makes its largest loading positive: a decomposition gives any.
+    Where there are fewer than three, the last colours are 0.
     """
     images, patches, width = features_IND.shape
     flat = features_IND.reshape(-1, width).astype(np.float64)
@@ -73,12 +76,13 @@ def draw_attention(
     tall, wide = rows[0].image_HWC.shape[:2]
     tile_w, tile_h = TILE_INCH * max(1.0, wide / tall), TILE_INCH * max(1.0, tall / wide)
     columns = 2 + heads
-    width, height = LABEL_INCH + columns * tile_w, TITLE_INCH + len(rows) * (tile_h + 0.16) + NOTE_INCH
+    width = LABEL_INCH + columns * tile_w
+    titles, notes = _wrapped(title, width, "title"), _wrapped(note, width, "note")
+    top, bottom = HEADING_INCH + 0.2 * len(titles), 0.25 + LINE_INCH * len(notes)
+    height = top + len(rows) * (tile_h + 0.16) + bottom
     with matplotlib.style.context("default"):  # a user's matplotlibrc must not change pictures
         figure = Figure(figsize=(width, height), dpi=128)
-        figure.subplots_adjust(
-            LABEL_INCH / width, NOTE_INCH / height, 0.995, 1 - TITLE_INCH / height, wspace=0.05, hspace=0.14
-        )
+        figure.subplots_adjust(LABEL_INCH / width, bottom / height, 0.995, 1 - top / height, wspace=0.05, hspace=0.14)
         grid = figure.subplots(len(rows), columns, squeeze=False)
         for row, label, line in zip(rows, row_labels, grid, strict=True):
             _show(line[0], _rgb(row.image_HWC))
@@ -90,9 +94,11 @@ def draw_attention(
             line[0].set_ylabel(_short(label), fontsize=7, color=_PALE, parse_math=False)
         for axes, words in zip(grid[0], ("image", "features", *(f"head {k + 1}" for k in range(heads))), strict=True):
             axes.set_title(words, fontsize=8, color=_INK, pad=3)
-        say = {"x": 0.06 / width, "ha": "left", "parse_math": False, "wrap": False}
-        figure.text(y=1 - 0.08 / height, s=title, va="top", fontsize=10, fontweight="bold", color=_INK, **say)
-        figure.text(y=0.05 / height, s=note, va="bottom", fontsize=7, color=_PALE, **say)
+        say = {"x": 0.06 / width, "ha": "left", "parse_math": False}
+        figure.text(
+            y=1 - 0.08 / height, s="\n".join(titles), va="top", fontsize=10, fontweight="bold", color=_INK, **say
+        )
+        figure.text(y=0.05 / height, s="\n".join(notes), va="bottom", fontsize=7, color=_PALE, **say)
         picture = render(figure)
     write_png(picture, path)
 
@@ -113,6 +119,12 @@ def _rgb(image_HWC: FloatArray) -> FloatArray:
         fill = image_HWC if chans == 1 else np.zeros_like(image_HWC)
         image_HWC = np.concatenate([image_HWC, fill, fill], axis=2)
     return np.clip(np.nan_to_num(image_HWC[:, :, :3]), 0.0, 1.0)
+
+
+def _wrapped(text: str, width: float, kind: str) -> list[str]:
+    """Lines that fit a sheet so many inches wide."""
+    room = int(width * LETTERS_PER_INCH[kind])
+    return [piece for line in text.splitlines() for piece in textwrap.wrap(line, room)]
 
 
 def _short(label: str) -> str:
