@@ -16,6 +16,7 @@ from maekit.config import (
     EmbedConfig,
     PretrainConfig,
     ProbeConfig,
+    PushConfig,
     ReconstructConfig,
     ResumeConfig,
     SelftestConfig,
@@ -40,6 +41,7 @@ usage: maekit COMMAND ...
   embed SRC --data D --out F          features of every image, to .parquet or .npz
   convert SRC --to T --out DIR        for timm, hf, official, onnx or torch-export; outputs are compared
   attend SRC --image I --out P        draw attention maps, and patch features as colours
+  push RUN OWNER/NAME                 upload weights to the Hugging Face hub, with a model card
   check-data --data D                 read every image: sizes, labels, and which cannot be read and why
   selftest resume RECIPE              prove here that a stopped run continues bit for bit
 
@@ -190,6 +192,18 @@ def attend(words: list[str]) -> int:
     return task.main(source[0], config)
 
 
+def push(words: list[str]) -> int:
+    """maekit push RUN OWNER/NAME"""
+    usage = "maekit push RUN OWNER/NAME"
+    asked, rest = positional(words, usage, "a run's folder", several=True)
+    if len(asked) != 2 and not {"-h", "--help"} & set(rest):
+        raise UserError(f"a run's folder and a name on the hub are needed: {usage}")
+    config = parse(PushConfig, usage, rest)
+    from maekit.tasks import push as task
+
+    return task.main(asked[0], asked[1], config)
+
+
 def check_data(words: list[str]) -> int:
     """maekit check-data --data D"""
     config = parse(CheckDataConfig, "maekit check-data", words)
@@ -267,6 +281,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "embed": embed,
     "convert": convert,
     "attend": attend,
+    "push": push,
     "check-data": check_data,
     "selftest": selftest,
 }

@@ -16,7 +16,7 @@ from maekit.config.pretraining import (
     ResumeConfig,
     SelftestConfig,
 )
-from maekit.config.transfer import AttendConfig, ConvertConfig, EmbedConfig
+from maekit.config.transfer import AttendConfig, ConvertConfig, EmbedConfig, PushConfig
 
 __all__ = [
     "MAX_MASK_RATIO",
@@ -29,6 +29,7 @@ __all__ = [
     "ModelConfig",
     "PretrainConfig",
     "ProbeConfig",
+    "PushConfig",
     "ReconstructConfig",
     "ResumeConfig",
     "SelftestConfig",

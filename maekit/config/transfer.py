@@ -64,3 +64,18 @@ class AttendConfig:
     """Attention of this block, counted from 1. Default: the last one."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
+
+
+@dataclass(kw_only=True)
+class PushConfig:
+    """Upload a run's weights to the Hugging Face hub, with a card that says what they are. No image is uploaded."""
+
+    private: bool = False
+    """Make a new repository private. One that exists stays as it is."""
+    license: str | None = None
+    """Licence of the weights, such as apache-2.0, where they have none yet. It is written into the weights and the
+    card; weights that came with a licence keep it."""
+    message: str = "Weights from maekit"
+    """What the commit says."""
+    dry_run: bool = False
+    """Print the card and what would be uploaded, and stop."""
