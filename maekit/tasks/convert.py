@@ -200,7 +200,9 @@ def write_hf(folder: Path, out: Path, model: MaskedAutoencoder, with_decoder: bo
     kind(**fields, architectures=[name]).save_pretrained(folder)
     height, width = model.config.size_hw
     ViTImageProcessor(
-        size={"height": height, "width": width},
+        size={"shortest_edge": min(height, width)},  # the centre, as `encode` is given it: no aspect is changed
+        do_center_crop=True,
+        crop_size={"height": height, "width": width},
         resample=3,  # bicubic
         image_mean=list(model.passport.mean),
         image_std=list(model.passport.std),

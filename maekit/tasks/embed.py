@@ -49,7 +49,7 @@ from maekit.weights.store import load
 SLICE = 16
 """Images that the encoder takes at a time on a CPU, where the last bits of a product depend on the number of its rows.
 Rows of a chunk are a multiple of it."""
-CHUNK_ROWS = 4096
+CHUNK_ROWS = 1024
 CHUNK_BYTES = 64 << 20
 """A chunk is what an interruption can cost, and what memory holds."""
 SHOWN = 20
