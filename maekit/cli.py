@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from maekit.config import (
+    AttendConfig,
     CheckDataConfig,
+    ConvertConfig,
     DemoConfig,
+    EmbedConfig,
     PackConfig,
     PlanConfig,
     PretrainConfig,
     ProbeConfig,
+    PushConfig,
     ReconstructConfig,
     ResumeConfig,
     SelftestConfig,
@@ -37,6 +41,10 @@ usage: maekit COMMAND ...
   resume RUN                          continue a run exactly where its last checkpoint stands
   probe SRC [SRC ...] --data D        linear probe and k-NN, beside random weights and raw pixels
   reconstruct SRC --image I --out P   draw original | masked | reconstruction | pasted
+  embed SRC --data D --out F          features of every image, to .parquet or .npz
+  convert SRC --to T --out DIR        for timm, hf, official, onnx or torch-export; outputs are compared
+  attend SRC --image I --out P        draw attention maps, and patch features as colours
+  push RUN OWNER/NAME                 upload weights to the Hugging Face hub, with a model card
   check-data --data D                 read every image: sizes, labels, and which cannot be read and why
   pack --data D --out SHARDS          write the images once, resized, into Parquet shards that load faster
   selftest resume RECIPE              prove here that a stopped run continues bit for bit
@@ -188,6 +196,45 @@ def reconstruct(words: list[str]) -> int:
     return task.main(source[0], config)
 
 
+def embed(words: list[str]) -> int:
+    """maekit embed SRC --data D --out F"""
+    source, rest = positional(words, "maekit embed SRC --data D --out F", "a source of weights")
+    config = parse(EmbedConfig, "maekit embed SRC", rest)
+    from maekit.tasks import embed as task
+
+    return task.main(source[0], config)
+
+
+def convert(words: list[str]) -> int:
+    """maekit convert SRC --to T --out DIR"""
+    source, rest = positional(words, "maekit convert SRC --to T --out DIR", "a source of weights")
+    config = parse(ConvertConfig, "maekit convert SRC", rest)
+    from maekit.tasks import convert as task
+
+    return task.main(source[0], config)
+
+
+def attend(words: list[str]) -> int:
+    """maekit attend SRC --image I --out P"""
+    source, rest = positional(words, "maekit attend SRC --image I", "a source of weights")
+    config = parse(AttendConfig, "maekit attend SRC", rest)
+    from maekit.tasks import attend as task
+
+    return task.main(source[0], config)
+
+
+def push(words: list[str]) -> int:
+    """maekit push RUN OWNER/NAME"""
+    usage = "maekit push RUN OWNER/NAME"
+    asked, rest = positional(words, usage, "a run's folder", several=True)
+    if len(asked) != 2 and not {"-h", "--help"} & set(rest):
+        raise UserError(f"a run's folder and a name on the hub are needed: {usage}")
+    config = parse(PushConfig, usage, rest)
+    from maekit.tasks import push as task
+
+    return task.main(asked[0], asked[1], config)
+
+
 def check_data(words: list[str]) -> int:
     """maekit check-data --data D"""
     config = parse(CheckDataConfig, "maekit check-data", words)
@@ -271,6 +318,10 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "resume": resume,
     "probe": probe,
     "reconstruct": reconstruct,
+    "embed": embed,
+    "convert": convert,
+    "attend": attend,
+    "push": push,
     "check-data": check_data,
     "pack": pack,
     "selftest": selftest,

@@ -17,17 +17,22 @@ from maekit.config.pretraining import (
     ResumeConfig,
     SelftestConfig,
 )
+from maekit.config.transfer import AttendConfig, ConvertConfig, EmbedConfig, PushConfig
 
 __all__ = [
     "MAX_MASK_RATIO",
+    "AttendConfig",
     "CheckDataConfig",
+    "ConvertConfig",
     "DataConfig",
     "DemoConfig",
+    "EmbedConfig",
     "ModelConfig",
     "PackConfig",
     "PlanConfig",
     "PretrainConfig",
     "ProbeConfig",
+    "PushConfig",
     "ReconstructConfig",
     "ResumeConfig",
     "SelftestConfig",

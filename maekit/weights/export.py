@@ -1,0 +1,212 @@
+"""Our weights under the names of other tools: state dict and config in, state dict out; no file is touched here.
+
+Ours: `encoder.` + timm's names, and `decoder.{embed,mask_token,pos_embed,blocks,norm,pred}`. What a target has no
+place for is told by `obstacles`, before anything is mapped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from maekit.config import ModelConfig
+from maekit.models.encoder import EPS, OFFICIAL_MODELS
+from maekit.models.mae import MaskedAutoencoder
+
+Target = Literal["timm", "hf", "official", "onnx", "torch-export"]
+State = dict[str, Tensor]
+
+_BLOCK = r"(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)"
+_PLAIN = re.compile(rf"cls_token|pos_embed|patch_embed\.proj\.(weight|bias)|blocks\.\d+\.{_BLOCK}|norm\.(weight|bias)")
+"""The encoder of the paper, in timm's names: all that the official code and Hugging Face's models have a place for."""
+_MEANING = {"ls1": "layer scale", "ls2": "layer scale", "q_norm": "normalised queries", "k_norm": "normalised keys",
+            "norm_pre": "a normalisation before the blocks", "reg_token": "register tokens"}  # fmt: skip
+_HF_BLOCK = {
+    "norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense",
+}  # fmt: skip
+"""transformers 4.x's names on disk, which 5.x reads too."""
+_HF_QKV = ("query", "key", "value")
+
+
+def has_decoder(model: MaskedAutoencoder) -> bool:
+    """Whether there is a decoder to take along: weights of an encoder alone have none."""
+    return getattr(model, "decoder", None) is not None
+
+
+def tool_class(to: Target, with_decoder: bool) -> str:
+    """What the target's own class or format is called."""
+    return {
+        "timm": "timm's VisionTransformer",
+        "hf": "transformers' ViTMAE" if with_decoder else "transformers' ViTModel",
+        "official": "the official MAE code" if with_decoder else "the official encoder layout",
+        "onnx": "ONNX",
+        "torch-export": "torch.export",
+    }[to]
+
+
+def obstacles(model: MaskedAutoencoder, to: Target, with_decoder: bool) -> list[str]:
+    """Everything in this model that the target cannot express, one reason a line; empty where it can be written."""
+    if to not in ("hf", "official"):
+        return []
+    tool, config = tool_class(to, with_decoder), model.config
+    encoder: Any = model.encoder
+    found = []
+    if not config.class_token:
+        found.append("no class token, and it always has one")
+    if config.reg_tokens:
+        found.append(f"{config.reg_tokens} register tokens, and it has none")
+    if model.grid_hw[0] != model.grid_hw[1]:
+        found.append(f"a grid of {model.grid_hw[0]} x {model.grid_hw[1]} patches, and it takes square images only")
+    if found:  # the names below would only repeat it
+        return [f"{tool} cannot hold this model: {reason}" for reason in found]
+    names = encoder.state_dict().keys()
+    strange = [name for name in names if not _PLAIN.fullmatch(name)]
+    if strange:
+        part = next((word for word in strange[0].split(".") if word in _MEANING), strange[0])
+        found.append(f"{_MEANING.get(part, strange[0])} (`{strange[0]}`), and it has no such parameter")
+    blocks = [f"blocks.{i}.{name}" for i in range(len(encoder.blocks)) for name in
+              ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]  # fmt: skip
+    wanted = [f"{name}.{kind}" for name in (*blocks, "norm", "patch_embed.proj") for kind in ("weight", "bias")]
+    if missing := [name for name in wanted if name not in names]:
+        found.append(f"no `{missing[0]}`, and it always has one")
+    act = encoder.blocks[0].mlp.act
+    if type(act) is not nn.GELU or act.approximate != "none":
+        found.append(f"the activation {act}, and it has the exact GELU only")
+    eps = {module.eps for module in encoder.modules() if isinstance(module, nn.LayerNorm)}
+    if len(eps) > 1 or ((with_decoder or to == "official") and eps != {EPS}):
+        found.append(f"LayerNorm eps {sorted(eps)}, and it has one everywhere, {EPS:g}")
+    if with_decoder:
+        found += _decoder_obstacles(config, to)
+    return [f"{tool} cannot hold this model: {reason}" for reason in found]
+
+
+def _decoder_obstacles(config: ModelConfig, to: Target) -> list[str]:
+    leave = "(--no-decoder writes the encoder alone)"
+    found = []
+    if config.pos_embed == "learned":
+        found.append(f"learned positions, and its own are fixed sine-cosine {leave}")
+    if config.decoder != "self":
+        found.append(f"a {config.decoder!r} decoder, and it has self-attention only {leave}")
+    if config.target not in ("pixels", "norm-pixels"):
+        found.append(f"the target {config.target!r}, and it predicts pixels or normalised pixels {leave}")
+    if to == "official" and config.in_chans != 3:
+        found.append(f"{config.in_chans} channels, and its patches have three {leave}")
+    if to == "official" and config.mlp_ratio != 4:
+        found.append(f"--mlp-ratio {config.mlp_ratio:g}, and it has one for encoder and decoder, 4 there {leave}")
+    return found
+
+
+def to_timm(state: Mapping[str, Tensor], config: ModelConfig) -> State:
+    """The encoder in timm's names; everything that timm can build, it can hold."""
+    return {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
+
+
+def timm_config(config: ModelConfig, mean: tuple[float, ...], std: tuple[float, ...], pool: str) -> dict[str, Any]:
+    """What timm's `local-dir:` and `hf-hub:` read from config.json.
+
+    The pooling is timm's: "avg" is the mean of the normalised patch tokens (`fc_norm` off: timm would otherwise
+    normalise after the mean), "token" the class token, "" none. The resizing is that of `encode`'s centre crops.
+    """
+    size = [config.in_chans, *config.size_hw]
+    return {
+        "architecture": OFFICIAL_MODELS.get(config.model, config.model),
+        "num_classes": 0,
+        "num_features": config.embed_dim,
+        "global_pool": _TIMM_POOL[pool],
+        "model_args": {
+            "img_size": list(config.size_hw), "patch_size": config.patch_size, "in_chans": config.in_chans,
+            "embed_dim": config.embed_dim, "depth": config.depth, "num_heads": config.num_heads,
+            "mlp_ratio": config.mlp_ratio, "class_token": config.class_token, "reg_tokens": config.reg_tokens,
+            "num_classes": 0, "global_pool": _TIMM_POOL[pool], "fc_norm": False,
+        },
+        "pretrained_cfg": {
+            "tag": "mae", "custom_load": False, "input_size": size, "fixed_input_size": True, "num_classes": 0,
+            "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center", "mean": list(mean), "std": list(std),
+            "pool_size": None, "first_conv": "patch_embed.proj", "classifier": "head",
+        },
+    }  # fmt: skip
+
+
+_TIMM_POOL = {"mean": "avg", "cls": "token", "tokens": ""}
+
+
+def to_official(state: Mapping[str, Tensor], config: ModelConfig) -> State:
+    """The names of the released weights: timm's for the encoder, and the decoder's beside them."""
+    renamed = _whole_positions(to_timm(state, config), config)
+    for name, value in state.items():
+        if name.startswith("decoder."):
+            rest = name.removeprefix("decoder.")
+            renamed[rest if rest == "mask_token" else f"decoder_{rest}"] = value
+    return renamed
+
+
+def to_hf(state: Mapping[str, Tensor], config: ModelConfig) -> State:
+    """`ViTMAEForPreTraining` in transformers' names; without a decoder in `state`, `ViTModel`."""
+    encoder = _whole_positions(to_timm(state, config), config)
+    decoder = {name: value for name, value in state.items() if name.startswith("decoder.")}
+    prefix = "vit." if decoder else ""
+    places = {
+        "cls_token": "embeddings.cls_token",
+        "pos_embed": "embeddings.position_embeddings",
+        "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
+        "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
+        "norm.weight": "layernorm.weight",
+        "norm.bias": "layernorm.bias",
+    }
+    found = {f"{prefix}{places[name]}": value for name, value in encoder.items() if name in places}
+    found |= _hf_blocks(encoder, "blocks.", f"{prefix}encoder.layer.")
+    found |= _hf_blocks(decoder, "decoder.blocks.", "decoder.decoder_layers.")
+    for name, value in decoder.items():
+        if not name.startswith("decoder.blocks."):
+            rest = name.removeprefix("decoder.")
+            found[f"decoder.{rest}" if rest == "mask_token" else f"decoder.decoder_{rest}"] = value
+    return found
+
+
+def _hf_blocks(state: Mapping[str, Tensor], ours: str, theirs: str) -> State:
+    """Blocks in transformers' names, queries, keys and values apart: rows 0..D, D..2D and 2D..3D of one weight."""
+    found: State = {}
+    for name, value in state.items():
+        if not name.startswith(ours):
+            continue
+        index, part = name.removeprefix(ours).split(".", 1)
+        part, kind = part.rsplit(".", 1)
+        if part == "attn.qkv":
+            for which, piece in zip(_HF_QKV, value.chunk(3), strict=True):
+                found[f"{theirs}{index}.attention.attention.{which}.{kind}"] = piece.contiguous()
+        else:
+            found[f"{theirs}{index}.{_HF_BLOCK[part]}.{kind}"] = value
+    return found
+
+
+def hf_config(config: ModelConfig, eps: float, with_decoder: bool) -> dict[str, Any]:
+    """The fields of ViTMAEConfig, or of ViTConfig without a decoder; eps is that of the encoder's LayerNorm."""
+    assert config.embed_dim is not None and config.mlp_ratio is not None
+    found: dict[str, Any] = {
+        "hidden_size": config.embed_dim, "num_hidden_layers": config.depth, "num_attention_heads": config.num_heads,
+        "intermediate_size": round(config.embed_dim * config.mlp_ratio), "hidden_act": "gelu", "qkv_bias": True,
+        "layer_norm_eps": eps, "image_size": config.size_hw[0], "patch_size": config.patch_size,
+        "num_channels": config.in_chans,
+    }  # fmt: skip
+    if with_decoder:
+        found |= {
+            "decoder_hidden_size": config.decoder_dim, "decoder_num_hidden_layers": config.decoder_depth,
+            "decoder_num_attention_heads": config.decoder_heads, "decoder_intermediate_size": 4 * config.decoder_dim,
+            "mask_ratio": config.mask_ratio, "norm_pix_loss": config.target == "norm-pixels",
+        }  # fmt: skip
+    return found
+
+
+def _whole_positions(encoder: State, config: ModelConfig) -> State:
+    """With a row for the class token, which some timm models do not give a position: there it is zero."""
+    positions = encoder["pos_embed"]
+    assert config.patch_size is not None
+    patches = (config.size_hw[0] // config.patch_size) * (config.size_hw[1] // config.patch_size)
+    if positions.shape[1] == patches:
+        positions = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
+    return {**encoder, "pos_embed": positions}
