@@ -16,18 +16,21 @@ from maekit.config.pretraining import (
     ResumeConfig,
     SelftestConfig,
 )
+from maekit.config.weights import InfoConfig, SourceConfig
 
 __all__ = [
     "MAX_MASK_RATIO",
     "CheckDataConfig",
     "DataConfig",
     "DemoConfig",
+    "InfoConfig",
     "ModelConfig",
     "PretrainConfig",
     "ProbeConfig",
     "ReconstructConfig",
     "ResumeConfig",
     "SelftestConfig",
+    "SourceConfig",
     "UserError",
     "did_you_mean",
     "flag",
