@@ -11,6 +11,7 @@ from typing import NoReturn, TypeVar
 from maekit.config import (
     CheckDataConfig,
     DemoConfig,
+    InfoConfig,
     PretrainConfig,
     ProbeConfig,
     ReconstructConfig,
@@ -34,10 +35,11 @@ usage: maekit COMMAND ...
   resume RUN                          continue a run exactly where its last checkpoint stands
   probe SRC [SRC ...] --data D        linear probe and k-NN, beside random weights and raw pixels
   reconstruct SRC --image I --out P   draw original | masked | reconstruction | pasted
+  info SRC                            tell what a source of weights is, can do, and what to type next
   check-data --data D                 read every image: sizes, labels, and which cannot be read and why
   selftest resume RECIPE              prove here that a stopped run continues bit for bit
 
-SRC   a run's folder, a maekit .safetensors file, or random:MODEL
+SRC   a run's folder, a weights file or folder of any known layout, timm:NAME, hf:ORG/NAME, or random:MODEL
 D     photos, digits, cifar10, cifar100, a folder of images, a Parquet file or folder, or a text file of paths
 
 maekit COMMAND --help tells every flag; maekit --version; start with: maekit demo
@@ -157,6 +159,15 @@ def reconstruct(words: list[str]) -> int:
     return task.main(source[0], config)
 
 
+def info(words: list[str]) -> int:
+    """maekit info SRC"""
+    source, rest = positional(words, "maekit info SRC", "a source of weights")
+    config = parse(InfoConfig, "maekit info SRC", rest)
+    from maekit.tasks import info as task
+
+    return task.main(source[0], config)
+
+
 def check_data(words: list[str]) -> int:
     """maekit check-data --data D"""
     config = parse(CheckDataConfig, "maekit check-data", words)
@@ -231,6 +242,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "resume": resume,
     "probe": probe,
     "reconstruct": reconstruct,
+    "info": info,
     "check-data": check_data,
     "selftest": selftest,
 }

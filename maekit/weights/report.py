@@ -42,6 +42,14 @@ class KeyReport:
         details += self.notes
         return [counts, *(["; ".join(details)] if details else [])]
 
+    def remarks(self) -> list[str]:
+        """The summary with its source, where something is to be said: nothing for weights that are used as they are."""
+        plain = self.layout in ("maekit", "random") and not (self.resized or self.unused or self.notes)
+        if plain and (self.layout == "random" or not self.missing):
+            return []
+        first, *others = self.summary()
+        return [f"{self.source}: {first}", *others]
+
     def __str__(self) -> str:
         rows = [("source", self.source), ("layout", self.layout), ("loaded", f"{len(self.loaded)} tensors")]
         if self.renamed:

@@ -79,7 +79,9 @@ def adapt(
         return state, passport, [], []
     _check(new)
     assert new.patch_size is not None
-    said, anew, state = [], [], dict(state)
+    said: list[str] = []
+    anew: list[str] = []
+    state = dict(state)
     grid = (new.size_hw[0] // new.patch_size, new.size_hw[1] // new.patch_size)
     if grid != passport.grid:
         for name in TABLES:
@@ -94,8 +96,11 @@ def adapt(
         state[KERNEL] = adapt_channels(state[KERNEL], new.in_chans)
         how = "summed" if new.in_chans == 1 else f"repeated, scaled by {old.in_chans}/{new.in_chans}"
         said.append(f"channels {old.in_chans} -> {new.in_chans} ({how})")
-        changes["mean"] = mean or channel_values(passport.mean, new.in_chans)
-        changes["std"] = std or channel_values(passport.std, new.in_chans)
+        for name, said_values, own in (("mean", mean, passport.mean), ("std", std, passport.std)):
+            is_new = (
+                said_values is not None and len(said_values) == new.in_chans
+            )  # else it spoke of the file's channels
+            changes[name] = said_values if is_new else channel_values(own, new.in_chans)
     if new.patch_size != old.patch_size or new.in_chans != old.in_chans:
         anew = [name for name in PREDICTION if state.pop(name, None) is not None]
     state = {name: value.contiguous() for name, value in state.items()}

@@ -77,8 +77,9 @@ def _own_material(passport: Passport, tensors: dict[str, Any], report: KeyReport
         "--decoder-heads": (given.decoder_heads, model.decoder_heads), "--target": (given.target, model.target),
         "--grid": (given.grid, passport.grid),
     }  # fmt: skip
-    if given.in_chans in (None, model.in_chans):
-        known |= {"--mean": (given.mean, passport.mean), "--std": (given.std, passport.std)}
+    for flag, said_values, own in (("--mean", given.mean, passport.mean), ("--std", given.std, passport.std)):
+        if said_values is not None and (given.in_chans in (None, model.in_chans) or len(said_values) != given.in_chans):
+            known[flag] = (said_values, own)
     wrong = [
         f"{flag} {said}: the passport of {report.source} says {holds}; leave the flag away"
         for flag, (said, holds) in known.items()
