@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -22,7 +23,7 @@ from maekit.models.masking import make_masks
 from maekit.weights import facts
 from maekit.weights.files import Raw
 from maekit.weights.foreign import Hints, Material, identify
-from maekit.weights.sources import gather
+from maekit.weights.sources import _offline_at_once, gather
 from maekit.weights.store import load, require_decoder
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -205,16 +206,35 @@ def test_names_cannot_be_fetched_without_a_network(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("maekit.weights.sources.timm.create_model", offline)
     with pytest.raises(UserError, match=r"cannot be fetched \(network is unreachable\).*HF_HOME"):
         load("timm:vit_tiny_patch16_224.augreg_in21k")
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
+    monkeypatch.setattr("maekit.weights.sources.hf_hub_download", offline)
     with pytest.raises(UserError, match=r"config.json cannot be fetched .*HF_HOME"):
         load("hf:facebook/vit-mae-base")
     with pytest.raises(UserError, match="on the hub: hf:facebook/vit-mae-base"):
         load("facebook/vit-mae-base")
 
 
+def test_a_missing_network_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their client would try for a minute; the switch is put back afterwards."""
+
+    def unknown_host(*_: Any) -> Any:
+        raise OSError("Name or service not known")
+
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    constants: Any = huggingface_hub.constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("maekit.weights.sources.socket.getaddrinfo", unknown_host)
+    with _offline_at_once():
+        assert constants.HF_HUB_OFFLINE
+    assert not constants.HF_HUB_OFFLINE
+    monkeypatch.setattr("maekit.weights.sources.socket.getaddrinfo", lambda *_: [])
+    with _offline_at_once():
+        assert not constants.HF_HUB_OFFLINE
+
+
 def test_a_hub_name_is_a_folder_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = hugging_face(tmp_path)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file: str(tmp_path / file))
+    monkeypatch.setattr("maekit.weights.sources.hf_hub_download", lambda name, file: str(tmp_path / file))
     same_as_hugging_face(load("hf:somebody/vit-mae-tiny"), model)
 
 
@@ -304,6 +324,7 @@ def test_heads_of_the_papers_sizes_are_known_and_no_others() -> None:
     assert found.needs[0].startswith("--num-heads N (or --model NAME)")
     state["pos_embed"] = state["pos_embed"] + 1  # learned positions: any timm model may have them
     assert known(state).report.layout == "timm"
+    assert known(state).passport.model.model == "vit_base_patch16_224"
     assert known(state).needs[0].startswith("--num-heads N")
     assert known(state, "mae_finetuned_vit_base.pth").passport.model.num_heads == 12
     said: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.5,) * 3}

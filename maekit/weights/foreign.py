@@ -180,14 +180,11 @@ def _known(raw: Raw, file_name: str, hints: Hints) -> Hints:
     if released is not None:
         known.what, known.target, known.epochs = released.what, released.target, released.epochs
         known.license, known.data = facts.META_LICENSE, "ImageNet-1k"
-    switch = raw.facts.get("norm_pix_loss")
-    if type(switch) is bool:
-        known.target = "norm-pixels" if switch else "pixels"
-    if type(ratio := raw.facts.get("mask_ratio")) in (int, float):
-        known.mask_ratio = ratio
-    epoch = raw.facts.get("epoch")
-    if type(epoch) is int and 0 <= epoch < 10**7 and not known.epochs:
-        known.epochs = epoch + 1.0
+    if "norm_pix_loss" in raw.facts:
+        known.target = "norm-pixels" if raw.facts["norm_pix_loss"] else "pixels"
+    known.mask_ratio = raw.facts.get("mask_ratio", known.mask_ratio)
+    if 0 <= raw.facts.get("epoch", -1) < 10**7 and not known.epochs:
+        known.epochs = raw.facts["epoch"] + 1.0
     return known
 
 
@@ -208,15 +205,19 @@ def _decoder(
 ) -> bool:
     """Whether there is a decoder that ours can be; its sizes go into the config, else its tensors out of the state."""
     theirs = [name for name in state if name.startswith("decoder.")]
-    reason = layout.no_decoder if any("decoder" in key for key in tensors) else ""
+    named = any("decoder" in key for key in tensors)
+    reason = (layout.no_decoder or "its tensors have names that are not known here") if named else ""
     embed, fc1 = state.get("decoder.embed.weight"), state.get("decoder.blocks.0.mlp.fc1.weight")
-    if theirs and embed is not None and embed.ndim == 2 and fc1 is not None and fc1.ndim == 2 and embed.shape[0]:
+    if any(name.startswith("decoder.blocks.") for name in theirs):
+        if embed is None or embed.ndim != 2 or fc1 is None or fc1.ndim != 2 or not embed.numel():
+            raise UserError(f"{report.source}: decoder.embed or its first MLP is missing, or is no matrix")
         config.decoder_dim, config.decoder_depth = embed.shape[0], _depth(state, "decoder.blocks.")
         if fc1.shape[0] != 4 * config.decoder_dim:
             reason = f"its MLPs are {fc1.shape[0] / config.decoder_dim:g} times as wide as it, ours 4 times"
         elif not given.encoder_only:
             return True
-        reason = reason or "as asked"
+        else:
+            reason = "as asked"
         config.decoder_dim, config.decoder_depth = ModelConfig.decoder_dim, ModelConfig.decoder_depth
     for name in theirs:
         del state[name]

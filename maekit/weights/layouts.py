@@ -121,14 +121,11 @@ class Layout:
 
 
 def _renamed(key: str, table: Mapping[str, str]) -> str | None:
-    """The new name by the longest line that fits, or None."""
+    """The new name by the line that fits (no table has two for one key), or None."""
     if key in table:
         return table[key]
-    starts = [old for old in table if old.endswith(".") and key.startswith(old) and len(key) > len(old)]
-    if not starts:
-        return None
-    old = max(starts, key=len)
-    return table[old] + key[len(old) :]
+    old = next((old for old in table if old.endswith(".") and key.startswith(old)), None)
+    return None if old is None else table[old] + key[len(old) :]
 
 
 def _timm_names(prefix: str = "") -> dict[str, str]:

@@ -6,12 +6,19 @@ built here, so that `maekit info` answers at once.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import os
+import socket
+import urllib.parse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import timm
+from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 
 from maekit.config import SourceConfig, UserError, did_you_mean
@@ -276,7 +283,8 @@ def _from_timm(name: str, given: SourceConfig) -> Material:
     if not timm.is_model_pretrained(name):
         raise UserError(f"timm:{name}: timm has no pretrained weights of this name; {did_you_mean(name, known)}")
     try:
-        model: Any = timm.create_model(name, pretrained=True, num_classes=0)
+        with _offline_at_once():
+            model: Any = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # the hub, the network and the disk raise what they like
         raise UserError(
             f"timm:{name}: cannot be fetched ({one_line(error)[:160]}): without a network, fill Hugging Face's cache "
@@ -292,27 +300,44 @@ def _from_timm(name: str, given: SourceConfig) -> Material:
 
 def _from_hub(name: str) -> Path:
     """The folder in Hugging Face's cache that holds the named model, fetched where it is not there."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    def fetch(file: str, needed: bool = True) -> Path | None:
+    def fetch(file: str) -> Path | None:
         try:
             return Path(hf_hub_download(name, file))
-        except EntryNotFoundError:
-            return None
         except Exception as error:
-            if not needed:
-                return None
+            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+                return None  # the hub has answered: there is no such file
             raise UserError(
                 f"hf:{name}: {file} cannot be fetched ({one_line(error)[:160]}): without a network, fill Hugging "
                 "Face's cache where there is one (HF_HOME), or give a folder with config.json and the weights"
             ) from None
 
-    config = fetch("config.json")
-    fetch("preprocessor_config.json", needed=False)
-    if config is None or (fetch("model.safetensors") or fetch("pytorch_model.bin")) is None:
-        raise UserError(f"hf:{name}: no config.json with model.safetensors or pytorch_model.bin there")
+    with _offline_at_once():
+        config = fetch("config.json")
+        if config is None or (fetch("model.safetensors") or fetch("pytorch_model.bin")) is None:
+            raise UserError(f"hf:{name}: no config.json with model.safetensors or pytorch_model.bin there")
+        with contextlib.suppress(UserError):  # a cache without it: mean and deviation are then asked for
+            fetch("preprocessor_config.json")
     return config.parent
+
+
+@contextlib.contextmanager
+def _offline_at_once() -> Iterator[None]:
+    """Without a network the hub's client tries for a minute before it looks into its cache; this tells it at once."""
+    constants: Any = huggingface_hub.constants
+    before = constants.HF_HUB_OFFLINE
+    proxied = any(name in os.environ for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
+    try:
+        if not (before or proxied):
+            host = urllib.parse.urlsplit(constants.ENDPOINT)
+            try:
+                socket.getaddrinfo(host.hostname, host.port or 443)
+            except OSError:
+                constants.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 __all__ = ["FORMS", "PICKLES", "WEIGHTS_FILE", "check_claims", "gather", "read_header", "read_own", "read_passport"]
