@@ -165,6 +165,10 @@ def test_tensors_that_claim_more_than_the_file_holds(tmp_path: Path) -> None:
         state = files.official_encoder() | {"head.weight": claimed}
         with pytest.raises(UserError, match="more than the file holds"):
             load(files.save_pth(state, tmp_path / "a.pth"), **files.ENCODER_SAID)
+    shared = torch.zeros(1 << 18)
+    state = files.official_encoder() | {f"head.{index}": shared.view(512, 512) for index in range(30)}
+    with pytest.raises(UserError, match="far more than the file holds"):
+        load(files.save_pth(state, tmp_path / "a.pth"), **files.ENCODER_SAID)
     sparse = files.official_encoder() | {"head.weight": torch.eye(3).to_sparse()}
     with pytest.raises(UserError, match="no dense tensor"):
         load(files.save_pth(sparse, tmp_path / "a.pth"), **files.ENCODER_SAID)
@@ -204,3 +208,18 @@ def test_cut_files_are_refused(share: float, tmp_path: Path) -> None:
     (tmp_path / "a.pth").write_bytes(data[: int(len(data) * share)])
     with pytest.raises(UserError, match="looks like a pickle"):
         load(tmp_path / "a.pth", **files.ENCODER_SAID)
+
+
+def test_a_loaded_model_does_not_live_in_the_file(tmp_path: Path) -> None:
+    """The file may be replaced, and tensors that were one there are trained apart."""
+    state = files.official_encoder()
+    state["norm.weight"] = state["blocks.0.norm1.weight"]
+    path = files.save_pth(state, tmp_path / "a.pth")
+    mae = load(path, **files.ENCODER_SAID)
+    before = path.read_bytes()
+    weights = mae.state_dict()
+    weights["encoder.norm.weight"].add_(1)
+    assert not torch.equal(weights["encoder.norm.weight"], weights["encoder.blocks.0.norm1.weight"])
+    assert path.read_bytes() == before
+    path.write_bytes(b"")
+    assert torch.equal(weights["encoder.blocks.0.norm1.weight"], state["norm.weight"])

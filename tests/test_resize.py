@@ -134,6 +134,8 @@ def test_channels_are_summed_or_repeated(channels: int, tmp_path: Path) -> None:
         assert other.passport.mean == tuple(mae.passport.mean[channel % 3] for channel in range(channels))
         given = tuple(0.1 * (1 + channel) for channel in range(channels))
         assert load(path, in_chans=channels, mean=given, std=given).passport.mean == given
+        with pytest.raises(UserError, match="the passport of"):
+            load(path, in_chans=channels, mean=(0.1, 0.2, 0.3))
     assert other.encode(torch.randn(1, channels, 16, 24)).isfinite().all()
 
 

@@ -82,6 +82,9 @@ def read(path: Path) -> Raw:
         raise UserError(f"{path}: no weights in this file")
     for name, value in raw.tensors.items():
         _check_tensor(path, name, value)
+    claimed = sum(value.numel() * value.element_size() for value in raw.tensors.values())
+    if claimed > 4 * path.stat().st_size + (1 << 20):  # tensors may share numbers, but not all of them
+        raise UserError(f"{path}: its tensors claim {claimed:,} bytes, far more than the file holds")
     return raw
 
 

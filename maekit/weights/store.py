@@ -91,6 +91,8 @@ def build(material: Material) -> MaskedAutoencoder:
         model.decoder = _new_decoder(model, passport)
         anew = [name for name in _decoder_names(model) if name not in tensors]
         report.missing = [*anew, *(name for name in report.missing if name not in anew)]
+    if report.layout != "maekit":  # own memory: a foreign file is mapped, and its tensors may share numbers
+        tensors = {name: value.clone() for name, value in tensors.items()}
     model.load_state_dict(tensors, assign=True, strict=False)
     # Buffers are no part of the state: they are in the passport.
     for name, values in (("mean", passport.mean), ("std", passport.std)):
