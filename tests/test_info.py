@@ -178,6 +178,12 @@ def test_reports_are_short_and_name_everything() -> None:
     assert first == "timm layout: 30 tensors loaded, 8 missing, 1 unused"
     assert second == "initial values in decoder.blocks.*.norm1.weight (8); not used: head.weight; a note"
     assert "missing   8: decoder.blocks.*.norm1.weight (8)" in str(report)
+    report.missing = ["decoder.mask_token", "decoder.norm.weight"]
+    report.unused = [f"decoder.blocks.0.{kind}.weight" for kind in range(9)] + [f"head.{i}" for i in "abcd"]
+    report.unused += [f"neck{i}.x" for i in range(3)]
+    assert report.summary()[1].startswith(
+        "the decoder holds initial values; not used: decoder.* (9), head.* (4), neck0.*"
+    )
     many = [f"a{i}.b.c" for i in range(20)]
     assert grouped(many).endswith("and 14 more")
     assert KeyReport("m", "maekit").remarks() == []

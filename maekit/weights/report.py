@@ -37,8 +37,11 @@ class KeyReport:
         ):  # fmt: skip
             counts += f", {number} {word}" if number else ""
         details = [*self.resized]
-        details += [f"initial values in {grouped(self.missing)}"] if self.missing else []
-        details += [f"not used: {grouped(self.unused)}"] if self.unused else []
+        if "decoder.mask_token" in self.missing:
+            details.append("the decoder holds initial values")
+        elif self.missing:
+            details.append(f"initial values in {grouped(self.missing)}")
+        details += [f"not used: {grouped(self.unused, parts=1)}"] if self.unused else []
         details += self.notes
         return [counts, *(["; ".join(details)] if details else [])]
 
@@ -62,8 +65,11 @@ class KeyReport:
         return "\n".join(f"{name:<8}  {text}" for name, text in rows)
 
 
-def grouped(keys: Iterable[str]) -> str:
-    """Key names, those of many blocks as one: `decoder.blocks.*.norm1.weight (8)`; long lists are cut."""
+def grouped(keys: Iterable[str], parts: int = 2) -> str:
+    """Key names, those of many blocks as one: `decoder.blocks.*.norm1.weight (8)`; long lists are cut.
+
+    parts: how many parts of their names are left where there are too many to be named.
+    """
     groups: dict[str, int] = {}
     for key in keys:
         name = re.sub(r"(?<=\.)\d+(?=\.)", "*", key)
@@ -71,7 +77,7 @@ def grouped(keys: Iterable[str]) -> str:
     if len(groups) > _SHOWN:  # then by their beginnings
         shorter: dict[str, int] = {}
         for name, count in groups.items():
-            start = ".".join(name.split(".")[:2]) + (".*" if name.count(".") > 1 else "")
+            start = ".".join(name.split(".")[:parts]) + (".*" if name.count(".") >= parts else "")
             shorter[start] = shorter.get(start, 0) + count
         groups = shorter
     named = [name if count == 1 else f"{name} ({count})" for name, count in groups.items()]
