@@ -39,7 +39,7 @@ usage: maekit COMMAND ...
   check-data --data D                 read every image: sizes, labels, and which cannot be read and why
   selftest resume RECIPE              prove here that a stopped run continues bit for bit
 
-SRC   a run's folder, a weights file or folder of any known layout, timm:NAME, hf:ORG/NAME, or random:MODEL
+SRC   a run's folder, a weights file or folder of any known layout, timm:NAME, hub:OWNER/NAME, or random:MODEL
 D     photos, digits, cifar10, cifar100, a folder of images, a Parquet file or folder, or a text file of paths
 
 maekit COMMAND --help tells every flag; maekit --version; start with: maekit demo

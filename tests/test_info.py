@@ -12,7 +12,7 @@ import pytest
 import torch
 import weight_files as files
 from conftest import tiny_config
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
@@ -198,8 +198,15 @@ CONFIG = {
 STATE = files.hf4(files.official_full())
 
 
+TIMM = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {"mean": [0.5] * 3}, "model_args": {"num_heads": 4}}
+
+
 @settings(max_examples=60, deadline=None, database=None)
-@given(changed(CONFIG), st.one_of(st.none(), values))
+@example(CONFIG | {"layer_norm_eps": 10**400}, [10**400])
+@example(CONFIG | {"image_size": 10**400, "hidden_act": "x" * 20_000}, None)
+@example(TIMM | {"architecture": "x" * 20_000}, None)
+@example(TIMM | {"model_args": {"num_heads": 10**400}, "pretrained_cfg": {"license": "\x1b"}}, None)
+@given(st.one_of(changed(CONFIG), changed(TIMM)), st.one_of(st.none(), values))
 def test_a_config_beside_the_weights_may_say_anything(config: dict[str, Any], beside: Any) -> None:
     """One clear error or a consistent answer; never a traceback."""
     with TemporaryDirectory() as name:

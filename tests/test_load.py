@@ -208,8 +208,8 @@ def test_names_cannot_be_fetched_without_a_network(monkeypatch: pytest.MonkeyPat
         load("timm:vit_tiny_patch16_224.augreg_in21k")
     monkeypatch.setattr("maekit.weights.sources.hf_hub_download", offline)
     with pytest.raises(UserError, match=r"config.json cannot be fetched .*HF_HOME"):
-        load("hf:facebook/vit-mae-base")
-    with pytest.raises(UserError, match="on the hub: hf:facebook/vit-mae-base"):
+        load("hub:facebook/vit-mae-base")
+    with pytest.raises(UserError, match="on the hub: hub:facebook/vit-mae-base"):
         load("facebook/vit-mae-base")
 
 
@@ -235,7 +235,7 @@ def test_a_missing_network_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -
 def test_a_hub_name_is_a_folder_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = hugging_face(tmp_path)
     monkeypatch.setattr("maekit.weights.sources.hf_hub_download", lambda name, file: str(tmp_path / file))
-    same_as_hugging_face(load("hf:somebody/vit-mae-tiny"), model)
+    same_as_hugging_face(load("hub:somebody/vit-mae-tiny"), model)
 
 
 # ---- files of every layout, written by hand ----

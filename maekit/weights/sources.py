@@ -33,7 +33,7 @@ from maekit.weights.resize import adapt
 
 Shapes = dict[str, tuple[int, ...]]
 WEIGHTS_FILE = "model.safetensors"
-FORMS = "a run's folder, a weights file or folder of a known layout, timm:NAME, hf:ORGANISATION/NAME, or random:MODEL"
+FORMS = "a run's folder, a weights file or folder of a known layout, timm:NAME, hub:OWNER/NAME, or random:MODEL"
 
 
 def gather(source: str, given: SourceConfig) -> Material:
@@ -44,8 +44,8 @@ def gather(source: str, given: SourceConfig) -> Material:
     """
     if source.startswith("timm:") and not source.startswith("timm:local-dir:"):
         found = _from_timm(source.removeprefix("timm:"), given)
-    elif source.startswith("hf:"):
-        found = _from_path(_from_hub(source.removeprefix("hf:")), source, given)
+    elif source.startswith("hub:"):
+        found = _from_path(_from_hub(source.removeprefix("hub:")), source, given)
     else:
         name = source.removeprefix("timm:").removeprefix("local-dir:")
         found = _from_path(Path(name).expanduser(), source, given)
@@ -64,7 +64,7 @@ def gather(source: str, given: SourceConfig) -> Material:
 def _from_path(path: Path, source: str, given: SourceConfig) -> Material:
     """A run, a file, or a folder that Hugging Face or timm wrote."""
     if not path.exists():
-        hint = f"; on the hub: hf:{source}" if source.count("/") == 1 and source[0] not in "./~" else ""
+        hint = f"; on the hub: hub:{source}" if source.count("/") == 1 and source[0] not in "./~" else ""
         raise UserError(f"{source}: no such run or file ({FORMS}){hint}")
     file = weights_in(path) if path.is_dir() else path
     if not is_pickle(file):
@@ -201,9 +201,9 @@ def _hints(folder: Path) -> Hints:
     if kind is None:
         return Hints()
     if kind not in ("vit_mae", "vit"):
-        raise UserError(f"{folder}: a Hugging Face model of type {kind!r}; vit_mae and vit are known")
+        raise UserError(f"{folder}: a Hugging Face model of type {short(kind)}; vit_mae and vit are known")
     wrong = [
-        f"{folder}: {name} {values[name]!r} in config.json; only {expected!r} is known here"
+        f"{folder}: {name} {short(values[name])} in config.json; only {expected!r} is known here"
         for name, expected in (("hidden_act", "gelu"), ("qkv_bias", True))
         if values.get(name, expected) != expected
     ]
@@ -229,13 +229,22 @@ def _hints(folder: Path) -> Hints:
     return hints
 
 
+def short(value: Any) -> str:
+    """A stranger's value as it can be printed; numbers of thousands of digits cannot even be formatted."""
+    return ascii(value)[:60] if not isinstance(value, int) or abs(value) < 1 << 63 else "a number beyond 64 bits"
+
+
 def _grid(values: dict[str, Any]) -> tuple[int, int] | None:
     """Patches along height and width by image_size and patch_size, one number or two each."""
     sides = []
     for name, default in (("image_size", 224), ("patch_size", 16)):
         value = values.get(name, default)
         pair = [value, value] if type(value) is int else value
-        if not isinstance(pair, list) or len(pair) != 2 or not all(type(one) is int and one > 0 for one in pair):
+        if (
+            not isinstance(pair, list)
+            or len(pair) != 2
+            or not all(type(one) is int and 0 < one < 1 << 20 for one in pair)
+        ):
             return None
         sides.append(pair)
     return sides[0][0] // sides[1][0], sides[0][1] // sides[1][1]
@@ -244,35 +253,41 @@ def _grid(values: dict[str, Any]) -> tuple[int, int] | None:
 def _whole(values: dict[str, Any], name: str, folder: Path) -> int | None:
     found = values.get(name)
     if found is not None and (type(found) is not int or not 0 < found < 1 << 16):
-        raise UserError(f"{folder}: {name} {str(found)[:40]!r} in config.json is no count")
+        raise UserError(f"{folder}: {name} {short(found)} in config.json is no count")
     return found
 
 
 def _number(values: dict[str, Any], name: str, folder: Path) -> float | None:
     found = values.get(name)
-    if found is not None and (type(found) not in (int, float) or not math.isfinite(found)):
-        raise UserError(f"{folder}: {name} {str(found)[:40]!r} in config.json is no number")
+    if found is not None and (type(found) not in (int, float) or not abs(found) < 1e300):
+        raise UserError(f"{folder}: {name} {short(found)} in config.json is no number")
     return None if found is None else float(found)
 
 
 def _floats(values: Any) -> tuple[float, ...] | None:
     if not isinstance(values, list | tuple) or not 0 < len(values) <= 4096:
         return None
-    return tuple(float(one) for one in values) if all(type(one) in (int, float) for one in values) else None
+    return (
+        tuple(float(one) for one in values)
+        if all(type(one) in (int, float) and abs(one) < 1e300 for one in values)
+        else None
+    )
 
 
 def _timm_hints(architecture: str, pretrained: Any, arguments: Any = None) -> Hints:
     """What timm says of one of its models."""
     name = architecture.split(".")[0]
+    if not architecture.isprintable() or len(architecture) > 200:
+        raise UserError(f"{short(architecture)} in config.json is no name of a model")
     plain_vit(name)
     pretrained = pretrained if isinstance(pretrained, dict) else {}
     arguments = arguments if isinstance(arguments, dict) else {}
-    heads = arguments.get("num_heads")
     license_ = pretrained.get("license")
+    said = isinstance(license_, str) and license_.isprintable() and len(license_) < 200
     return Hints(
-        model=name, num_heads=heads if type(heads) is int else None, mean=_floats(pretrained.get("mean")),
+        model=name, num_heads=_whole(arguments, "num_heads", Path(name)), mean=_floats(pretrained.get("mean")),
         std=_floats(pretrained.get("std")), what=f"timm {architecture}",
-        license=license_ if isinstance(license_, str) and license_.isprintable() else facts.UNKNOWN_LICENSE,
+        license=str(license_) if said else facts.UNKNOWN_LICENSE,
     )  # fmt: skip
 
 
@@ -309,14 +324,14 @@ def _from_hub(name: str) -> Path:
             if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
                 return None  # the hub has answered: there is no such file
             raise UserError(
-                f"hf:{name}: {file} cannot be fetched ({one_line(error)[:160]}): without a network, fill Hugging "
+                f"hub:{name}: {file} cannot be fetched ({one_line(error)[:160]}): without a network, fill Hugging "
                 "Face's cache where there is one (HF_HOME), or give a folder with config.json and the weights"
             ) from None
 
     with _offline_at_once():
         config = fetch("config.json")
         if config is None or (fetch("model.safetensors") or fetch("pytorch_model.bin")) is None:
-            raise UserError(f"hf:{name}: no config.json with model.safetensors or pytorch_model.bin there")
+            raise UserError(f"hub:{name}: no config.json with model.safetensors or pytorch_model.bin there")
         with contextlib.suppress(UserError):  # a cache without it: mean and deviation are then asked for
             fetch("preprocessor_config.json")
     return config.parent

@@ -39,7 +39,7 @@ def load(
     """A masked autoencoder from any source of weights.
 
     source: a run's folder, a maekit .safetensors file, a file or folder of any layout in `maekit.weights.layouts`,
-        `timm:NAME`, `hf:ORGANISATION/NAME`, or `random:MODEL`.
+        `timm:NAME`, `hub:OWNER/NAME`, or `random:MODEL`.
     img_size, patch_size, in_chans: the shape that is wanted; positions and patch embedding are resized.
     The others say what a foreign file does not, and are asked for where it matters (`maekit.config.SourceConfig`).
 
