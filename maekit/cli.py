@@ -14,6 +14,7 @@ from maekit.config import (
     ConvertConfig,
     DemoConfig,
     EmbedConfig,
+    InfoConfig,
     PackConfig,
     PlanConfig,
     PretrainConfig,
@@ -45,11 +46,12 @@ usage: maekit COMMAND ...
   convert SRC --to T --out DIR        for timm, hf, official, onnx or torch-export; outputs are compared
   attend SRC --image I --out P        draw attention maps, and patch features as colours
   push RUN OWNER/NAME                 upload weights to the Hugging Face hub, with a model card
+  info SRC                            tell what a source of weights is, can do, and what to type next
   check-data --data D                 read every image: sizes, labels, and which cannot be read and why
   pack --data D --out SHARDS          write the images once, resized, into Parquet shards that load faster
   selftest resume RECIPE              prove here that a stopped run continues bit for bit
 
-SRC   a run's folder, a maekit .safetensors file, or random:MODEL
+SRC   a run's folder, a weights file or folder of any known layout, timm:NAME, hub:OWNER/NAME, or random:MODEL
 D     photos, digits, cifar10, cifar100, a folder of images, a Parquet file or folder, or a text file of paths
 
 maekit COMMAND --help tells every flag; maekit --version; start with: maekit demo
@@ -196,6 +198,15 @@ def reconstruct(words: list[str]) -> int:
     return task.main(source[0], config)
 
 
+def info(words: list[str]) -> int:
+    """maekit info SRC"""
+    source, rest = positional(words, "maekit info SRC", "a source of weights")
+    config = parse(InfoConfig, "maekit info SRC", rest)
+    from maekit.tasks import info as task
+
+    return task.main(source[0], config)
+
+
 def embed(words: list[str]) -> int:
     """maekit embed SRC --data D --out F"""
     source, rest = positional(words, "maekit embed SRC --data D --out F", "a source of weights")
@@ -322,6 +333,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "convert": convert,
     "attend": attend,
     "push": push,
+    "info": info,
     "check-data": check_data,
     "pack": pack,
     "selftest": selftest,

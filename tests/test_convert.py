@@ -116,7 +116,7 @@ def test_hugging_face_encoder_alone(tmp_path: Path, capsys: pytest.CaptureFixtur
     """Learned positions, which their MAE does not have, their plain ViT has."""
     transformers: Any = pytest.importorskip("transformers")
     weights, ours = save(tmp_path, **{**SQUARE, "pos_embed": "learned"})
-    assert cli.main(["convert", weights, "--to", "hf", "--out", str(tmp_path / "out"), "--no-decoder"]) == 0
+    assert cli.main(["convert", weights, "--to", "hf", "--out", str(tmp_path / "out"), "--encoder-only"]) == 0
     assert "add_pooling_layer=False" in capsys.readouterr().out
     theirs = transformers.ViTModel.from_pretrained(tmp_path / "out", add_pooling_layer=False).eval()
     images = ours.normalize(pixels(ours))
@@ -133,7 +133,7 @@ def test_official(tmp_path: Path, target: str, capsys: pytest.CaptureFixture[str
     assert all(f"same {what}" in said for what in ("tokens", "loss", "predictions"))
     held = torch.load(tmp_path / "out" / "mae_pretrain_full.pth", weights_only=True)
     assert held.keys() == {"model"}
-    assert cli.main(["convert", weights, "--to", "official", "--out", str(tmp_path / "enc"), "--no-decoder"]) == 0
+    assert cli.main(["convert", weights, "--to", "official", "--out", str(tmp_path / "enc"), "--encoder-only"]) == 0
     inner = torch.load(tmp_path / "enc" / "mae_pretrain.pth", weights_only=True)["model"]
     theirs: Any = timm.create_model(
         "vit_base_patch16_224.mae", img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=0,

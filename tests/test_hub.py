@@ -234,7 +234,7 @@ def test_the_cache_serves_without_a_hub(stand_in: Hub, monkeypatch: pytest.Monke
     [
         ("them/nothing", "no such repository, or a private one"),
         ("them/vit@v9", "no such revision"),
-        ("them/empty", "there is no model.safetensors in it"),
+        ("them/empty", "there is no model.safetensors or pytorch_model.bin in it"),
         ("a/b/c", "no name of a repository"),
         ("", "no name of a repository"),
     ],

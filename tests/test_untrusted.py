@@ -109,7 +109,11 @@ def test_no_code_of_ours_can_run_what_a_file_says() -> None:
     """By the source: no pickle, no eval, no torch.load but with weights_only, no unpacking of archives to disk."""
     paths = sorted((ROOT / "maekit").rglob("*.py"))
     assert len(paths) > 30
-    assert {str(path): found for path in paths if (found := unsafe_calls(path.read_text(encoding="utf-8")))} == {}
+    found = {path.name: unsafe_calls(path.read_text(encoding="utf-8")) for path in paths}
+    # The official code reads nothing but torch.save's files: `convert --to official` writes one, of tensors alone.
+    (written,) = found.pop("convert.py")
+    assert written.startswith("torch.save at line")
+    assert {name: calls for name, calls in found.items() if calls} == {}
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from maekit.config.pretraining import (
     SelftestConfig,
 )
 from maekit.config.transfer import AttendConfig, ConvertConfig, EmbedConfig, PushConfig
+from maekit.config.weights import InfoConfig, SourceConfig
 
 __all__ = [
     "MAX_MASK_RATIO",
@@ -27,6 +28,7 @@ __all__ = [
     "DataConfig",
     "DemoConfig",
     "EmbedConfig",
+    "InfoConfig",
     "ModelConfig",
     "PackConfig",
     "PlanConfig",
@@ -36,6 +38,7 @@ __all__ = [
     "ReconstructConfig",
     "ResumeConfig",
     "SelftestConfig",
+    "SourceConfig",
     "UserError",
     "did_you_mean",
     "flag",

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from maekit.config.weights import SourceConfig
+
 
 @dataclass(kw_only=True)
-class ProbeConfig:
+class ProbeConfig(SourceConfig):
     """Measure frozen features by linear probe and k-NN, beside random weights and raw pixels."""
 
     data: str
@@ -33,7 +35,7 @@ class ProbeConfig:
 
 
 @dataclass(kw_only=True)
-class ReconstructConfig:
+class ReconstructConfig(SourceConfig):
     """Draw original, masked image, reconstruction and both pasted together, for any image."""
 
     image: tuple[str, ...]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from maekit.config.weights import SourceConfig
+
 
 @dataclass(kw_only=True)
-class EmbedConfig:
+class EmbedConfig(SourceConfig):
     """Write the features of every image to a file, in the order of the data. An interrupted call continues."""
 
     data: str
@@ -37,7 +39,7 @@ class EmbedConfig:
 
 
 @dataclass(kw_only=True)
-class ConvertConfig:
+class ConvertConfig(SourceConfig):
     """Write weights for another tool, load them back through that tool, and keep them only where outputs agree."""
 
     to: Literal["timm", "hf", "official", "onnx", "torch-export"]
@@ -48,12 +50,10 @@ class ConvertConfig:
     pool: Literal["cls", "mean", "tokens"] = "mean"
     """timm, onnx and torch-export: what a call gives. cls: the class token; mean: the mean of the patch tokens;
     tokens: class, registers, then patches row by row."""
-    decoder: bool = True
-    """hf and official: take the decoder along where there is one. Without it, hf writes a ViTModel, not a ViTMAE."""
 
 
 @dataclass(kw_only=True)
-class AttendConfig:
+class AttendConfig(SourceConfig):
     """Draw attention maps of every head, and the patch features as colours, beside the images."""
 
     image: tuple[str, ...]

@@ -102,6 +102,8 @@ class MaskedAutoencoder(nn.Module):
     std: Tensor
     passport: Any = None
     """Where the weights come from, when they were loaded (`maekit.weights.passport.Passport`)."""
+    key_report: Any = None
+    """What became of each tensor when they were loaded (`maekit.weights.report.KeyReport`)."""
 
     def __init__(self, config: ModelConfig, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()

@@ -26,7 +26,7 @@ from maekit.models.mae import MaskedAutoencoder
 from maekit.runtime import choose_device
 from maekit.terminal import make_console
 from maekit.viz.attention import AttentionRow, draw_attention, pca_colors
-from maekit.weights.store import load
+from maekit.weights.store import load_as
 
 
 def main(source: str, config: AttendConfig) -> int:
@@ -39,7 +39,9 @@ def main(source: str, config: AttendConfig) -> int:
     if Path(config.out).suffix.lower() != ".png":
         raise UserError(f"--out {config.out}: a picture is a PNG file; name one that ends in .png")
     device = choose_device(config.device).value
-    model = load(source, device)
+    model = load_as(source, config, device)
+    for line in model.key_report.remarks():
+        console.print(line, style="dim", markup=False)
     depth = len(model.encoder.blocks)
     block = depth if config.block is None else config.block
     if not 1 <= block <= depth:

@@ -38,7 +38,7 @@ from maekit.weights.readback import (
     read_timm,
     read_torch_export,
 )
-from maekit.weights.store import load
+from maekit.weights.store import load_as
 
 TOLERANCE = 1e-4
 """Largest difference that is let pass: float32 products in another order differ by less."""
@@ -80,8 +80,10 @@ def main(source: str, config: ConvertConfig) -> int:
     console = make_console()
     out = Path(config.out)
     check_out(out, config)
-    model = load(source)
-    with_decoder = config.decoder and has_decoder(model)
+    model = load_as(source, config)
+    for line in model.key_report.remarks():
+        console.print(line, style="dim", markup=False)
+    with_decoder = not config.encoder_only and has_decoder(model)
     problems = obstacles(model, config.to, with_decoder)
     if config.pool == "cls" and not model.encoder.has_class_token:
         problems.append("--pool cls: this encoder has no class token; take --pool mean")

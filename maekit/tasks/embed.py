@@ -44,7 +44,7 @@ from maekit.models.encoder import use_fused_attention
 from maekit.models.mae import MaskedAutoencoder
 from maekit.runtime import choose_attention, choose_device, choose_precision
 from maekit.terminal import counting, make_console
-from maekit.weights.store import load
+from maekit.weights.store import load_as
 
 SLICE = 16
 """Images that the encoder takes at a time on a CPU, where the last bits of a product depend on the number of its rows.
@@ -92,7 +92,10 @@ def main(source: str, config: EmbedConfig) -> int:
     check(config)
     device = choose_device(config.device).value
     precision = choose_precision(config.precision, device).value
-    model = cut(load(source, device), config)
+    model = load_as(source, config, device)
+    for line in model.key_report.remarks():
+        console.print(line, style="dim", markup=False)
+    model = cut(model, config)
     use_fused_attention(model, choose_attention(device, precision).value)
     width = model.encoder.embed_dim
     tokens = model.num_prefix + model.num_patches

@@ -36,7 +36,7 @@ from maekit.runtime import choose_attention, choose_device, choose_precision, en
 from maekit.terminal import counting, make_console, make_table
 from maekit.training.monitor import extract_features
 from maekit.training.probes import best_linear, fit_linear, knn_accuracy
-from maekit.weights.store import load, random_model
+from maekit.weights.store import load_as, random_model
 
 HELDOUT_SHARE = 0.1
 """Share of the training split on which pooling and weight decay are chosen."""
@@ -78,7 +78,10 @@ def main(sources: list[str], config: ProbeConfig) -> int:
     console = make_console()
     device = choose_device(config.device).value
     precision = choose_precision(config.precision, device).value
-    models = [(name, load(name, device)) for name in sources]
+    models = [(name, load_as(name, config, device)) for name in sources]
+    for _, model in models:
+        for line in model.key_report.remarks():
+            console.print(line, style="dim", markup=False)
     check_out(config)
 
     scores: list[Score] = []

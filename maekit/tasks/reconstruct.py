@@ -21,7 +21,7 @@ from maekit.runtime import choose_device
 from maekit.terminal import make_console
 from maekit.training.monitor import reconstruct, statistics_note
 from maekit.viz.panels import compose, draw
-from maekit.weights.store import load
+from maekit.weights.store import load_as, require_decoder
 
 
 def main(source: str, config: ReconstructConfig) -> int:
@@ -41,7 +41,10 @@ def main(source: str, config: ReconstructConfig) -> int:
     if problems:
         raise UserError(*problems)
     device = choose_device(config.device).value
-    model = load(source, device)
+    model = load_as(source, config, device)
+    require_decoder(model, source)
+    for line in model.key_report.remarks():
+        console.print(line, style="dim", markup=False)
     images_BCHW = read_images(config, model).to(device)
     ratio = model.config.mask_ratio if config.mask_ratio is None else config.mask_ratio
     kind = config.mask or model.config.mask

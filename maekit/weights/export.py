@@ -34,8 +34,8 @@ _HF_QKV = ("query", "key", "value")
 
 
 def has_decoder(model: MaskedAutoencoder) -> bool:
-    """Whether there is a decoder to take along: weights of an encoder alone have none."""
-    return getattr(model, "decoder", None) is not None
+    """Whether there is a trained decoder to take along: weights of an encoder alone have none."""
+    return model.passport is None or model.passport.kind != "encoder"
 
 
 def tool_class(to: Target, with_decoder: bool) -> str:
@@ -86,7 +86,7 @@ def obstacles(model: MaskedAutoencoder, to: Target, with_decoder: bool) -> list[
 
 
 def _decoder_obstacles(config: ModelConfig, to: Target) -> list[str]:
-    leave = "(--no-decoder writes the encoder alone)"
+    leave = "(--encoder-only writes the encoder alone)"
     found = []
     if config.pos_embed == "learned":
         found.append(f"learned positions, and its own are fixed sine-cosine {leave}")

@@ -6,15 +6,18 @@ The client's settings hold: HF_ENDPOINT, HF_HOME, HF_TOKEN or `hf auth login`, H
 from __future__ import annotations
 
 import os
+import socket
+import urllib.parse
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from maekit.config import UserError
 
 PREFIX = "hub:"
-WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
+"""Names of weights on the hub, the first that is there; the second is only ever read as weights alone."""
 BESIDE = ("config.json", "preprocessor_config.json")
 """Where they are, they say what foreign weights are."""
 
@@ -22,8 +25,8 @@ BESIDE = ("config.json", "preprocessor_config.json")
 def fetch(name: str) -> Path:
     """The folder, in the hub's cache, with the weights of `owner/name` or `owner/name@revision`.
 
-    `hub:` may stand before it. Only model.safetensors and two JSON files that may explain it are downloaded, nothing
-    that could run code. Without a connection, what the cache holds is taken.
+    `hub:` may stand before it. Only the weights and two JSON files that may explain them are downloaded. Without a
+    connection, what the cache holds is taken.
 
     Raises:
         UserError: no such repository, revision or weights, no right to read it, or no connection.
@@ -35,14 +38,35 @@ def fetch(name: str) -> Path:
     def download(file: str, revision: str | None) -> Path:
         return Path(client.hf_hub_download(repo, file, revision=revision, endpoint=endpoint))
 
-    with _explained(f"{PREFIX}{repo}", f"{WEIGHTS_FILE} in it"):
-        folder = download(WEIGHTS_FILE, revision or None).parent
-    for file in BESIDE:
+    with offline_at_once(), _explained(f"{PREFIX}{repo}", f"{' or '.join(WEIGHTS_FILES)} in it"):
         try:
-            download(file, folder.name)  # of the same commit
-        except client.errors.EntryNotFoundError:
-            continue
+            folder = download(WEIGHTS_FILES[0], revision or None).parent
+        except client.errors.LocalEntryNotFoundError:
+            raise
+        except client.errors.EntryNotFoundError:  # the hub has answered: there is no such file
+            folder = download(WEIGHTS_FILES[1], revision or None).parent
+        for file in BESIDE:
+            with suppress(client.errors.EntryNotFoundError):
+                download(file, folder.name)  # of the same commit
     return folder
+
+
+@contextmanager
+def offline_at_once() -> Iterator[None]:
+    """Without a network the hub's client tries for a minute before it looks into its cache; this tells it at once."""
+    constants: Any = _client().constants
+    before = constants.HF_HUB_OFFLINE
+    proxied = any(name in os.environ for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
+    try:
+        if not (before or proxied):
+            host = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or constants.ENDPOINT)
+            try:
+                socket.getaddrinfo(host.hostname, host.port or 443)
+            except OSError:
+                constants.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def upload(name: str, files: dict[str, Path | bytes], *, private: bool, message: str) -> str:

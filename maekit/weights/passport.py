@@ -38,7 +38,7 @@ class Passport:
     format: int = FORMAT
     """Version of this passport's layout."""
     kind: str = "mae"
-    """mae: encoder and decoder of a pretraining run."""
+    """mae: encoder and decoder; encoder: no decoder, or one that is not trained."""
     eps: float = 1e-6
     """LayerNorm's epsilon."""
     grid: tuple[int, int] = (0, 0)
@@ -55,6 +55,8 @@ class Passport:
     """Recipe that the run was started from."""
     weights_license: str = "unspecified: trained by the owner of the run"
     """Licence of the weights."""
+    origin: str = ""
+    """Layout and name of the foreign file that the weights come from; empty: they were trained here from scratch."""
     versions: dict[str, str] = field(default_factory=dict)
     """Package versions of the run."""
 
@@ -87,11 +89,14 @@ class Passport:
         found = config.problems()
         if not all(math.isfinite(value) for value in (*self.mean, *self.std, self.eps, self.epochs)):
             found.append("a number in it is not finite")
+        if not 0 < self.eps < 1:
+            found.append(f"eps {self.eps:g}: must lie between 0 and 1")
         if not 0 <= self.model.drop_path < 1:
             found.append(f"--drop-path {self.model.drop_path:g}: must lie between 0 and 1")
         if len(self.versions) > _MAX_ENTRIES:
             found.append(f"{len(self.versions)} versions of packages; at most {_MAX_ENTRIES} are read")
-        words = [self.kind, self.data, self.fingerprint, self.recipe, self.weights_license, self.model.model]
+        words = [self.kind, self.data, self.fingerprint, self.recipe, self.weights_license, self.origin]
+        words.append(self.model.model)
         # Control characters would reach the terminal, and halves of a character cannot be printed.
         if not all(word.isprintable() for word in [*words, *self.versions, *self.versions.values()]):
             found.append("a text in it is not printable")
