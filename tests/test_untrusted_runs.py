@@ -1,4 +1,4 @@
-"""A run's folder from a stranger, or one that a disk has damaged: `maekit resume` refuses it in one line, and at once."""
+"""A run's folder from a stranger, or damaged by a disk: `maekit resume` refuses it in one line, and at once."""
 
 from __future__ import annotations
 
