@@ -97,6 +97,17 @@ class PretrainConfig(ModelConfig, DataConfig):
     recipe: tyro.conf.Suppress[str] = "custom"
     """Name of the recipe that the defaults come from; no flag."""
 
+    # ---- what it begins with ----
+    init: str = ""
+    """Weights to begin with, of any source that maekit reads, with a schedule of their own (to go on with a run:
+    maekit resume). Mean and deviation are then theirs. Default: random weights."""
+    init_decoder: bool = True
+    """Take the decoder along where --init has one."""
+    decoder_warmup_epochs: float | None = None
+    """Epochs in which the decoder alone is trained. Default: a twentieth of the run where --init has no decoder."""
+    weights_license: tyro.conf.Suppress[str] = ""
+    """Licence that comes with --init; no flag."""
+
     # ---- augmentation ----
     crop: Literal["random-resized", "resize-crop", "none"] = "random-resized"
     """random-resized: the paper's (bicubic); resize-crop: resize to --resize-to, then a random crop; none: the
@@ -194,7 +205,7 @@ class PretrainConfig(ModelConfig, DataConfig):
         found += [
             f"--{flag(name)} {value:g}: must not be negative"
             for name in ("warmup_epochs", "warmup_steps", "workers", "weight_decay", "min_lr", "drop_path",
-                         "decoder_depth", "reg_tokens", "probe_every", "panel_every", "seed")
+                         "decoder_depth", "reg_tokens", "decoder_warmup_epochs", "probe_every", "panel_every", "seed")
             if (value := getattr(self, name)) is not None and not value >= 0
         ]  # fmt: skip
         found += self._choice_problems() + self._duration_problems() + self._decoder_problems()
@@ -221,6 +232,8 @@ class PretrainConfig(ModelConfig, DataConfig):
                 found.append(f"--{name} has {len(values)} values, but --in-chans is {self.in_chans}")
         if self.std is not None and min(self.std, default=1.0) <= 0:
             found.append(f"--std {spaced(self.std)}: must be above 0")
+        if self.decoder_warmup_epochs and self.epochs is not None and self.decoder_warmup_epochs > self.epochs:
+            found.append(f"--decoder-warmup-epochs {self.decoder_warmup_epochs:g} is longer than the run")
         if self.accum > 0 and self.batch_size % self.accum:
             found.append(f"--batch-size {self.batch_size} is not divisible by --accum {self.accum}")
         if self.crop == "resize-crop" and self.resize_to is not None and self.resize_to < max(self.img_size):

@@ -146,7 +146,7 @@ def main(config: PretrainConfig, resume_from: Path | None = None, again: bool = 
                 lr = position.lr_scale * learning_rate(
                     step, position.total_steps, job.warmup_steps, job.peak_lr, config.min_lr, position.schedule_start
                 )
-                set_learning_rate(job.optimizer, lr)
+                set_learning_rate(job.optimizer, lr, encoder_waits=step < job.decoder_only)
                 epoch = step // job.order.steps_per_epoch
                 loss_of_step = torch.zeros_like(loss_sum)
                 rng = rng_tensors(accelerator.process_index) if config.accum > 1 else {}

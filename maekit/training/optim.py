@@ -16,7 +16,14 @@ TOKENS = ("encoder.cls_token", "encoder.reg_token", "encoder.pos_embed", "decode
 
 def make_optimizer(model: nn.Module, config: PretrainConfig, peak_lr: float) -> torch.optim.AdamW:
     """AdamW (0.9, 0.95) with weight decay on matrices only: none on biases, normalisations and tokens (table 8)."""
-    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=TOKENS)
+    by_decay = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=TOKENS)
+    encoder = {id(parameter) for name, parameter in model.named_parameters() if name.startswith("encoder.")}
+    groups = [
+        {**group, "params": some, "encoder": of_encoder}
+        for group in by_decay
+        for of_encoder in (True, False)
+        if (some := [parameter for parameter in group["params"] if (id(parameter) in encoder) == of_encoder])
+    ]
     fused = all(parameter.device.type in ("cuda", "cpu") for parameter in model.parameters())
     return torch.optim.AdamW(groups, lr=peak_lr, betas=config.betas, fused=fused)
 
@@ -49,10 +56,10 @@ def learning_rate(step: int, total: int, warmup: int, peak: float, lowest: float
     return lowest + (peak - lowest) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group the same rate."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, encoder_waits: bool = False) -> None:
+    """Give every group the same rate, or the encoder's none: no update and no decay, on all processes alike."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = 0.0 if encoder_waits and group["encoder"] else lr
 
 
 def duration_steps(epochs: float | None, steps: int | None, steps_per_epoch: int) -> int:

@@ -29,6 +29,7 @@ from maekit.runtime import (
 )
 from maekit.terminal import counting, print_settings
 from maekit.training import lock
+from maekit.training.initial import load_start, take_over, with_start
 from maekit.training.metrics import MetricsLog
 from maekit.training.optim import duration_steps, make_optimizer, peak_learning_rate
 from maekit.training.run import Job, Position, describe
@@ -50,6 +51,9 @@ def prepare(config: PretrainConfig, resume_from: Path | None, console: Console, 
     order = SampleOrder(train_ids, config.batch_size, config.seed)
     with counting(console, "reading images") as progress:
         pool, choices["in memory"] = open_pool(part, config, accelerator.device, choices["workers"], progress)
+    start = load_start(config) if config.init and resume_from is None else None
+    if start is not None:
+        config = with_start(config, start, order.steps_per_epoch)
     loader_speed = 0.0 if choices["in memory"].value else worker_images_per_second(part, config)
     if config.mean is None or config.std is None:
         with counting(console, "measuring mean and deviation") as progress:
@@ -59,6 +63,8 @@ def prepare(config: PretrainConfig, resume_from: Path | None, console: Console, 
 
     seed_everything(config.seed)
     model = MaskedAutoencoder(config, config.mean, config.std).to(accelerator.device)
+    if start is not None:
+        take_over(model, start, console)
     use_fused_attention(model, choices["attention"].value)
     model.set_grad_checkpointing(config.grad_checkpoint)
     config = settled(config, model, out, choices)
@@ -69,6 +75,7 @@ def prepare(config: PretrainConfig, resume_from: Path | None, console: Console, 
         config=config, out=out, console=console, accelerator=accelerator, data_name=source.name, part=part, pool=pool,
         train_ids=train_ids, heldout_ids=heldout_ids, order=order, model=model,
         optimizer=make_optimizer(model, config, peak_lr), peak_lr=peak_lr, warmup_steps=min(warmup, total),
+        decoder_only=duration_steps(config.decoder_warmup_epochs, None, order.steps_per_epoch),
         position=Position(total, fingerprint=part.fingerprint), metrics=MetricsLog(out / "metrics.jsonl"),
         quarantine=Quarantine(out / "quarantine.jsonl", part, config.max_bad_share), choices=choices,
         loader_speed=loader_speed,

@@ -117,6 +117,8 @@ class Job:
     optimizer: torch.optim.AdamW
     peak_lr: float
     warmup_steps: int
+    decoder_only: int
+    """Steps at the beginning in which the encoder is not trained."""
     position: Position
     metrics: MetricsLog
     quarantine: Quarantine
@@ -164,6 +166,8 @@ def describe(job: Job, peak_reason: str) -> dict[str, str]:
         f"process{'es' if world > 1 else ''} x {config.accum} accumulation step{'s' if config.accum > 1 else ''}"
         + (f", each image under {config.masks_per_image} masks" if config.masks_per_image > 1 else ""),
         "learning rate": f"{peak_reason}, {job.warmup_steps:,} steps of warm-up, then a cosine to {config.min_lr:g}",
+        **({"begins with": config.init} if config.init else {}),
+        **({"decoder alone": f"the first {job.decoder_only:,} steps"} if job.decoder_only else {}),
         "length": f"{total:,} steps = {total / per_epoch:.4g} epochs x {per_epoch:,} steps",
     }
 
