@@ -17,8 +17,7 @@ from maekit.training.optim import make_optimizer
 from maekit.training.step import part_loss
 
 LOSS, GRADIENT, AFTER = 2e-3, 0.03, 0.02
-"""Bounds, relative: of the loss, of all gradients together, of the loss after 30 steps. With 8 bits of mantissa a product
-is off by 0.4 %, and sums of many by less."""
+"""Bounds, relative: of the loss, of all gradients together, of the loss after 30 steps."""
 
 
 def steps(precision: str, count: int, **changes: Any) -> tuple[list[float], torch.Tensor]:
