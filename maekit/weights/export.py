@@ -1,4 +1,4 @@
-"""Our weights under the names of other tools: state dict and config in, state dict out; no file is touched here.
+"""Our weights for other tools: state dict and config in, state dict and their config out; no file is touched here.
 
 Ours: `encoder.` + timm's names, and `decoder.{embed,mask_token,pos_embed,blocks,norm,pred}`. What a target has no
 place for is told by `obstacles`, before anything is mapped.
@@ -16,21 +16,15 @@ from torch import Tensor, nn
 from maekit.config import ModelConfig
 from maekit.models.encoder import EPS, OFFICIAL_MODELS
 from maekit.models.mae import MaskedAutoencoder
+from maekit.weights.layouts import LAYOUTS, State
 
 Target = Literal["timm", "hf", "official", "onnx", "torch-export"]
-State = dict[str, Tensor]
 
 _BLOCK = r"(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)"
 _PLAIN = re.compile(rf"cls_token|pos_embed|patch_embed\.proj\.(weight|bias)|blocks\.\d+\.{_BLOCK}|norm\.(weight|bias)")
 """The encoder of the paper, in timm's names: all that the official code and Hugging Face's models have a place for."""
 _MEANING = {"ls1": "layer scale", "ls2": "layer scale", "q_norm": "normalised queries", "k_norm": "normalised keys",
             "norm_pre": "a normalisation before the blocks", "reg_token": "register tokens"}  # fmt: skip
-_HF_BLOCK = {
-    "norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.output.dense",
-    "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense",
-}  # fmt: skip
-"""transformers 4.x's names on disk, which 5.x reads too."""
-_HF_QKV = ("query", "key", "value")
 
 
 def has_decoder(model: MaskedAutoencoder) -> bool:
@@ -137,51 +131,18 @@ _TIMM_POOL = {"mean": "avg", "cls": "token", "tokens": ""}
 
 def to_official(state: Mapping[str, Tensor], config: ModelConfig) -> State:
     """The names of the released weights: timm's for the encoder, and the decoder's beside them."""
-    renamed = _whole_positions(to_timm(state, config), config)
-    for name, value in state.items():
-        if name.startswith("decoder."):
-            rest = name.removeprefix("decoder.")
-            renamed[rest if rest == "mask_token" else f"decoder_{rest}"] = value
-    return renamed
+    return LAYOUTS["official"].from_maekit(_whole_positions(state, config))
 
 
 def to_hf(state: Mapping[str, Tensor], config: ModelConfig) -> State:
-    """`ViTMAEForPreTraining` in transformers' names; without a decoder in `state`, `ViTModel`."""
-    encoder = _whole_positions(to_timm(state, config), config)
-    decoder = {name: value for name, value in state.items() if name.startswith("decoder.")}
-    prefix = "vit." if decoder else ""
-    places = {
-        "cls_token": "embeddings.cls_token",
-        "pos_embed": "embeddings.position_embeddings",
-        "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
-        "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
-        "norm.weight": "layernorm.weight",
-        "norm.bias": "layernorm.bias",
-    }
-    found = {f"{prefix}{places[name]}": value for name, value in encoder.items() if name in places}
-    found |= _hf_blocks(encoder, "blocks.", f"{prefix}encoder.layer.")
-    found |= _hf_blocks(decoder, "decoder.blocks.", "decoder.decoder_layers.")
-    for name, value in decoder.items():
-        if not name.startswith("decoder.blocks."):
-            rest = name.removeprefix("decoder.")
-            found[f"decoder.{rest}" if rest == "mask_token" else f"decoder.decoder_{rest}"] = value
-    return found
+    """`ViTMAEForPreTraining` in transformers' names; without a decoder in `state`, `ViTModel`.
 
-
-def _hf_blocks(state: Mapping[str, Tensor], ours: str, theirs: str) -> State:
-    """Blocks in transformers' names, queries, keys and values apart: rows 0..D, D..2D and 2D..3D of one weight."""
-    found: State = {}
-    for name, value in state.items():
-        if not name.startswith(ours):
-            continue
-        index, part = name.removeprefix(ours).split(".", 1)
-        part, kind = part.rsplit(".", 1)
-        if part == "attn.qkv":
-            for which, piece in zip(_HF_QKV, value.chunk(3), strict=True):
-                found[f"{theirs}{index}.attention.attention.{which}.{kind}"] = piece.contiguous()
-        else:
-            found[f"{theirs}{index}.{_HF_BLOCK[part]}.{kind}"] = value
-    return found
+    The names of transformers 4, which 5 reads as well.
+    """
+    found = LAYOUTS["hf"].from_maekit(_whole_positions(state, config))
+    if any(name.startswith("decoder.") for name in found):
+        return found
+    return {name.removeprefix("vit."): value for name, value in found.items()}
 
 
 def hf_config(config: ModelConfig, eps: float, with_decoder: bool) -> dict[str, Any]:
@@ -202,11 +163,11 @@ def hf_config(config: ModelConfig, eps: float, with_decoder: bool) -> dict[str, 
     return found
 
 
-def _whole_positions(encoder: State, config: ModelConfig) -> State:
+def _whole_positions(state: Mapping[str, Tensor], config: ModelConfig) -> State:
     """With a row for the class token, which some timm models do not give a position: there it is zero."""
-    positions = encoder["pos_embed"]
+    positions = state["encoder.pos_embed"]
     assert config.patch_size is not None
     patches = (config.size_hw[0] // config.patch_size) * (config.size_hw[1] // config.patch_size)
     if positions.shape[1] == patches:
         positions = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
-    return {**encoder, "pos_embed": positions}
+    return {**state, "encoder.pos_embed": positions}
