@@ -20,9 +20,7 @@ from rich.markup import escape
 
 from maekit.config import PretrainConfig, ResumeConfig, UserError
 from maekit.configfile import read
-from maekit.data.loader import (
-    lowest_hash,
-)
+from maekit.data.loader import lowest_hash
 from maekit.rng import Purpose
 from maekit.runtime import compile_or_eager
 from maekit.stopping import StopRequest
@@ -31,10 +29,7 @@ from maekit.training import lock
 from maekit.training.checkpoint import latest
 from maekit.training.guard import Guard, backward, guarded_update
 from maekit.training.monitor import PANEL_IMAGES, heldout_masks, reconstruct, statistics_note
-from maekit.training.optim import (
-    learning_rate,
-    set_learning_rate,
-)
+from maekit.training.optim import learning_rate, set_learning_rate
 from maekit.training.prepare import prepare
 from maekit.training.run import (
     Job,

@@ -43,6 +43,7 @@ def prepare(config: PretrainConfig, resume_from: Path | None, console: Console, 
     out = check(config, into_new)
     lock.take(out, fresh=into_new)
     choices, accelerator = open_machine(config, out)
+    start = load_start(config) if config.init and resume_from is None else None
     source = open_source(
         config.data, in_chans=config.in_chans, image_column=config.image_column, label_column=config.label_column
     )
@@ -51,7 +52,6 @@ def prepare(config: PretrainConfig, resume_from: Path | None, console: Console, 
     order = SampleOrder(train_ids, config.batch_size, config.seed)
     with counting(console, "reading images") as progress:
         pool, choices["in memory"] = open_pool(part, config, accelerator.device, choices["workers"], progress)
-    start = load_start(config) if config.init and resume_from is None else None
     if start is not None:
         config = with_start(config, start, order.steps_per_epoch)
     loader_speed = 0.0 if choices["in memory"].value else worker_images_per_second(part, config)
