@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -111,7 +112,10 @@ def spoil_loss(patch: pytest.MonkeyPatch, spoil: Callable[[int, torch.Tensor], t
 
 
 def fork(job: Callable[[], int], log: Path, **environment: str) -> int:
-    """Run a job in a child process with its output in a file; returns the child's number."""
+    """Run a job in a child process, its output at the end of a file; returns the child's number.
+
+    The parent must do no large operation before, so that there are no threads which a fork would lose.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
@@ -119,15 +123,19 @@ def fork(job: Callable[[], int], log: Path, **environment: str) -> int:
         return child
     code = 70
     try:
-        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ.update(environment)
+        torch.set_num_threads(1)
         for shared in (AcceleratorState, GradientState, PartialState):
-            shared._shared_state.clear()
+            shared._shared_state.clear()  # the parent may have run a command itself
         try:
             code = job()
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 1
         except BaseException:
             traceback.print_exc()
         sys.stdout.flush()

@@ -27,20 +27,17 @@ from maekit.config import PlanConfig, PretrainConfig, UserError, flag
 from maekit.data.loader import Pool, SampleOrder, open_pool, split_heldout
 from maekit.data.order import MIN_HELDOUT
 from maekit.data.sources import open_source
-from maekit.data.workers import choose_workers
 from maekit.models.encoder import flops_per_image
 from maekit.models.mae import model_problems
 from maekit.runtime import (
     Choice,
-    choose_attention,
-    choose_compile,
     choose_device,
-    choose_precision,
     environment,
 )
 from maekit.terminal import counting, make_console, make_progress, print_settings, short_time
 from maekit.training.capacity import LARGEST_BATCH, RAM_SHARE, check_memory, find_limit, free_bytes, least_accum
 from maekit.training.optim import duration_steps
+from maekit.training.prepare import choose_machine
 from maekit.training.trial import Trial
 from maekit.weights.passport import size_problems
 
@@ -95,15 +92,9 @@ def main(config: PlanConfig, base: PretrainConfig, name: str) -> int:
     if problems:
         raise UserError(*problems)
     console = make_console()
-    device = choose_device(config.device)
-    precision = choose_precision(config.precision, device.value)
-    choices: dict[str, Choice[Any]] = {
-        "device": device,
-        "precision": precision,
-        "attention": choose_attention(device.value, precision.value),
-        "compile": choose_compile(config.compile, device.value),
-        "workers": choose_workers(config.workers, (config.processes or 1) if device.value.type != "cuda" else 1),
-    }
+    on_gpu = choose_device(config.device).value.type == "cuda"
+    choices = choose_machine(config, 1 if on_gpu else config.processes or 1)
+    device, precision = choices["device"], choices["precision"]
     data = open_data(config, choices, console)
     if data.in_memory is not None:
         choices["in memory"] = data.in_memory

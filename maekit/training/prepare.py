@@ -99,18 +99,23 @@ def check(config: PretrainConfig, into_new: bool) -> Path:
     return out
 
 
-def open_machine(config: PretrainConfig, out: Path) -> tuple[dict[str, Choice[Any]], Accelerator]:
-    """Device, precision, kernels and processes, each chosen with its reason."""
+def choose_machine(config: PretrainConfig, local_processes: int) -> dict[str, Choice[Any]]:
+    """Device, precision, kernels and loader processes, each with its reason; so many trainers share the cores."""
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device.value)
-    choices: dict[str, Choice[Any]] = {
+    return {
         "device": device,
         "precision": precision,
         "attention": choose_attention(device.value, precision.value),
         "compile": choose_compile(config.compile, device.value),
-        "workers": choose_workers(config.workers, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
+        "workers": choose_workers(config.workers, local_processes),
     }
-    accelerator = start_accelerator(device.value, config.trackers, out)
+
+
+def open_machine(config: PretrainConfig, out: Path) -> tuple[dict[str, Choice[Any]], Accelerator]:
+    """What was chosen of this machine, and Accelerate's handle on the processes of the run."""
+    choices = choose_machine(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    accelerator = start_accelerator(choices["device"].value, config.trackers, out)
     world = accelerator.num_processes
     check_processes(config.processes, world)
     if config.batch_size % (world * config.accum):

@@ -10,9 +10,7 @@ import json
 import os
 import shutil
 import signal
-import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +19,9 @@ from typing import Any
 import matplotlib  # noqa: F401  imported before the forks, not in each child
 import numpy as np
 import sklearn.datasets  # noqa: F401
-import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_runs import fork
 
 from maekit import cli
 from maekit.models.mae import MaskedAutoencoder
@@ -97,35 +94,6 @@ def hook(record: Path | None, instant: Instant | None) -> None:
 
     MaskedAutoencoder.draw_masks = drawn  # type: ignore[method-assign]
     checkpoint._write_tensors = written  # type: ignore[assignment]
-
-
-def fork(job: Callable[[], int], log: Path) -> int:
-    """Run a job in a child process, its output at the end of a file; returns the child's number."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child:
-        return child
-    code = 70
-    try:
-        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        os.dup2(handle, 1)
-        os.dup2(handle, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        torch.set_num_threads(1)
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._shared_state.clear()  # the parent may have run a command itself
-        try:
-            code = job()
-        except SystemExit as error:
-            code = error.code if isinstance(error.code, int) else 1
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-    finally:
-        os._exit(code)
 
 
 def command(
