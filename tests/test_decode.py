@@ -286,6 +286,5 @@ def test_what_is_said_where_the_loader_is_slow(tmp_path: Path) -> None:
     enough, reason = advice(tmp_path, model=5000.0)
     assert not enough and "--workers" not in reason and "maekit pack" in reason and "--masks-per-image 3" in reason
     assert "--masks-per-image" not in advice(tmp_path, model=5000.0, masks_per_image=4)[1]
-    assert "--in-memory yes" in advice(tmp_path, model=5000.0, fits_in_memory=True)[1]
     assert "--workers 3" in advice(tmp_path, workers=0)[1]
     assert "check-data" in advice(tmp_path, per_worker=0.0)[1]

@@ -48,7 +48,6 @@ def keeps_up(
     workers: int,
     cores: int,
     masks_per_image: int = 1,
-    fits_in_memory: bool = False,
 ) -> Choice[bool]:
     """Whether the loader feeds the model, and where it does not, which flags help.
 
@@ -57,7 +56,6 @@ def keeps_up(
         model: images/s that one training process could take, each image once whatever its masks.
         workers: loader processes of each training process; 0 decodes in the main process, between the steps.
         cores: CPU cores for each training process.
-        fits_in_memory: the images have one size, and so few bytes that --in-memory yes is possible.
     """
     loader = per_worker * max(1, min(workers, cores))
     said = f"loader about {loader:,.0f} images/s, {per_worker:,.0f} in each process; model about {model:,.0f}"
@@ -66,8 +64,6 @@ def keeps_up(
     if not per_worker > 0:
         return Choice(False, "none of the sampled images can be read: maekit check-data tells why")
     helps = []
-    if fits_in_memory:
-        helps.append("--in-memory yes decodes each image once")
     needed = math.ceil(_SPARE * model / per_worker)
     if workers < cores and needed > workers:
         helps.append(f"--workers {min(needed, cores)}")
