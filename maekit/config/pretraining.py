@@ -299,8 +299,6 @@ class PretrainConfig(ModelConfig, DataConfig):
         if set(self.mean or ()) != {0.0} or set(self.std or ()) != {1.0}:
             zeros, ones = (" ".join([value] * max(1, self.in_chans)) for value in "01")
             found.append(f"--decoder flat gives pixels in 0..1: it needs --mean {zeros} --std {ones}")
-        if self.class_token or self.reg_tokens:
-            found.append("--decoder flat takes patch tokens only: give --class-token False --reg-tokens 0")
         return found
 
     def _choice_problems(self) -> list[str]:
