@@ -150,10 +150,8 @@ def test_each_dropout_acts(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None
 class _Broken:
     """A pool in which image 0 cannot be read and image 1 stands in for it."""
 
-    unreadable = {0: "damaged"}
-
     def __init__(self, pool: Any) -> None:
-        self.pool = pool
+        self.pool, self.unreadable = pool, {0: "damaged"}
 
     def train_batches(self, shares: Any) -> Any:
         return self.pool.train_batches((epoch, np.where(ids == 0, 1, ids)) for epoch, ids in shares)

@@ -97,8 +97,8 @@ class ModelConfig:
     have about its inverse."""
     target_cut: int = 2
     """norm-pixels-highpass only: frequencies (row + column of the patch's discrete cosine transform) below this number
-    are left out. 1: the mean of each channel; 2: its slopes as well, which leaves 27 % of the variance of 4-px patches of
-    CIFAR-10."""
+    are left out. 1: the mean of each channel; 2: its slopes as well, which leaves 27 % of the variance of CIFAR-10's
+    patches of 4 px."""
 
     @property
     def size_hw(self) -> tuple[int, int]:

@@ -128,7 +128,7 @@ def undo_target(
 
 
 def undo_spectrum(pred_BMP: Tensor, normal_BMP: Tensor, spectrum_PP: Tensor) -> Tensor:
-    """The normalised patches that a spectral target's prediction stands for; what it leaves out is taken from others."""
+    """The normalised patches that a spectral target's prediction stands for; the rest of them is that of others."""
     matrix = spectrum_PP.double()
     inverse = torch.linalg.pinv(matrix, rtol=1e-5, hermitian=True)
     left_out = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device) - inverse @ matrix

@@ -12,10 +12,7 @@ import re
 
 from maekit.config import PretrainConfig, UserError, did_you_mean
 
-
-_FIELD = re.compile(
-    r"^(Command|Cost|Expected|Source|Deviations): (.*?)(?=^\w+: |\Z)", re.MULTILINE | re.DOTALL
-)
+_FIELD = re.compile(r"^(Command|Cost|Expected|Source|Deviations): (.*?)(?=^\w+: |\Z)", re.MULTILINE | re.DOTALL)
 
 
 def names() -> list[str]:

@@ -6,21 +6,22 @@ Expected: published: 48.16 % by its own linear probe in its TensorFlow repositor
 run here yet.
 Source: keras.io, "Masked image modeling with Autoencoders", and the table in its repository at github.com/ariG23498,
 facts alone, no code. Its probe is in maekit.training.keras_probe.
-Deviations: named here is what the text leaves open, and where this differs from it.
-- Images: the tutorial trains on the first 40,000 rows of CIFAR-10's training split. Row order differs between copies of
-the data (ours is a shuffle), so these are the 40,000 of the lowest hash among those that are not held out.
-- Length: an epoch here is 156 whole batches; the tutorial's has a 157th of 64 images, and its schedule ends after 15,625
-steps instead of 15,600. Warm-up (15 %) and cosine are the same.
+Deviations: what the text leaves open, and where this differs from it.
+- Images: the tutorial trains on the first 40,000 rows of CIFAR-10's training split. The order of rows differs between
+copies of the data (in Parquet copies it is often a shuffle), so these are the 40,000 of the lowest hash among those
+that are not held out.
+- Length: an epoch here is 156 whole batches; the tutorial's has a 157th of 64 images, and its schedule ends after
+15,625 steps instead of 15,600. Warm-up (15 %) and cosine are the same.
 - Crops: Keras's RandomCrop cuts all images of a batch at one place; here every image has its own.
-- Mask token: trained, as the text says and the repository did; in Keras 3 it is a variable that the layer does not track,
-so it keeps its first values. The repository's numbers are the ones to compare with.
-- Weight decay: AdamW's of Keras 3, which the learning rate multiplies, as here; here it leaves out biases, normalisations,
-positions and mask token, which is beyond measuring, as it takes 0.4 % of a weight in the whole run. The repository used
-TensorFlow Addons, where the rate does not multiply it: about --weight-decay 0.04.
+- Mask token: trained, as the text says and the repository did; in Keras 3 the layer does not track it, so it keeps its
+first values. The repository's numbers are the ones to compare with.
+- Weight decay: AdamW's of Keras 3, which the learning rate multiplies, as here; here it leaves out biases,
+normalisations, positions and mask token, which is beyond measuring, as it takes 0.4 % of a weight in the whole run. The
+repository used TensorFlow Addons, where the rate does not multiply it: about --weight-decay 0.04.
 - AdamW's epsilon: 1e-8 here, 1e-7 in Keras.
-- First values: Keras draws projections of attention by the fans of a three-dimensional kernel, within 0.019 for queries,
-keys and values and 0.077 for the output; here Xavier's for the whole matrices, 0.060 and 0.097. Positions: normal of
-deviation 0.02 here, uniform within 0.05 there. The other layers are alike.
+- First values: Keras draws projections of attention by the fans of a three-dimensional kernel, within 0.019 for
+queries, keys and values and 0.077 for the output; here Xavier's for the whole matrices, 0.060 and 0.097. Positions:
+normal of deviation 0.02 here, uniform within 0.05 there. The other layers are alike.
 - Dropout of 0.1 is built in there but off in pretraining, since its training step does not call the layers in training
 mode; so it is not here.
 """

@@ -1,6 +1,6 @@
 """The linear probe of the Keras tutorial on masked image modelling, so that its published numbers can be compared.
 
-    augmented views -> frozen encoder, dropout on -> fixed factor -> mean of the patches -> linear layer, 50 epochs of SGD
+    augmented views -> frozen encoder, dropout on -> fixed factor -> mean of patches -> linear layer, 50 epochs of SGD
 
 Facts from the tutorial's text, no line of its code. What is odd about it belongs to it:
 - its batch normalisation stands before the mean and is frozen at its first statistics (mean 0, variance 1): all that
@@ -8,7 +8,7 @@ Facts from the tutorial's text, no line of its code. What is odd about it belong
 - freezing the encoder does not switch off its dropout of 0.1, in the weights of attention and after both layers of
   every MLP, while the classifier is fitted. It is off when the test split is scored;
 - it fits on random crops (48 px out of 52) and mirrored images, and is scored on the whole image at 48 px.
-The protocol reads every image 50 times through the encoder. Beside it, `maekit probe` tells what the same features hold.
+The protocol runs every image through the encoder 50 times. Beside it, `maekit probe` tells what the features hold.
 
 Shapes: B batch, S samples, D features, K classes.
 """

@@ -15,7 +15,8 @@ _KEY = "maekit"
 
 LIMITS = {
     "img_size": 65_536, "in_chans": 4_096, "patch_size": 4_096, "embed_dim": 65_536, "depth": 1_000, "num_heads": 4_096,
-    "head_dim": 65_536, "target_cut": 8_192, "mlp_ratio": 64, "reg_tokens": 4_096, "decoder_dim": 65_536, "decoder_depth": 1_000, "decoder_heads": 4_096,
+    "head_dim": 65_536, "mlp_ratio": 64, "reg_tokens": 4_096, "decoder_dim": 65_536, "decoder_depth": 1_000,
+    "decoder_heads": 4_096, "target_cut": 8_192,
 }  # fmt: skip
 """Largest values of a model's sizes: ten times the largest model known, and small enough to be refused or built."""
 MAX_PATCHES = 1 << 20
