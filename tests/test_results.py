@@ -1,7 +1,7 @@
 """What is written about results: every command parses, and recipes state the numbers that RESULTS.md has.
 
-RESULTS.md has one table that the recipes' headers are held against: "What the recipes state", with a row for each number.
-In a header, the numbers before "(RESULTS.md" are held against it; those after it, or without it, are of others.
+RESULTS.md has one table that the recipes' headers are held against: "What the recipes state", a row for each number. In
+a header, the numbers before "(RESULTS.md" are held against it; those after it, or without it, are of others.
 In commands, single capitals stand for what is filled in: S a seed, T a tool.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -185,7 +186,7 @@ def test_each_row_of_the_ablation_adds_to_the_one_before(monkeypatch: pytest.Mon
     page = (ROOT / "docs" / "ablation.md").read_text().partition("## Search")[0]
     rows = re.findall(r"^\| (\d) \|.*\| `(maekit pretrain [^`]+) --out runs/ablation-(\d)` \|$", page, re.MULTILINE)
     assert [number for number, _, _ in rows] == [out for _, _, out in rows] == list("1345678")
-    for (_, before, _), (_, after, _) in zip(rows[:-2], rows[1:-1], strict=True):
+    for (_, before, _), (_, after, _) in itertools.pairwise(rows[:-1]):
         assert after.startswith(before)
         assert len(after) > len(before)
     configs = []
