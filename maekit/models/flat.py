@@ -43,12 +43,13 @@ class FlatDecoder(nn.Module):
         dim, size, num = config.decoder_dim, config.patch_size**2 * config.in_chans, grid_hw[0] * grid_hw[1]
         self.embed = nn.Linear(config.embed_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, size))
+        norm: Any = partial(nn.LayerNorm, eps=EPS)
         block: Any = partial(
-            Block, dim, config.decoder_heads, mlp_ratio=FLAT_MLP_RATIO, qkv_bias=True,
-            norm_layer=partial(nn.LayerNorm, eps=EPS), mlp_layer=TwiceActivatedMlp, attn_layer=attention_of_width(dim),
+            Block, dim, config.decoder_heads, mlp_ratio=FLAT_MLP_RATIO, qkv_bias=True, norm_layer=norm,
+            mlp_layer=TwiceActivatedMlp, attn_layer=attention_of_width(dim),
         )  # fmt: skip
         self.blocks = nn.Sequential(*[block() for _ in range(config.decoder_depth)])
-        self.norm = nn.LayerNorm(dim, eps=EPS)
+        self.norm = norm(dim)
         self.pred = nn.Linear(num * dim, num * size)
         self.apply(init_linear)
         nn.init.normal_(self.mask_token)

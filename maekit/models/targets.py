@@ -132,7 +132,8 @@ def undo_spectrum(pred_BMP: Tensor, normal_BMP: Tensor, spectrum_PP: Tensor) -> 
     matrix = spectrum_PP.double()
     inverse = torch.linalg.pinv(matrix, rtol=1e-5, hermitian=True)
     left_out = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device) - inverse @ matrix
-    return pred_BMP @ inverse.to(pred_BMP.dtype) + normal_BMP @ left_out.to(normal_BMP.dtype)
+    whole: Tensor = pred_BMP @ inverse.to(pred_BMP.dtype) + normal_BMP @ left_out.to(normal_BMP.dtype)
+    return whole
 
 
 def fill_grid(values_BVK: Tensor, ids_keep_BV: Tensor, grid_hw: tuple[int, int]) -> Tensor:

@@ -38,8 +38,9 @@ def load_start(config: PretrainConfig) -> MaskedAutoencoder:
     )
     material = gather(config.init, wanted)
     if material.needs:  # what its file does not say is what the run's flags say
+        target = own.target if own.target == "pixels" or own.target == "norm-pixels" else None  # no others' is spectral
         said = dataclasses.replace(
-            wanted, model=own.model, num_heads=own.num_heads, decoder_heads=own.decoder_heads, target=own.target,
+            wanted, model=own.model, num_heads=own.num_heads, decoder_heads=own.decoder_heads, target=target,
             mean=config.mean, std=config.std,
         )  # fmt: skip
         material = gather(config.init, said)

@@ -129,23 +129,24 @@ def frozen_features(model: MaskedAutoencoder, images_BCHW: Tensor) -> Tensor:
 @contextlib.contextmanager
 def live_dropout(model: MaskedAutoencoder, share: float) -> Iterator[None]:
     """Dropout in the encoder, where the tutorial has it: on the weights of attention and after both MLP layers."""
+    blocks: Any = model.encoder.blocks
     layers: list[Any] = []
-    for block in model.encoder.blocks:
+    for block in blocks:
         layers += [block.attn.attn_drop, block.mlp.drop1, block.mlp.drop2]
     before = [(layer.p, layer.training) for layer in layers]
-    modes = [block.attn.training for block in model.encoder.blocks]
+    modes = [block.attn.training for block in blocks]
     try:
         for layer in layers:
             layer.p = share
             layer.train()
-        for block in model.encoder.blocks:
+        for block in blocks:
             block.attn.training = True  # its fused kernel asks the module itself; nothing else in it depends on this
         yield
     finally:
         for layer, (old, training) in zip(layers, before, strict=True):
             layer.p = old
             layer.train(training)
-        for block, mode in zip(model.encoder.blocks, modes, strict=True):
+        for block, mode in zip(blocks, modes, strict=True):
             block.attn.training = mode
 
 
