@@ -30,6 +30,7 @@ class Purpose(IntEnum):
     SUBSET = 7
     TEST_SPLIT = 8
     PREDICT = 9
+    AUGMENT = 10
 
 
 def _mix(values: UInt64s) -> UInt64s:
