@@ -68,12 +68,9 @@ def augment(image_HWC: Pixels, labels_HW: npt.NDArray[Any], plan: AugmentPlan) -
     assert image_HWC.shape[:2] == labels_HW.shape, (image_HWC.shape, labels_HW.shape)
     image = torch.from_numpy(np.ascontiguousarray(image_HWC)).permute(2, 0, 1)
     labels = torch.from_numpy(labels_HW.astype(np.int16))[None]  # Mask [1, H, W]
-    size_hw = _drawn_size(labels_HW.shape, plan)
-    labels = tvf.resize(labels, list(size_hw), InterpolationMode.NEAREST_EXACT)
-    top, left = _draw_corner(labels[0], plan)
-    box = (top, left, min(plan.crop_hw[0], size_hw[0]), min(plan.crop_hw[1], size_hw[1]))
-    image = tvf.crop(tvf.resize(image, list(size_hw), InterpolationMode.BILINEAR, antialias=True), *box)
-    labels = tvf.crop(labels, *box)
+    box, size_hw = _draw_window(labels, plan)
+    image = tvf.resized_crop(image, *box, list(size_hw), InterpolationMode.BILINEAR, antialias=True)
+    labels = tvf.resized_crop(labels, *box, list(size_hw), InterpolationMode.NEAREST_EXACT)
     pair = v2.RandomHorizontalFlip(plan.flip)(tv_tensors.Image(image), tv_tensors.Mask(labels))
     image, labels = pair[0].as_subclass(Tensor), pair[1].as_subclass(Tensor)
     if plan.photometric and image.shape[0] == 3 and _has_colours(image):
@@ -81,27 +78,36 @@ def augment(image_HWC: Pixels, labels_HW: npt.NDArray[Any], plan: AugmentPlan) -
     return _padded(image, plan), _filled(labels, plan.crop_hw, VOID)[0].long()
 
 
-def _drawn_size(shape_hw: tuple[int, ...], plan: AugmentPlan) -> tuple[int, int]:
-    """Height and width after a scale that is drawn."""
+def _draw_window(labels_1HW: Tensor, plan: AugmentPlan) -> tuple[tuple[int, int, int, int], tuple[int, int]]:
+    """The box (top, left, height, width) of the image that is cut out, and height and width to which it is resized.
+
+    Cut before it is resized, as only the crop is ever needed: whole pixels make its scale inexact by half of one.
+    """
+    shape_hw = labels_1HW.shape[1:]
     factor = float(torch.empty(1).uniform_(*plan.scale))
     if plan.short_side is not None:
         short, long = min(shape_hw), max(shape_hw)
         factor *= min(plan.short_side / short, _LONGEST * plan.short_side / long)
-    height, width = (max(1, round(side * factor)) for side in shape_hw)
-    return height, width
+    size_hw, window_hw = [], []
+    for side, crop in zip(shape_hw, plan.crop_hw, strict=True):
+        scaled = max(1, round(side * factor))
+        size_hw.append(min(scaled, crop))
+        window_hw.append(side if scaled <= crop else min(side, max(1, round(crop / factor))))
+    top, left = _draw_corner(labels_1HW[0], window_hw, plan.max_class_share)
+    return (top, left, window_hw[0], window_hw[1]), (size_hw[0], size_hw[1])
 
 
-def _draw_corner(labels_HW: Tensor, plan: AugmentPlan) -> tuple[int, int]:
-    """Top and left of a crop, such that if possible no class fills too much of it."""
-    room_hw = [max(0, side - crop) for side, crop in zip(labels_HW.shape, plan.crop_hw, strict=True)]
+def _draw_corner(labels_HW: Tensor, window_hw: list[int], max_class_share: float) -> tuple[int, int]:
+    """Top and left of a window, such that if possible no class fills too much of it."""
+    room_hw = [side - window for side, window in zip(labels_HW.shape, window_hw, strict=True)]
     top = left = 0
     for _ in range(_DRAWS):
         top, left = (int(torch.randint(room + 1, ())) for room in room_hw)
-        if plan.max_class_share >= 1 or room_hw == [0, 0]:
+        if max_class_share >= 1 or room_hw == [0, 0]:
             break
-        crop = labels_HW[top : top + plan.crop_hw[0], left : left + plan.crop_hw[1]]
-        counts = torch.bincount(crop.flatten().long() - VOID)[1:]  # the first counts void
-        if counts.any() and int(counts.max()) <= plan.max_class_share * int(counts.sum()):
+        inside = labels_HW[top : top + window_hw[0], left : left + window_hw[1]]
+        counts = torch.bincount(inside.flatten().long() - VOID)[1:]  # the first counts void
+        if counts.any() and int(counts.max()) <= max_class_share * int(counts.sum()):
             break
     return top, left
 
