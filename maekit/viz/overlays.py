@@ -30,7 +30,6 @@ from maekit.viz.panels import (
     Words,
     enlargement,
     save_png,
-    write_png,
 )
 
 UInt8s = npt.NDArray[np.uint8]
@@ -43,6 +42,10 @@ WRONG, UNKNOWN = np.array([222, 24, 48], np.uint8), np.array([120, 120, 126], np
 """Colours of pixels that are predicted wrongly, and of void ones, which nobody counts."""
 _DISTINCT = 1024
 """Colours before the palette repeats."""
+_FIRST = np.array([70.0, 125.0, 215.0])
+"""The first class's colour, a blue."""
+_LIGHT_COUNTS = np.array([0.6, 1.0, 1.0])
+"""Lightness counts for less than hue: over an image, bright and dark are the image's."""
 _SWATCH_PX, _LEGEND_LINE_PX, _LEGEND_GAP_PX, _LEGEND_TEXT_PX = 17, 26, 20, 15.0
 _MIN_LEGEND_PX = 480
 _LEGEND_SHOWN = 60
@@ -76,11 +79,11 @@ def _spread(count: int) -> UInt8s:
     grid_N3 = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 3)
     lab_N3 = _oklab(grid_N3)
     light_N, chroma_N = lab_N3[:, 0], np.hypot(lab_N3[:, 1], lab_N3[:, 2])
-    usable_N = (light_N > 0.42) & (light_N < 0.93) & (chroma_N > 0.06) & (chroma_N < 0.18)
-    grid_N3, lab_N3 = grid_N3[usable_N], lab_N3[usable_N]
-    blue = np.array([58.0, 110.0, 200.0])
-    chosen = [int(np.abs(grid_N3 - blue).sum(axis=1).argmin())]
-    far_N = np.full(len(grid_N3), np.inf)
+    usable_N = (light_N > 0.42) & (light_N < 0.93) & (chroma_N > 0.05) & (chroma_N < 0.21)
+    grid_N3, lab_N3 = grid_N3[usable_N], lab_N3[usable_N] * _LIGHT_COUNTS
+    taken_23 = _oklab(np.stack([WRONG, UNKNOWN]).astype(np.float64)) * _LIGHT_COUNTS
+    far_N = ((lab_N3[:, None] - taken_23) ** 2).sum(axis=2).min(axis=1)
+    chosen = [int(np.abs(grid_N3 - _FIRST).sum(axis=1).argmin())]
     while len(chosen) < count:
         far_N = np.minimum(far_N, ((lab_N3 - lab_N3[chosen[-1]]) ** 2).sum(axis=1))
         chosen.append(int(far_N.argmax()))
@@ -179,7 +182,7 @@ def draw_overlays(
         sheet_HW3 = words.render(bottom + MARGIN_PX)
     for top, start, tile in places:
         sheet_HW3[top : top + tile.shape[0], start : start + tile.shape[1]] = tile
-    write_png(sheet_HW3, path)
+    save_png(Image.fromarray(sheet_HW3), path, smallest=False)
 
 
 def _wrong_share(row: OverlayRow) -> float | None:

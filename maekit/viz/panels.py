@@ -165,8 +165,8 @@ def write_png(picture_HW3: npt.NDArray[np.uint8], path: Path) -> None:
     save_png(Image.fromarray(picture_HW3), path)
 
 
-def save_png(image: Image.Image, path: Path) -> None:
-    """Write a Pillow image of any mode, as `write_png` does.
+def save_png(image: Image.Image, path: Path, *, smallest: bool = True) -> None:
+    """Write a Pillow image of any mode, as `write_png` does; the smallest file takes seconds for large photographs.
 
     Raises:
         OSError: the file cannot be written; the temporary file is removed.
@@ -174,7 +174,7 @@ def save_png(image: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # mkstemp would make it unreadable for others
     try:
-        image.save(temporary, format="PNG", optimize=True)
+        image.save(temporary, format="PNG", optimize=smallest)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
