@@ -41,6 +41,8 @@ usage: maekit COMMAND ...
   plan RECIPE --data D                a dry run: speed, memory, batch that fits, time of the whole run
   resume RUN                          continue a run exactly where its last checkpoint stands
   probe SRC [SRC ...] --data D        linear probe and k-NN, beside random weights and raw pixels
+  segment SRC --data D                train semantic segmentation on images with class maps; mIoU
+  segment RUN --predict I --out DIR   class maps and overlays of images of any size
   reconstruct SRC --image I --out P   draw original | masked | reconstruction | pasted
   embed SRC --data D --out F          features of every image, to .parquet or .npz
   convert SRC --to T --out DIR        for timm, hf, official, onnx or torch-export; outputs are compared
@@ -189,6 +191,21 @@ def probe(words: list[str]) -> int:
     return task.main(sources, config)
 
 
+def segment(words: list[str]) -> int:
+    """maekit segment SRC --data D, or RUN --predict IMAGES --out DIR, or RUN --eval"""
+    from maekit.config import segmentation as configs
+
+    source, rest = positional(words, "maekit segment SRC --data D", "a source of weights")
+    base = configs.preset(configs.preset_of(rest))
+    config = parse(configs.SegmentConfig, "maekit segment SRC", rest, base)
+    config.source = source[0]
+    if config.warmup_steps == base.warmup_steps and config.steps < base.steps:
+        config.warmup_steps = int(base.warmup_steps / base.steps * config.steps)  # the preset's share
+    from maekit.tasks import segment as task
+
+    return task.main(config)
+
+
 def reconstruct(words: list[str]) -> int:
     """maekit reconstruct SRC --image I --out P"""
     source, rest = positional(words, "maekit reconstruct SRC --image I", "a source of weights")
@@ -328,6 +345,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": plan,
     "resume": resume,
     "probe": probe,
+    "segment": segment,
     "reconstruct": reconstruct,
     "embed": embed,
     "convert": convert,

@@ -109,18 +109,19 @@ class UperNet(nn.Module):
     """UperNet (arXiv 1807.10221) on four blocks of a vision transformer, as in the MAE paper's transfer to ADE20K.
 
     Pyramid pooling on the coarsest level, a top-down feature pyramid, all levels resized to the finest one and fused.
-    Cost at width W on a finest grid of n places: about 45 n W^2 multiply-adds, of which 36 are the fusing convolution's.
+    Cost at width W on a finest grid of n places: about 50 n W^2 multiply-adds, of which 36 are the fusing convolution's.
+    With a kernel of 1 these are 1.3: it commutes with the resizing, so each level is mixed on its own grid.
     """
 
     levels = 4
 
-    def __init__(self, embed_dim: int, num_classes: int, width: int) -> None:
+    def __init__(self, embed_dim: int, num_classes: int, width: int, fuse_kernel: int = 3) -> None:
         super().__init__()
         self.pyramid = FeaturePyramid(embed_dim)
         self.laterals = nn.ModuleList(conv_norm(embed_dim, width, 1) for _ in range(3))
         self.pooling = PyramidPooling(embed_dim, width)
         self.smooth = nn.ModuleList(conv_norm(width, width, 3) for _ in range(3))
-        self.fuse = conv_norm(4 * width, width, 3)
+        self.fuse = conv_norm(4 * width, width, fuse_kernel)
         self.apply(init_head)
         self.classifier = Classifier(width, num_classes)
 
@@ -133,9 +134,20 @@ class UperNet(nn.Module):
             merged[index] = merged[index] + resized(merged[index + 1], merged[index].shape[2:])
         for index, smooth in enumerate(self.smooth):
             merged[index] = smooth(merged[index])
-        finest = merged[0].shape[2:]
-        scores: Tensor = self.classifier(self.fuse(torch.cat([resized(level, finest) for level in merged], dim=1)))
+        scores: Tensor = self.classifier(self._fused(merged))
         return scores
+
+    def _fused(self, levels: Sequence[Tensor]) -> Tensor:
+        """[B, W, 4h, 4w] from the levels [B, W, ...], finest first."""
+        finest = levels[0].shape[2:]
+        convolution, norm, relu = self.fuse
+        if convolution.kernel_size != (1, 1):
+            fused: Tensor = self.fuse(torch.cat([resized(level, finest) for level in levels], dim=1))
+            return fused
+        weights = convolution.weight.chunk(len(levels), dim=1)
+        mixed = [resized(F.conv2d(level, weight), finest) for level, weight in zip(levels, weights, strict=True)]
+        fused = relu(norm(torch.stack(mixed).sum(dim=0)))
+        return fused
 
 
 class LightFPN(nn.Module):

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers.drop import DropPath
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -59,9 +58,10 @@ class Segmenter(nn.Module):
         self.head: nn.Module
         if head.kind == "linear":
             self.head = LinearHead(dim, num_classes)
+        elif head.kind == "upernet":
+            self.head = UperNet(dim, num_classes, head.width, head.fuse_kernel)
         else:
-            kind = UperNet if head.kind == "upernet" else LightFPN
-            self.head = kind(dim, num_classes, head.width)
+            self.head = LightFPN(dim, num_classes, head.width)
         self.auxiliary = AuxiliaryHead(dim, num_classes, head.width) if head.auxiliary else None
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
@@ -173,15 +173,6 @@ def chosen_blocks(head: HeadConfig, depth: int) -> tuple[int, ...]:
     if list(head.blocks) != sorted(head.blocks) or not all(1 <= block <= depth for block in head.blocks):
         raise UserError(f"--blocks {given}: give ascending numbers from 1 to {depth}, the blocks of this encoder")
     return tuple(block - 1 for block in head.blocks)
-
-
-def set_drop_path(encoder: VisionTransformer, rate: float) -> None:
-    """Stochastic depth that grows linearly from 0 in the first block to `rate` in the last (timm's rule)."""
-    blocks: Any = encoder.blocks
-    for index, block in enumerate(blocks):
-        share = rate * index / max(1, len(blocks) - 1)
-        for name in ("drop_path1", "drop_path2"):
-            setattr(block, name, DropPath(share) if share else nn.Identity())
 
 
 def pixel_loss(
