@@ -11,7 +11,7 @@ from PIL import Image
 
 from maekit.data.annotations import VOID, Numbering, read_values
 from maekit.data.pairs import open_pairs
-from maekit.viz import overlays
+from maekit.viz import overlays, panels
 from maekit.viz.overlays import INK_SHARE, UNKNOWN, WRONG, OverlayRow, draw_overlays, palette, save_index_png
 from tests.conftest import shared_data
 
@@ -108,13 +108,13 @@ def count(sheet: np.ndarray[Any, Any], colour: Any) -> int:
 def words(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every line that is written."""
     seen: list[str] = []
-    put = overlays.Words._put
+    put = panels.Words._put
 
     def watch(self: Any, text: str, *args: Any, **style: Any) -> None:
         seen.append(text)
         put(self, text, *args, **style)
 
-    monkeypatch.setattr(overlays.Words, "_put", watch)
+    monkeypatch.setattr(panels.Words, "_put", watch)
     return seen
 
 
@@ -170,7 +170,7 @@ def test_many_classes_and_long_names_fit(tmp_path: Path, words: list[str]) -> No
     draw_overlays([(np.zeros((100, 150, 3)), labels, labels)], tmp_path / "o.png", names, "t" * 300)
     assert "... 90 more" in words
     sheet = pixels(tmp_path / "o.png")
-    assert (sheet[:, -overlays.MARGIN_PX // 2 :] == 255).all(), "something runs over the margin"
+    assert (sheet[:, -panels.MARGIN_PX // 2 :] == 255).all(), "something runs over the margin"
 
 
 @pytest.mark.parametrize("rows", [[], [(np.zeros((4, 5, 3)), np.zeros((4, 4), int), np.zeros((4, 5), int))]])

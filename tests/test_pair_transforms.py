@@ -18,6 +18,7 @@ from maekit.data import pair_transforms
 from maekit.data.annotations import VOID
 from maekit.data.pair_transforms import AugmentPlan, PairBatch, augment, pad_to_multiple, train_batches, whole_pairs
 from maekit.data.pairs import PairPart, open_pairs
+from maekit.rng import Purpose, random_bits
 from tests.conftest import shared_data
 
 PLAN = AugmentPlan((24, 32))
@@ -251,7 +252,7 @@ def test_an_unreadable_image_gives_its_slot_to_the_next(part: PairPart, workers:
     assert not torch.equal(chosen[0].images[1], found[0].images[1])
     image, labels = part.read(9)
     with torch.random.fork_rng(devices=[]):
-        bits = pair_transforms.random_bits([5], 1, seed=9, purpose=pair_transforms.Purpose.AUGMENT, epoch=0)
+        bits = random_bits([5], 1, seed=9, purpose=Purpose.AUGMENT, epoch=0)
         torch.manual_seed(int(bits[0, 0]) >> 1)
         assert torch.equal(chosen[0].images[1], augment(image, labels, PLAN)[0])
 

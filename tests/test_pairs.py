@@ -205,7 +205,7 @@ def test_parquet(tmp_path: Path, columns: tuple[str, str]) -> None:
     masks += table(tmp_path / "data" / "train-00001-of-00002.parquet", 1, *columns)
     held = table(tmp_path / "data" / "validation-00000-of-00001.parquet", 2, *columns)
     (tmp_path / "classes.txt").write_text("a\nb\nc")
-    asked = {"image_column": "label", "annotation_column": "pixels"} if columns[0] == "label" else {}
+    asked: dict[str, Any] = {"image_column": "label", "annotation_column": "pixels"} if columns[0] == "label" else {}
     pairs = open_pairs(str(tmp_path), **asked)
     assert (len(pairs.train), len(pairs.val or [])) == (3, 2)
     for index, mask in enumerate(masks):
@@ -234,7 +234,7 @@ def test_an_annotation_column_before_the_images_is_known_by_its_name(tmp_path: P
         ({"annotation_column": "number"}, "not encoded images"),
     ],
 )
-def test_parquet_columns_that_do_not_fit(tmp_path: Path, options: dict[str, str], words: str) -> None:
+def test_parquet_columns_that_do_not_fit(tmp_path: Path, options: dict[str, Any], words: str) -> None:
     table(tmp_path / "x.parquet", 1)
     stored = pq.read_table(tmp_path / "x.parquet")
     pq.write_table(stored.append_column("number", pa.array([1])), tmp_path / "x.parquet")
@@ -403,6 +403,11 @@ def rename(root: Path, old: str, new: str) -> None:
     (root / old).rename(root / new)
 
 
+def rename_all(folder: Path, end: str) -> None:
+    for path in list(folder.iterdir()):
+        path.rename(path.with_name(f"{path.stem}{end}{path.suffix}"))
+
+
 @pytest.mark.parametrize(
     ("change", "options", "words"),
     [
@@ -413,9 +418,7 @@ def rename(root: Path, old: str, new: str) -> None:
         ),
         (lambda r: (r / "annotations/training/1.png").unlink(), {}, "such as images/training/1.jpg"),
         (
-            lambda r: [
-                rename(r, f"annotations/training/{i}.png", f"annotations/training/{i}_seg.png") for i in range(3)
-            ],
+            lambda r: rename_all(r / "annotations" / "training", "_seg"),
             {},
             "no common names: images/training has images/training/0.jpg, annotations/training has annotat",
         ),
