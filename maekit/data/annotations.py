@@ -25,8 +25,9 @@ VOID = -1
 """Class id in memory of a pixel that belongs to no class."""
 MAX_CLASSES = 32_767
 """Class ids are held in 16 bits."""
-SUFFIXES = frozenset((".png", ".tif", ".tiff", ".bmp", ".gif"))
-"""Formats that keep a number as it is. JPEG and WebP invent values; PGM is scaled to 8 bits by its reader."""
+SUFFIXES = frozenset((".png", ".tif", ".tiff", ".bmp"))
+"""Formats that keep a number as it is. JPEG and WebP invent values, GIF renumbers its palette, and
+PGM is rescaled as it is read."""
 
 Labels2D = npt.NDArray[np.int16]
 _VOID_NAMES = ("void", "unlabelled", "unlabeled", "ignore", "ignored")
@@ -102,13 +103,10 @@ def read_values(data: bytes | str) -> npt.NDArray[Any]:
     with reading(data) as file, quiet:
         file.seek(0)
         image = open_pillow(file)
-        suffix = f".{str(image.format).lower()}"
-        if suffix not in SUFFIXES and image.format != "TIFF":
+        if image.format not in ("PNG", "TIFF", "BMP"):
             raise BadImage(f"an annotation as {image.format}, which does not keep numbers as they are; save it as PNG")
         raw_mode = raw_mode_of(image)
         image.info.pop("xmp", None)
-        if image.format == "GIF":  # its frames are indices, but loaded as colours where they differ
-            raw_mode = image.mode
         if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N"):
             raise ColourCoded(_colours(image))
         image.load()
@@ -161,7 +159,7 @@ def read_class_names(path: Path, void: int | None, told: str) -> list[str]:
     """Class names from a text file, one a line; `told` names the flag or the data in messages.
 
     A line at the void's own place (the first for void 0, else the last, where `void` is its number) that reads void,
-    ignore or unlabelled is the void's name, not a class's.
+    ignore or unlabelled is the void's name, not a class's. ADE20K's own table, objectInfo150.txt, is read too.
 
     Raises:
         UserError: cannot be read, no name in it, or a blank line between names, which would shift the numbers.
@@ -173,6 +171,8 @@ def read_class_names(path: Path, void: int | None, told: str) -> list[str]:
         raise UserError(f"{told} {printable(str(path))}: the class names cannot be read ({reason})") from None
     while lines and not lines[-1]:
         lines.pop()
+    if lines and "\t" in lines[0] and lines[0].lower().endswith("\tname"):  # a heading over columns
+        lines = [line.rpartition("\t")[2] for line in lines[1:]]
     if "" in lines:
         raise UserError(
             f"{told} {printable(str(path))}: line {lines.index('') + 1} is blank; a line's place is its class's number"
@@ -201,8 +201,8 @@ def counted_class_names(values: npt.NDArray[np.int64], void: int | None, told: s
     highest, below = occurring[-1], occurring[-2] if len(occurring) > 1 else -1
     if highest in (255, 65_535) and below < highest - 1:
         raise UserError(
-            f"{told}: the value {highest} ({values[highest]:,} pixels) occurs, but none between {max(below, 0)} and it: "
-            f"if it is void, give --void {highest}; if it is a class, number the classes from {first} on"
+            f"{told}: the value {highest} ({values[highest]:,} pixels) occurs, but none between {max(below, 0)} and "
+            f"it: if it is void, give --void {highest}; if it is a class, number the classes from {first} on"
         )
     if highest - first >= MAX_CLASSES:
         raise UserError(f"{told}: the value {highest} occurs; at most {MAX_CLASSES:,} classes")

@@ -122,18 +122,18 @@ def count_values(parts: list[PairPart], workers: int, on_progress: Progress) -> 
         UserError: a process died.
     """
     counts = np.zeros(65_536, np.int64)
-    for found in _over_all(parts, _count, workers, on_progress):
+    for _, found in _over_all(parts, _count, workers, on_progress):
         counts[: len(found)] += found
     return counts
 
 
-def _over_all(parts: list[PairPart], work: Any, workers: int, on_progress: Progress) -> Iterator[Any]:
+def _over_all(parts: list[PairPart], work: Any, workers: int, on_progress: Progress) -> Iterator[tuple[PairPart, Any]]:
     total, before = sum(map(len, parts)), 0
     for part in parts:
         chunks = (range(start, min(start + CHUNK, len(part))) for start in range(0, len(part), CHUNK))
         # the images stand for the pairs where a process that died is to be named
         for done, found in in_order(part.images, partial(work, part), chunks, workers):
-            yield found
+            yield part, found
             on_progress(before + done.stop, total)
         before += len(part)
 
@@ -189,13 +189,18 @@ class PartCheck:
         self.colour_coded |= other.colour_coded
 
 
-def check_part(part: PairPart, workers: int, on_progress: Progress) -> PartCheck:
-    """Read every annotation of a part, and the headers of its images; problems are collected, not raised."""
-    assert part.numbering is not None, "class ids need a numbering"
-    total = PartCheck.nothing(part.numbering.num_classes)
-    for found in _over_all([part], _check, workers, on_progress):
-        total.add(found)
+def check_parts(parts: dict[str, PairPart], workers: int, on_progress: Progress) -> dict[str, PartCheck]:
+    """Read every annotation of some parts, and the images' headers; problems are collected, not raised."""
+    total = {name: PartCheck.nothing(_classes(part)) for name, part in parts.items()}
+    names = {id(part): name for name, part in parts.items()}
+    for part, found in _over_all(list(parts.values()), _check, workers, on_progress):
+        total[names[id(part)]].add(found)
     return total
+
+
+def _classes(part: PairPart) -> int:
+    assert part.numbering is not None, "class ids need a numbering"
+    return part.numbering.num_classes
 
 
 def _check(part: PairPart, _images: Any, chunk: range) -> PartCheck:

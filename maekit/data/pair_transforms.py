@@ -152,7 +152,7 @@ def _filled(labels_1HW: Tensor, size_hw: tuple[int, int], value: int) -> Tensor:
 
 
 def pad_to_multiple(image_CHW: Tensor, multiple: int, fill: float = 0.0) -> tuple[Tensor, tuple[int, int]]:
-    """An image [..., H, W] padded below and at the right to sides that are multiples, and its own (H, W) to cut back to.
+    """An image [..., H, W] padded below and at the right to sides that are multiples, and the (H, W) to cut it back.
 
     After normalisation the fill 0 is the mean colour.
     """
@@ -236,7 +236,7 @@ def whole_pairs(part: PairPart, ids: Sequence[int] | Ids, *, workers: int) -> It
     yield from loader
 
 
-def _as_it_is(pair: WholePair) -> WholePair:
+def _as_it_is(pair: Any) -> Any:
     return pair
 
 

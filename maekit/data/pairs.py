@@ -16,7 +16,6 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -34,7 +33,7 @@ from maekit.data.annotations import (
 )
 from maekit.data.folders import walk
 from maekit.data.images import IMAGE_SUFFIXES
-from maekit.data.pair_parts import PairPart, PartCheck, Progress, check_part, complain, count_values
+from maekit.data.pair_parts import PairPart, PartCheck, Progress, check_parts, complain, count_values
 from maekit.data.parquet import TablePart, by_part, described, find_files, holds_encoded, image_columns
 from maekit.data.parts import SPLITS, FilePart, is_folder, printable
 from maekit.data.pixels import BadImage
@@ -126,11 +125,7 @@ def check_pairs(
         UserError: annotations that cannot be read, are coded by colours, differ in size from their image, or hold a
             value that stands for no class, each with its file, and values with their pixels.
     """
-    total, before = sum(map(len, pairs.parts.values())), 0
-    found = {}
-    for name, part in pairs.parts.items():
-        found[name] = check_part(part, workers, lambda done, _, before=before: on_progress(before + done, total))  # type: ignore[misc]
-        before += len(part)
+    found = check_parts(pairs.parts, workers, on_progress)
     complain(found, pairs.name)
     return found
 
@@ -164,7 +159,7 @@ class _Listing:
     files: dict[bytes, bytes]
 
     def example(self) -> str:
-        return printable(min(self.files.values()))
+        return printable(min(self.files.values(), default=b"no file"))
 
 
 def _below(root: str, name: str) -> bool:
@@ -174,10 +169,10 @@ def _below(root: str, name: str) -> bool:
 def _in_layout(root: str, shown: str, in_chans: int, notes: list[str]) -> dict[str, PairPart]:
     """Parts of a folder with images/ and annotations/."""
     folders = {kind: _part_folders(root, shown, kind) for kind in ("images", "annotations")}
-    wanted = [part for part in ("train", "val") if part in folders["images"]]
+    wanted: list[str] = [part for part in ("train", "val") if part in folders["images"]]
     if folders["images"] and "train" not in wanted:
         raise UserError(f"--data {shown}: images/ has {_listed(folders['images'])} but no training/")
-    parts = {}
+    parts: dict[str, PairPart] = {}
     for part in wanted or [""]:
         image_folder = f"images/{folders['images'].get(part, '')}".rstrip("/")
         if part and part not in folders["annotations"]:
@@ -200,7 +195,11 @@ def _listed(folders: dict[str, str]) -> str:
 def _part_folders(root: str, shown: str, kind: str) -> dict[str, str]:
     """Part -> its folder below images/ or annotations/; empty where none is named like a part."""
     found: dict[str, str] = {}
-    for entry in sorted(os.scandir(os.path.join(root, kind)), key=lambda entry: entry.name):
+    try:
+        entries = sorted(os.scandir(os.path.join(root, kind)), key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"--data {shown}: cannot read the folder {kind} ({error.strerror})") from None
+    for entry in entries:
         part = SPLITS.get(entry.name.lower())
         if part is None or not is_folder(entry):
             continue
@@ -335,14 +334,12 @@ def _refuse_columns(columns: Iterable[str | None], shown: str) -> None:
         raise UserError(f"{' and '.join(given)}: only for Parquet, which --data {shown} is not")
 
 
-def _in_tables(
-    root: str, shown: str, columns: tuple[str | None, str | None], in_chans: int
-) -> dict[str, PairPart]:
+def _in_tables(root: str, shown: str, columns: tuple[str | None, str | None], in_chans: int) -> dict[str, PairPart]:
     """Parts of Parquet files with a column of images and a column of annotations."""
     files = find_files(root, shown) if os.path.isdir(root) else [root] if root.lower().endswith(".parquet") else []
     if not files:
         raise UserError(
-            f"--data {shown}: neither a folder with images/ and annotations/ nor Parquet; for another layout, {_PATTERNS}"
+            f"--data {shown}: neither images/ and annotations/ nor Parquet in it; for another layout, {_PATTERNS}"
         )
     parts = {"train": files} if len(files) == 1 else by_part(files, shown)
     try:

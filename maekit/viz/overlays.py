@@ -74,7 +74,7 @@ def palette(num_classes: int) -> UInt8s:
 
 @functools.lru_cache(maxsize=4)
 def _spread(count: int) -> UInt8s:
-    """Farthest-point sampling in Oklab (Ottosson 2020), where equal steps look equally large, of colours in mid-range."""
+    """Farthest-point sampling of mid-range colours in Oklab (Ottosson 2020), where equal steps look equally large."""
     steps = np.linspace(0, 255, 24).round()
     grid_N3 = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 3)
     lab_N3 = _oklab(grid_N3)
@@ -110,9 +110,7 @@ def _oklab(rgb_N3: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 # ---- index pictures ----
 
 
-def save_index_png(
-    labels_HW: npt.NDArray[np.integer[Any]], path: Path, *, num_classes: int | None = None
-) -> None:
+def save_index_png(labels_HW: npt.NDArray[np.integer[Any]], path: Path, *, num_classes: int | None = None) -> None:
     """Write class ids as a PNG of numbers: 0 for void and id + 1 for classes, the numbering of `--void 0`.
 
     Up to 255 classes it has 8 bits and a palette, so that viewers show colours; above them 16 bits of gray. Give
@@ -205,8 +203,7 @@ def _reduced(row: OverlayRow) -> OverlayRow:
     times = min(1.0, TILE_PX / max(height, width)) if max(height, width) > TILE_PX else enlargement(height, width)
     size_hw = (max(1, round(height * times)), max(1, round(width * times)))
     at_h, at_w = (
-        ((np.arange(new) + 0.5) * old / new).astype(np.int64)
-        for new, old in zip(size_hw, (height, width), strict=True)
+        ((np.arange(new) + 0.5) * old / new).astype(np.int64) for new, old in zip(size_hw, (height, width), strict=True)
     )
     if times < 1:
         rgb_HW3 = np.asarray(Image.fromarray(rgb_HW3).resize(size_hw[::-1], Image.Resampling.BOX))
