@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from maekit.config import (
     UserError,
     did_you_mean,
 )
-from maekit.configfile import read
+from maekit.configfile import MAX_BYTES, read
 
 Config = TypeVar("Config")
 
@@ -177,9 +178,24 @@ def resume(words: list[str]) -> int:
     """maekit resume RUN --flags"""
     folder, rest = positional(words, "maekit resume RUN", "a run's folder")
     changes = parse(ResumeConfig, "maekit resume RUN", rest)
+    if written_by(folder[0]) == "segment":
+        from maekit.tasks import segment as segmentation
+
+        return segmentation.resume(folder[0], changes)
     from maekit.tasks import pretrain as task
 
     return task.resume(folder[0], changes)
+
+
+def written_by(folder: str) -> str:
+    """The task that a run's config.json names; empty where there is none to read, which the task itself will say."""
+    try:
+        with (Path(folder) / "config.json").open("rb") as file:
+            values = json.loads(file.read(MAX_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return ""
+    task = values.get("task") if isinstance(values, dict) else ""
+    return task if isinstance(task, str) else ""
 
 
 def probe(words: list[str]) -> int:
@@ -193,14 +209,21 @@ def probe(words: list[str]) -> int:
 
 def segment(words: list[str]) -> int:
     """maekit segment SRC --data D, or RUN --predict IMAGES --out DIR, or RUN --eval"""
+    from importlib import import_module
+
     from maekit.config import segmentation as configs
 
-    source, rest = positional(words, "maekit segment SRC --data D", "a source of weights")
-    base = configs.preset(configs.preset_of(rest))
-    config = parse(configs.SegmentConfig, "maekit segment SRC", rest, base)
+    usage = "maekit segment SRC --data D"
+    source, rest = positional(words, usage, "a source of weights")
+    given = {word.partition("=")[0] for word in rest}
+    other = {"--predict": configs.SegmentPredictConfig, "--eval": configs.SegmentScoreConfig}
+    for flag, kind in other.items():
+        if flag in given:
+            asked = parse(kind, f"maekit segment RUN {flag}", [word for word in rest if word != "--eval"])
+            name = "segment_predict" if flag == "--predict" else "segment_score"
+            return int(import_module(f"maekit.tasks.{name}").main(source[0], asked))
+    config = configs.adapted(parse(configs.SegmentConfig, usage, rest, configs.preset(configs.preset_of(rest))), given)
     config.source = source[0]
-    if config.warmup_steps == base.warmup_steps and config.steps < base.steps:
-        config.warmup_steps = int(base.warmup_steps / base.steps * config.steps)  # the preset's share
     from maekit.tasks import segment as task
 
     return task.main(config)

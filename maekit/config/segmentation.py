@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -225,6 +225,20 @@ def preset_of(words: Sequence[str]) -> str:
         if word.startswith("--preset="):
             return word.partition("=")[2]
     return "small"
+
+
+def adapted(config: SegmentConfig, given: Collection[str]) -> SegmentConfig:
+    """What the flags that were given mean for the preset's other values.
+
+    A shorter run keeps the share of its warm-up. Random weights have no layers to be careful with, so without a word
+    they are trained at one rate: a comparison must not handicap them.
+    """
+    base = PRESETS[config.preset]
+    if "--warmup-steps" not in given and config.steps < base["steps"]:
+        config.warmup_steps = int(base["warmup_steps"] / base["steps"] * config.steps)
+    if config.random_init and "--layer-decay" not in given:
+        config.layer_decay = 1.0
+    return config
 
 
 @dataclass(kw_only=True)

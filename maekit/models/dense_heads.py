@@ -145,8 +145,10 @@ class UperNet(nn.Module):
             fused: Tensor = self.fuse(torch.cat([resized(level, finest) for level in levels], dim=1))
             return fused
         weights = convolution.weight.chunk(len(levels), dim=1)
-        mixed = [resized(F.conv2d(level, weight), finest) for level, weight in zip(levels, weights, strict=True)]
-        fused = relu(norm(torch.stack(mixed).sum(dim=0)))
+        mixed = F.conv2d(levels[0], weights[0])
+        for level, weight in zip(levels[1:], weights[1:], strict=True):
+            mixed = mixed + resized(F.conv2d(level, weight), finest)
+        fused = relu(norm(mixed))
         return fused
 
 

@@ -14,23 +14,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
-from maekit.config import UserError
+from maekit.config import ResumeConfig, UserError
 from maekit.config.segmentation import SegmentConfig
-from maekit.data.pairs import VOID
+from maekit.configfile import read
 from maekit.data.loader import Ids
+from maekit.data.pairs import VOID
 from maekit.models.segmentation import pixel_loss
 from maekit.runtime import environment
 from maekit.seeding import seed_step
 from maekit.stopping import StopRequest
-from maekit.terminal import counting, make_console, make_progress, make_table, print_settings
+from maekit.terminal import counting, make_console, make_progress, print_settings
 from maekit.training import lock
 from maekit.training.guard import Guard, backward, guarded_update
 from maekit.training.saving import write_whole
@@ -44,7 +43,7 @@ from maekit.training.segmentation_job import (
     scheduled_rate,
     step_denominator,
 )
-from maekit.training.segmentation_metrics import SegmentationScore, score
+from maekit.training.segmentation_metrics import score, score_table
 from maekit.training.segmentation_prepare import prepare
 from maekit.training.supervised import BEST_FILE, mean_loss, set_scaled_rate
 from maekit.viz.overlays import draw_overlays
@@ -226,16 +225,17 @@ def finish(job: SegmentJob, seconds: float, first_step: int) -> bool:
         card = {
             "data": job.pairs.name, "fingerprint": job.pairs.train.fingerprint, "part": what,
             "weights": config.score, "best_step": run.position.best_step, "best_heldout_miou": run.position.best,
-            "heldout": None if job.heldout is None else plain(job.heldout, job.pairs.class_names),
+            "heldout": None if job.heldout is None else job.heldout.to_json(job.pairs.class_names),
             "images": {"train": len(job.train_ids), "heldout": len(job.heldout_ids), what: len(part)},
-            "unreadable": unreadable, "view": dataclasses.asdict(job.view), "score": plain(result, job.pairs.class_names),
+            "unreadable": unreadable, "view": dataclasses.asdict(job.view), "score": result.to_json(job.pairs.class_names),
             "confusion": matrix_KK.tolist(), "seconds": seconds, "config": dataclasses.asdict(config),
             "environment": environment(run.accelerator.device),
         }  # fmt: skip
         write_whole(run.out / CARD_FILE, json.dumps(card, indent=1) + "\n")
         if config.overlays:
             draw_sheet(job, part, "overlays.png", f"{what} images, mIoU {100 * result.miou:.2f} %", ids)
-    print_scores(console, result, job.pairs.class_names, f"{job.run.out.name}: {what} images, {config.score} weights")
+    title = f"{job.run.out.name}: {what} images, {config.score} weights"
+    console.print(score_table(result, job.pairs.class_names, title))
     steps = run.position.step - first_step
     print_settings(console, "done", {
         "trained": f"{steps:,} steps in {seconds:,.0f} s, evaluation and saving included",
@@ -246,42 +246,16 @@ def finish(job: SegmentJob, seconds: float, first_step: int) -> bool:
     return True
 
 
-def plain(result: SegmentationScore, names: list[str]) -> dict[str, Any]:
-    """A score as JSON: NaN becomes null, and what belongs to a class stands under its name."""
+@lock.letting_go
+def resume(folder: str, changes: ResumeConfig) -> int:
+    """Continue the run in a folder from its newest whole checkpoint.
 
-    def number(value: float) -> float | None:
-        return None if math.isnan(value) else value
-
-    return {
-        "miou": number(result.miou), "mean_accuracy": number(result.mean_accuracy),
-        "pixel_accuracy": number(result.pixel_accuracy), "pixels": result.pixels,
-        "classes": {
-            name: {"iou": number(iou), "accuracy": number(accuracy), "share": number(share)}
-            for name, iou, accuracy, share in zip(
-                names, result.iou_K, result.accuracy_K, result.share_K, strict=True
-            )
-        },
-    }  # fmt: skip
-
-
-def print_scores(console: Console, result: SegmentationScore, names: list[str], title: str) -> None:
-    """One row for each class, then the means."""
-
-    def percent(value: float) -> str:
-        return "-" if math.isnan(value) else f"{100 * value:.2f}"
-
-    rows = [
-        (name, percent(iou), percent(accuracy), percent(share))
-        for name, iou, accuracy, share in zip(names, result.iou_K, result.accuracy_K, result.share_K, strict=True)
-    ]
-    rows.append(("mean", percent(result.miou), percent(result.mean_accuracy), ""))
-    rows.append(("all pixels", "", percent(result.pixel_accuracy), ""))
-    console.print(make_table(title, ("class", "IoU %", "accuracy %", "pixels %"), rows))
-
-
-def resume(folder: str, config: SegmentConfig) -> int:
-    """Continue the run in a folder from its newest whole checkpoint."""
-    return main(dataclasses.replace(config, out=folder), resuming=True)
-
-
-__all__ = ["UserError", "main", "resume"]
+    Raises:
+        UserError: no segmentation run there, or a change that would alter the numbers.
+    """
+    out = Path(folder)
+    config = read(SegmentConfig, out / "config.json")
+    if changes.epochs is not None or changes.steps is not None:
+        raise UserError("--steps, --epochs: the schedule of a segmentation run ends where it was said; start a new run")
+    given = {key: value for key, value in dataclasses.asdict(changes).items() if value is not None}
+    return main(dataclasses.replace(config, out=folder, **given), resuming=True)

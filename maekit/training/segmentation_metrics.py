@@ -9,12 +9,18 @@ Shapes: K classes; the matrix [K, K] has the truth in its rows and the predictio
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from rich.markup import escape
+from rich.table import Table
 from torch import Tensor
+
+from maekit.terminal import make_table
 
 
 class Confusion:
@@ -54,6 +60,22 @@ class SegmentationScore:
     pixels: int
     """Pixels that are not void."""
 
+    def to_json(self, names: Sequence[str]) -> dict[str, Any]:
+        """As JSON values: NaN becomes null, and what belongs to a class stands under its name."""
+
+        def number(value: float) -> float | None:
+            return None if math.isnan(value) else value
+
+        by_class = zip(names, self.iou_K, self.accuracy_K, self.share_K, strict=True)
+        return {
+            "miou": number(self.miou), "mean_accuracy": number(self.mean_accuracy),
+            "pixel_accuracy": number(self.pixel_accuracy), "pixels": self.pixels,
+            "classes": {
+                name: {"iou": number(iou), "accuracy": number(accuracy), "share": number(share)}
+                for name, iou, accuracy, share in by_class
+            },
+        }  # fmt: skip
+
 
 def score(matrix_KK: npt.NDArray[np.int64] | Tensor) -> SegmentationScore:
     """IoU (Jaccard index), accuracies and their means from a confusion matrix."""
@@ -80,3 +102,18 @@ def _divide(above: npt.NDArray[np.float64], below: npt.NDArray[np.float64]) -> n
 def _mean(values: npt.NDArray[np.float64]) -> float:
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else math.nan
+
+
+def score_table(result: SegmentationScore, names: Sequence[str], title: str) -> Table:
+    """One row for each class, then the means; a dash where there is nothing to divide by."""
+
+    def percent(value: float) -> str:
+        return "-" if math.isnan(value) else f"{100 * value:.2f}"
+
+    rows = [
+        (escape(name), percent(iou), percent(accuracy), percent(share))
+        for name, iou, accuracy, share in zip(names, result.iou_K, result.accuracy_K, result.share_K, strict=True)
+    ]
+    rows.append(("mean", percent(result.miou), percent(result.mean_accuracy), ""))
+    rows.append(("all pixels", "", percent(result.pixel_accuracy), ""))
+    return make_table(escape(title), ("class", "IoU %", "accuracy %", "pixels %"), rows)
