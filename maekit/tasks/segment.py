@@ -47,6 +47,7 @@ from maekit.training.segmentation_metrics import score, score_table
 from maekit.training.segmentation_prepare import prepare
 from maekit.training.supervised import BEST_FILE, mean_loss, set_scaled_rate
 from maekit.viz.overlays import draw_overlays
+from maekit.viz.segment_curves import draw_segment_curves
 from maekit.weights.segmenters import load_segmenter
 from maekit.weights.store import WEIGHTS_FILE
 
@@ -180,12 +181,18 @@ def describe(job: SegmentJob) -> dict[str, str]:
 
 
 def draw_pictures(job: SegmentJob) -> bool:
-    """A sheet of held-out images; False where a signal cut it short. A full disk stops nothing."""
+    """Curves and a sheet of held-out images; False where a signal cut it short. A full disk stops nothing."""
     run = job.run
+    title = f"held-out images after {run.position.step:,} steps"
 
     def draw() -> bool:
-        if run.accelerator.is_main_process and job.config.overlays:
-            draw_sheet(job, job.pairs.train, "heldout.png", f"held-out images, step {run.position.step:,}", job.heldout_ids)
+        if run.accelerator.is_main_process:
+            if job.config.overlays:
+                draw_sheet(job, job.pairs.train, "heldout.png", title, job.heldout_ids)
+            try:
+                draw_segment_curves(run.metrics.read(), run.out / "curves.png", run.out.name)
+            except (OSError, UserError) as error:
+                run.console.print(f"[red]curves.png cannot be written:[/red] {error}; training goes on")
         return True
 
     return run.stop.unless_stopped(run.accelerator, draw) is not None
