@@ -31,6 +31,9 @@ class Purpose(IntEnum):
     TEST_SPLIT = 8
     PREDICT = 9
     AUGMENT = 10
+    STEP = 11
+    LABELS = 12
+    PROBE_ORDER = 13
 
 
 def _mix(values: UInt64s) -> UInt64s:

@@ -17,6 +17,7 @@ from maekit.config.pretraining import (
     ResumeConfig,
     SelftestConfig,
 )
+from maekit.config.supervised import SupervisedConfig
 from maekit.config.transfer import AttendConfig, ConvertConfig, EmbedConfig, PushConfig
 from maekit.config.weights import InfoConfig, SourceConfig
 
@@ -39,6 +40,7 @@ __all__ = [
     "ResumeConfig",
     "SelftestConfig",
     "SourceConfig",
+    "SupervisedConfig",
     "UserError",
     "did_you_mean",
     "flag",

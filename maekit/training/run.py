@@ -12,7 +12,6 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from maekit.rng import Purpose
 from maekit.runtime import Choice
 from maekit.stopping import StopRequest
 from maekit.terminal import short_time
+from maekit.training.diary import MOST_UNWRITTEN, note
 from maekit.training.guard import SPIKE_HISTORY, Guard, is_spike, note_bad_steps
 from maekit.training.metrics import MetricsLog
 from maekit.training.monitor import TRIVIAL_IMAGES, Heldout, heldout_sums, online_probe, training_trivial
@@ -44,8 +44,6 @@ EVAL_BATCH = 256
 BAD_STEPS_FILE = "nonfinite.jsonl"
 WAITING = 0.2
 """Share of the time between two lines of metrics.jsonl from which on waiting for images is worth a word."""
-_UNWRITTEN = 10_000
-"""Lines of metrics.jsonl, at most, that wait in memory for a disk that can be written again."""
 
 
 @dataclass
@@ -135,7 +133,7 @@ class Job:
     stop: StopRequest = field(default_factory=StopRequest)
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=SPIKE_HISTORY))
     """The last logged losses."""
-    unwritten: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=_UNWRITTEN))
+    unwritten: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=MOST_UNWRITTEN))
     """Lines of metrics.jsonl that the disk has refused so far."""
     refusals: int = 0
     """How often in a row it has refused."""
@@ -267,35 +265,8 @@ def say_heldout(job: Job, first_step: int, seconds: float) -> None:
 
 
 def log(job: Job, record: dict[str, Any]) -> None:
-    """One line of metrics.jsonl, and the same numbers to the trackers; a disk that refuses them stops nothing."""
-    record = {"kind": record["kind"], "step": job.position.step, "epoch": job.epochs_done, **record}
-    if job.accelerator.is_main_process:
-        job.unwritten.append(record)
-        write_lines(job)
-    if job.config.trackers:
-        numbers = {f"{record['kind']}/{key}": value for key, value in record.items() if isinstance(value, float)}
-        try:
-            job.accelerator.log(numbers, step=job.position.step)
-        except OSError as error:
-            job.console.print(f"[red]the trackers failed:[/red] {error}; training goes on")
-
-
-def write_lines(job: Job) -> None:
-    """Write the waiting lines of metrics.jsonl; what the disk refuses is kept in memory for the next time."""
-    try:
-        while job.unwritten:
-            job.metrics.append(job.unwritten[0])
-            job.unwritten.popleft()
-        job.refusals = 0
-    except OSError as error:
-        with suppress(OSError):
-            job.metrics.close()  # opening it again cuts what was written of a line
-        job.refusals += 1
-        if job.refusals & (job.refusals - 1) == 0:  # the 1st, 2nd, 4th, 8th ... time: loud, but no flood
-            job.console.print(
-                f"[red]{job.metrics.path} cannot be written[/red] (time {job.refusals}): {error}; training goes on, "
-                f"{len(job.unwritten)} lines wait"
-            )
+    """One line of metrics.jsonl, and the same numbers to the trackers."""
+    note(job, {"kind": record["kind"], "step": job.position.step, "epoch": job.epochs_done, **record})
 
 
 def log_training(job: Job, loss_sum: torch.Tensor, lr: float, speed: float, seconds: float) -> tuple[float, float]:

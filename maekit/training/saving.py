@@ -11,13 +11,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from rich.console import Console
 from safetensors import SafetensorError
 
 from maekit.config import UserError
@@ -26,8 +27,9 @@ from maekit.runtime import environment, package_versions
 from maekit.stopping import Stopped, greatest
 from maekit.training import checkpoint as checkpoints
 from maekit.training import guard, lock
+from maekit.training.diary import write_lines
 from maekit.training.metrics import MetricsLog
-from maekit.training.run import Job, Position, bad_step_record, log, measure_trivial, write_lines
+from maekit.training.run import Job, Position, bad_step_record, log, measure_trivial
 from maekit.training.run_state import load_optimizer_tensors, optimizer_tensors, restore_rng, rng_tensors
 from maekit.weights.passport import Passport
 from maekit.weights.store import WEIGHTS_FILE, check_names
@@ -136,36 +138,48 @@ def check_space(job: Job) -> None:
 
 
 def save(job: Job, clock: SaveClock, urgent: bool = False) -> bool:
-    """A checkpoint with all that an exact continuation needs, then the run's model.safetensors.
+    """A checkpoint with all that an exact continuation needs, then the run's model.safetensors; see `persist`."""
+    rng = job.rng | gather_rng(job.accelerator)
+    return persist(lambda: _write(job, rng), job.out, job.accelerator, job.console, clock, urgent)
+
+
+def persist(
+    write: Callable[[], None],
+    out: Path,
+    accelerator: Accelerator,
+    console: Console,
+    clock: SaveClock,
+    urgent: bool = False,
+) -> bool:
+    """Let the first process write a checkpoint, and try again where the disk fails.
 
     urgent: there is no later, so try three times. Returns: whether it succeeded, the same on all processes.
 
     Raises:
         UserError: none has succeeded for --max-unsaved-minutes.
     """
-    rng = job.rng | gather_rng(job.accelerator)
     for wait in (0.0, *(URGENT_WAITS if urgent else ())):
         time.sleep(wait)
         problem = ""
-        if job.accelerator.is_main_process:
+        if accelerator.is_main_process:
             try:
-                _write(job, rng)
+                write()
             except (OSError, SafetensorError) as error:
                 problem = str(error)
-        (failed,) = greatest(job.accelerator, bool(problem))
+        (failed,) = greatest(accelerator, bool(problem))
         clock.note(not failed)
         if not failed:
             return True
-        job.console.print(
+        console.print(
             f"[bold red]checkpoint failed ({_ordinal(clock.failures)} time, {clock.unsaved:.0f} min without one):"
             f"[/bold red] {problem}" + ("" if urgent else f"; training goes on, next try in {clock.wait:g} min"),
             soft_wrap=True,
         )
-    (over,) = greatest(job.accelerator, clock.unsaved > clock.most_unsaved)
+    (over,) = greatest(accelerator, clock.unsaved > clock.most_unsaved)
     if over and not urgent:
         raise UserError(
-            f"--out {job.out}: no checkpoint could be written for {clock.unsaved:.0f} min (--max-unsaved-minutes "
-            f"{clock.most_unsaved:g}), so the run stops; mend the disk, then maekit resume {job.out}"
+            f"--out {out}: no checkpoint could be written for {clock.unsaved:.0f} min (--max-unsaved-minutes "
+            f"{clock.most_unsaved:g}), so the run stops; mend the disk, then maekit resume {out}"
         )
     return False
 

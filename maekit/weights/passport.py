@@ -23,6 +23,24 @@ MAX_PATCHES = 1 << 20
 MAX_PARAMETERS = 1 << 40
 """A rough count is bounded too, since every size by itself may be allowed and the product absurd."""
 _MAX_ENTRIES = 1_000
+MAX_CLASSES = 100_000
+"""Classes of a head."""
+MAX_HEAD_WIDTH = 1 << 14
+"""Channels of a head."""
+
+
+@dataclass(kw_only=True)
+class HeadFacts:
+    """What stands on the encoder where labels were learned; the tensors are named "head.*"."""
+
+    kind: str = ""
+    """linear for classes of images; upernet, linear or fpn for classes of pixels."""
+    pool: str = ""
+    """Of the tokens that a classifier reads: mean or cls."""
+    width: int = 0
+    """Channels of a segmentation head."""
+    blocks: tuple[int, ...] = ()
+    """Blocks of the encoder that a segmentation head reads, counted from 0."""
 
 
 @dataclass(kw_only=True)
@@ -38,7 +56,12 @@ class Passport:
     format: int = FORMAT
     """Version of this passport's layout."""
     kind: str = "mae"
-    """mae: encoder and decoder; encoder: no decoder, or one that is not trained."""
+    """mae: encoder and decoder; encoder: no decoder, or one that is not trained; classifier and segmenter: an encoder
+    with a head that was trained on labels, and no decoder."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes of a classifier or segmenter, in the order of its outputs."""
+    head: HeadFacts = field(default_factory=HeadFacts)
+    """The head of a classifier or segmenter."""
     eps: float = 1e-6
     """LayerNorm's epsilon."""
     grid: tuple[int, int] = (0, 0)
@@ -95,8 +118,13 @@ class Passport:
             found.append(f"--drop-path {self.model.drop_path:g}: must lie between 0 and 1")
         if len(self.versions) > _MAX_ENTRIES:
             found.append(f"{len(self.versions)} versions of packages; at most {_MAX_ENTRIES} are read")
+        if len(self.classes) > MAX_CLASSES:
+            found.append(f"{len(self.classes):,} classes; at most {MAX_CLASSES:,} are read")
+        depth = self.model.depth or MAX_CLASSES
+        if not 0 <= self.head.width <= MAX_HEAD_WIDTH or not all(0 <= block < depth for block in self.head.blocks):
+            found.append("a head of impossible width, or on blocks that the encoder does not have")
         words = [self.kind, self.data, self.fingerprint, self.recipe, self.weights_license, self.origin]
-        words.append(self.model.model)
+        words += [self.model.model, self.head.kind, self.head.pool, *self.classes[:MAX_CLASSES]]
         # Control characters would reach the terminal, and halves of a character cannot be printed.
         if not all(word.isprintable() for word in [*words, *self.versions, *self.versions.values()]):
             found.append("a text in it is not printable")

@@ -149,10 +149,12 @@ def check_names(
     source: str,
     may_lack: str = "",
     foreign: bool = False,
+    any_type: bool = False,
 ) -> None:
     """Refuse weights that are missing, unknown or of another shape: nothing stays at its initial value in silence.
 
     may_lack: what the names of those begin with that may be missing; empty: none.
+    any_type: numbers need not be float32, as the counters of batch normalisation are not.
     foreign: their architecture was not said by a passport, so unknown ones hint at another.
     """
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -168,7 +170,7 @@ def check_names(
     found += [
         f"{source}: {name} has type {str(value.dtype).removeprefix('torch.')}, expected float32"
         for name, value in tensors.items()
-        if value.dtype != torch.float32
+        if value.dtype != torch.float32 and not any_type
     ]
     if found:
         raise UserError(*sorted(found)[:8], *([f"... and {len(found) - 8} more"] if len(found) > 8 else []))

@@ -1,0 +1,45 @@
+"""Generators of libraries, seeded by key: an augmentation that is not ours still depends on its sample alone.
+
+torch, NumPy and Python each have a global generator that libraries draw from; there is no other way to steer them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from maekit.rng import Purpose, random_bits
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed the generators of torch, NumPy and Python for one optimiser step (0-based) of one process."""
+    _seed_all(int(random_bits(step, 1, seed=seed, purpose=Purpose.STEP, view=rank)[0, 0]))
+
+
+@contextmanager
+def sample_generators(seed: int, epoch: int, sample_id: int) -> Iterator[None]:
+    """Inside the block the generators of torch, NumPy and Python belong to one sample; afterwards they go on as before.
+
+    So a library's augmentation of it is the same in every process and after every interruption.
+    """
+    import torch
+
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    try:
+        _seed_all(int(random_bits(sample_id, 1, seed=seed, purpose=Purpose.AUGMENT, epoch=epoch)[0, 0]))
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        random.setstate(states[2])
+
+
+def _seed_all(bits: int) -> None:
+    import torch
+
+    torch.manual_seed(bits >> 1)  # it takes 63 bits
+    np.random.seed(bits & 0xFFFFFFFF)  # noqa: NPY002
+    random.seed(bits)
