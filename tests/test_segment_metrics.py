@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -89,7 +90,7 @@ def test_void_does_not_count() -> None:
 
 
 class Toy(nn.Module):
-    """A segmenter whose scores are a 3 x 3 convolution of the image: it sees a border, so that padding can be noticed."""
+    """A segmenter whose scores are a 3 x 3 convolution of the image: it sees borders, so padding can be noticed."""
 
     patch_size = 8
 
@@ -152,12 +153,14 @@ def test_windows_are_averaged_where_they_overlap() -> None:
             torch.testing.assert_close(found[0, :, row, column], expected)
 
 
-@pytest.mark.parametrize(("length", "window", "stride"), [(100, 32, 20), (96, 32, 32), (33, 32, 32), (32, 32, 5), (8, 8, 1)])
+@pytest.mark.parametrize(
+    ("length", "window", "stride"), [(100, 32, 20), (96, 32, 32), (33, 32, 32), (32, 32, 5), (8, 8, 1)]
+)
 def test_windows_cover_a_side_and_stay_inside(length: int, window: int, stride: int) -> None:
     starts = window_starts(length, window, stride)
     covered = {place for start in starts for place in range(start, start + window)}
     assert covered == set(range(length))
-    assert all(b - a <= stride for a, b in zip(starts, starts[1:], strict=False))
+    assert all(b - a <= stride for a, b in itertools.pairwise(starts))
 
 
 def test_flip_and_scales_average_probabilities() -> None:

@@ -1,4 +1,4 @@
-"""maekit segment through the command line, on images of a few pixels: training, resume, scores, class maps, wrong input."""
+"""maekit segment through the command line, on tiny images: training, resume, scores, class maps, wrong input."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ import pytest
 import torch
 from conftest import tiny_config
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.metrics import confusion_matrix, jaccard_score
 from tiny_runs import checkpoints, metrics, tensors
 
 from maekit import cli
 from maekit.config import UserError
 from maekit.config.segmentation import SegmentConfig, adapted, preset
-from maekit.data.pair_transforms import PairBatch
+from maekit.data.loader import SampleOrder
+from maekit.data.pairs import PartCheck
+from maekit.models.segmentation import Scores, loss_denominator, pixel_loss
 from maekit.tasks import segment
+from maekit.terminal import make_console
 from maekit.training import segmentation_job, segmentation_prepare
 from maekit.training.segmentation_inference import View, predict_classes
 from maekit.training.segmentation_job import scheduled_rate
@@ -55,6 +59,13 @@ def write_pairs(folder: Path, train: int = 10, val: int = 3) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _without_pictures(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take most of a tiny run's time and touch no number; the run of `place` has them."""
+    monkeypatch.setattr(segment, "draw_pictures", lambda job: True)
+    monkeypatch.setattr(segment, "draw_sheet", lambda *arguments: None)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the pairs, the weights of an encoder, and a run of 6 steps."""
@@ -80,11 +91,12 @@ def card(run: Path, name: str = "card.json") -> dict[str, Any]:
 
 
 def pairs_of(place: Path, part: str = "validation") -> list[tuple[np.ndarray, np.ndarray]]:
-    files = sorted((place / "data" / "images" / part).iterdir())
-    return [
-        (np.asarray(Image.open(file)), np.asarray(Image.open(str(file).replace("images", "annotations"))).astype(int) - 1)
-        for file in files
-    ]
+    """Pixels and classes of each pair; void is -1."""
+    found = []
+    for file in sorted((place / "data" / "images" / part).iterdir()):
+        values = np.asarray(Image.open(place / "data" / "annotations" / part / file.name))
+        found.append((np.asarray(Image.open(file)), values.astype(int) - 1))
+    return found
 
 
 # ---- a run ----
@@ -100,7 +112,8 @@ def test_a_run_leaves_what_it_should(place: Path, capsys: pytest.CaptureFixture[
     model, passport = load_segmenter(run / "model.safetensors")
     assert (passport.kind, passport.classes, passport.head.kind) == ("segmenter", tuple(NAMES), "upernet")
     assert (passport.head.width, passport.head.blocks, passport.steps) == (8, (0, 1, 2, 3), 6)
-    assert passport.model.size_hw == (16, 16) and passport.grid == (4, 4) and passport.origin.endswith("mae.safetensors")
+    assert passport.model.size_hw == (16, 16) and passport.grid == (4, 4)
+    assert passport.origin.endswith("mae.safetensors")
     assert not model.training and model.auxiliary is None
     config = json.loads((run / "config.json").read_text())
     assert (config["task"], config["preset"], config["steps"]) == ("segment", "small", 6)
@@ -164,83 +177,75 @@ def test_a_finished_run_is_not_trained_on(place: Path, capsys: pytest.CaptureFix
     assert cli.main(["resume", str(place / "run"), "--steps", "9"]) == 2
 
 
-def test_accumulation_changes_neither_length_nor_images(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """2 parts of 2 images: 6 steps still, the same images in the same order, the same peak and last rate."""
-    seen: dict[str, list[int]] = {"": [], "2": []}
+def test_accumulation_changes_neither_length_nor_images(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2 parts of 2 images: 6 steps still, on the images of 6 batches of 4, at the rates of the run without parts."""
+    parts: list[list[int]] = []
     real = segmentation_job.train_batches
-    key = ""
 
     def batches(*arguments: Any, **named: Any) -> Any:
         for batch in real(*arguments, **named):
-            assert isinstance(batch, PairBatch)
-            seen[key].extend(batch.sample_ids.tolist())
+            parts.append(batch.sample_ids.tolist())
             yield batch
 
     monkeypatch.setattr(segmentation_job, "train_batches", batches)
-    assert train(place, place / "parts-1") == 0
-    key = "2"
-    assert train(place, place / "parts-2", "--accum", "2") == 0
-    assert seen[""] == seen["2"] and len(seen["2"]) == 6 * 4
-    lines = [[(line["step"], line["lr"]) for line in metrics(place / run) if line["kind"] == "step"]
-             for run in ("parts-1", "parts-2")]  # fmt: skip
-    assert lines[0] == lines[1] and len(lines[0]) == 6
+    assert train(place, tmp_path / "run", "--accum", "2") == 0
+    order = SampleOrder(segmentation_prepare.split(10, 0.1)[0], 4, seed=0)
+    assert [len(part) for part in parts] == [2] * 12
+    assert [i for part in parts for i in part] == [i for step in range(6) for i in order.step_ids(step)[1]]
+    rates = [[(line["step"], line["lr"]) for line in metrics(run) if line["kind"] == "step"]
+             for run in (place / "run", tmp_path / "run")]  # fmt: skip
+    assert rates[0] == rates[1] and len(rates[0]) == 6
 
 
-def test_accumulated_parts_weigh_by_their_pixels(place: Path, tmp_path: Path) -> None:
-    """A linear head's normalisation aside, the gradient of two unequal parts is that of their pixels together.
-
-    By hand on one step: parts with 16 x 16 and with half as many known pixels.
-    """
+def test_accumulated_parts_weigh_by_their_pixels() -> None:
+    """Two parts with 16 x 16 and with half as many known pixels lose together what they lose as one batch."""
     torch.manual_seed(0)
     logits = torch.randn(2, 3, 16, 16)
     labels = torch.randint(0, 3, (2, 16, 16))
     labels[1, :8] = -1
     whole = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-1)
-    denominator = sum(segmentation_job.loss_denominator(one[None], -1, None) for one in labels)
+    denominator = sum(loss_denominator(one[None], -1, None) for one in labels)
     parts = [
-        segment.pixel_loss(segment_scores(one[None]), truth[None], -1, None, torch.as_tensor(denominator), 0.0)
+        pixel_loss(Scores(one[None], None), truth[None], -1, None, torch.as_tensor(denominator), 0.0)
         for one, truth in zip(logits, labels, strict=True)
     ]
     assert float(sum(parts)) == pytest.approx(float(whole), rel=1e-6)
 
 
-def segment_scores(logits: torch.Tensor) -> Any:
-    from maekit.models.segmentation import Scores
+def test_random_init_has_other_weights_and_one_rate(place: Path) -> None:
+    config = preset("small")
+    config.source, config.crop = str(place / "mae.safetensors"), (16,)
+    same, _ = segmentation_prepare.start_encoder(config, make_console())
+    config.random_init = True
+    random, passport = segmentation_prepare.start_encoder(config, make_console())
+    name = "blocks.0.mlp.fc1.weight"
+    start = tensors_of(place / "mae.safetensors")[f"encoder.{name}"]
+    assert torch.equal(same.state_dict()[name], start) and not torch.equal(random.state_dict()[name], start)
+    assert random.state_dict()[name].shape == start.shape and passport.model.embed_dim == 32
+    assert config.layer_decay < 1 and adapted(config, {"--random-init"}).layer_decay == 1.0
+    config.layer_decay = 0.5
+    assert adapted(config, {"--random-init", "--layer-decay"}).layer_decay == 0.5
 
-    return Scores(logits, None)
 
-
-def test_random_init_has_other_weights_and_one_rate(place: Path, tmp_path: Path) -> None:
-    assert train(place, tmp_path / "scratch", "--random-init", "--steps", "1", "--eval-every", "1") == 0
-    config = json.loads((tmp_path / "scratch" / "config.json").read_text())
-    assert config["random_init"] and config["layer_decay"] == 1.0
-    assert json.loads((place / "run" / "config.json").read_text())["layer_decay"] < 1.0
-
-
-def test_linear_head_does_not_move_the_encoder(place: Path, tmp_path: Path) -> None:
-    assert train(place, tmp_path / "linear", "--head", "linear", "--steps", "2") == 0
+def test_linear_head_does_not_move_the_encoder_and_its_best_weights_are_scored(place: Path, tmp_path: Path) -> None:
+    assert train(place, tmp_path / "linear", "--head", "linear", "--score", "best") == 0
     start, end = tensors_of(place / "mae.safetensors"), tensors(tmp_path / "linear")
     moved = [name for name, value in end.items()
              if name.startswith("encoder.blocks.") and not torch.equal(value, start[name])]  # fmt: skip
     assert not moved
-    _, passport = load_segmenter(tmp_path / "linear" / "best.safetensors")
+    best, passport = load_segmenter(tmp_path / "linear" / "best.safetensors")
     assert (passport.head.kind, passport.head.width, passport.head.blocks) == ("linear", 0, (3,))
-
-
-def tensors_of(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
-
-
-def test_best_weights_can_be_scored(place: Path, tmp_path: Path) -> None:
-    assert train(place, tmp_path / "best", "--score", "best") == 0
-    best, _ = load_segmenter(tmp_path / "best" / "best.safetensors")
     total = np.zeros((3, 3), int)
     for image, truth in pairs_of(place):
         found = predict_classes(best, torch.from_numpy(image.copy()).permute(2, 0, 1), View()).numpy()
         total += confusion_matrix(truth[truth >= 0], found[truth >= 0], labels=range(3))
-    assert card(tmp_path / "best")["confusion"] == total.tolist()
+    assert card(tmp_path / "linear")["confusion"] == total.tolist()
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path)
 
 
 # ---- after a run ----
@@ -304,7 +309,8 @@ def test_presets_and_flags() -> None:
     paper = preset("ade20k")
     paper.data = "-"
     assert not paper.problems()
-    assert (paper.crop_hw, paper.steps, paper.batch_size, paper.lr, paper.layer_decay) == ((512, 512), 160_000, 16, 1e-4, 0.65)
+    assert (paper.crop_hw, paper.steps, paper.batch_size) == ((512, 512), 160_000, 16)
+    assert (paper.lr, paper.layer_decay) == (1e-4, 0.65)
     assert (paper.warmup_steps, paper.drop_path, paper.weight_decay, paper.schedule) == (1500, 0.1, 0.05, "poly")
     small = preset("small")
     small.data, small.steps = "-", small.steps // 10
@@ -316,12 +322,8 @@ def test_presets_and_flags() -> None:
 
 
 def test_class_weights_have_mean_one() -> None:
-    class Check:
-        class_pixels = np.array([900, 100, 0])
-
-    weights = segmentation_prepare.class_weights(
-        SegmentConfig(data="-", class_weights="sqrt"), Check(), torch.device("cpu")  # type: ignore[arg-type]
-    )
+    config, check = SegmentConfig(data="-", class_weights="sqrt"), PartCheck(np.array([900, 100, 0]), np.ones(3))
+    weights = segmentation_prepare.class_weights(config, check, torch.device("cpu"))
     assert weights is not None
     assert float(weights[1] / weights[0]) == pytest.approx(3.0) and float(weights[2]) == 1.0
     assert float(0.9 * weights[0] + 0.1 * weights[1]) == pytest.approx(1.0)
@@ -334,7 +336,7 @@ def test_class_weights_have_mean_one() -> None:
     ("more", "words"),
     [
         (["--crop", "18"], ["--crop 18: not a multiple of the patch of 4 px: take --crop 16"]),
-        (["--batch-size", "3", "--accum", "2", "--lr", "-1"], ["--lr -1: must be above 0", "not divisible by --accum 2"]),
+        (["--batch-size", "3", "--accum", "2", "--lr", "-1"], ["--lr -1: must be above 0", "divisible by --accum 2"]),
         (["--blocks", "1", "2"], ["--blocks 1 2: --head upernet reads 4 blocks"]),
         (["--inference", "whole", "--window", "16"], ["--window and --stride belong to --inference slide"]),
         (["--void", "x", "--scales", "0"], ["--void x: give a pixel value", "--scales 0: give one or more numbers"]),
@@ -359,11 +361,14 @@ def test_wrong_folders_and_files(place: Path, tmp_path: Path, capsys: pytest.Cap
     assert "maekit segment" in capsys.readouterr().err
     with pytest.raises(UserError, match="holds a 'mae', not a segmenter"):
         load_segmenter(place / "mae.safetensors")
-    assert cli.main(["segment", str(place / "run"), "--predict", str(tmp_path / "none"), "--out", str(tmp_path / "x")]) == 2
+    nothing = ["--predict", str(tmp_path / "none"), "--out", str(tmp_path / "x")]
+    assert cli.main(["segment", str(place / "run"), *nothing]) == 2
     assert "no such file or folder" in capsys.readouterr().err
 
 
-def test_annotations_are_checked_before_training(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_annotations_are_checked_before_training(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = write_pairs(tmp_path / "data")
     Image.new("RGB", (28, 20), (1, 2, 3)).save(data / "annotations" / "training" / "00.png")
     Image.new("L", (9, 9), 1).save(data / "annotations" / "training" / "01.png")

@@ -25,7 +25,9 @@ from maekit.weights.store import random_model
 VOID = -1
 
 
-def segmenter(kind: Any = "upernet", crop: tuple[int, int] = (16, 24), auxiliary: bool = True, **head: Any) -> Segmenter:
+def segmenter(
+    kind: Any = "upernet", crop: tuple[int, int] = (16, 24), auxiliary: bool = True, **head: Any
+) -> Segmenter:
     torch.manual_seed(0)
     model = random_model(tiny_config(depth=4))
     head_config = HeadConfig(kind, 8, auxiliary=auxiliary and kind == "upernet", **head)
@@ -48,7 +50,7 @@ def test_scores_have_the_size_of_the_image(kind: str, size: tuple[int, int]) -> 
 
 
 def test_maps_are_the_encoders_own_outputs() -> None:
-    """At the encoder's own size against timm's forward pass; the last block's map has the last norm, the others none."""
+    """At the encoder's own size against timm's forward pass; the last block's map has the last norm, others none."""
     model = segmenter().eval()
     encoder: Any = model.encoder
     batch = images()

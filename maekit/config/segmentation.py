@@ -29,8 +29,8 @@ class ViewConfig:
     """How an image is looked at when it is scored or predicted."""
 
     inference: Literal["whole", "slide"] | None = None
-    """whole: the image at once, padded to a multiple of the patch; slide: windows, averaged where they overlap. Default:
-    as the run was scored at its end; for a new run what its preset says."""
+    """whole: the image at once, padded to a multiple of the patch; slide: windows, averaged where they overlap.
+    Default: as the run was scored at its end; for a new run what its preset says."""
     window: int | None = None
     """slide: side of the window in pixels. Default: the training crop."""
     stride: int | None = None
@@ -92,7 +92,8 @@ class PairsConfig:
 class SegmentConfig(PairsConfig, ViewConfig, SupervisedConfig):
     """Train semantic segmentation on top of a pretrained encoder, and score it by mIoU.
 
-    The best weights are chosen on a held-out part of the training images; the validation part is scored once, at the end.
+    The best weights are chosen on a held-out part of the training images; the validation part is scored once, at the
+    end.
     """
 
     preset: Literal["small", "ade20k"] = "small"
@@ -106,11 +107,11 @@ class SegmentConfig(PairsConfig, ViewConfig, SupervisedConfig):
     head_width: int = 512
     """Channels of upernet and fpn; the cost grows with its square."""
     blocks: tuple[int, ...] | None = None
-    """Blocks whose outputs the head reads, counted from 1. Default: the last one; for upernet those at 1/3, 1/2, 2/3 and
-    the end of the depth (4 6 8 12 of 12, which others, who count from 0, call 3, 5, 7, 11)."""
+    """Blocks whose outputs the head reads, counted from 1. Default: the last one; for upernet those at 1/3, 1/2, 2/3
+    and the end of the depth (4 6 8 12 of 12, which others, who count from 0, call 3, 5, 7, 11)."""
     fuse_kernel: Literal[3, 1] = 3
-    """upernet: kernel of the convolution that fuses the four levels. 3 is the paper's and 70 % of the head's cost; 1 mixes
-    them place by place, for little."""
+    """upernet: kernel of the convolution that fuses the four levels. 3 is the paper's and 70 % of the head's cost; 1
+    mixes them place by place, for little."""
     aux_weight: float = 0.4
     """upernet: weight of the loss of an auxiliary head on the third block, in training only. 0: no such head."""
     random_init: bool = False
@@ -191,7 +192,7 @@ class SegmentConfig(PairsConfig, ViewConfig, SupervisedConfig):
 PRESETS: dict[str, dict[str, Any]] = {
     # What the small preset is tuned by: docs/segmentation.md.
     "small": {
-        "head_width": 128, "fuse_kernel": 1, "crop": (240,), "batch_size": 8, "steps": 1000, "warmup_steps": 100, "lr": 5e-4,
+        "head_width": 128, "fuse_kernel": 1, "crop": (240,), "batch_size": 8, "steps": 1000, "warmup_steps": 100,
         "layer_decay": 0.8, "drop_path": 0.1, "inference": "whole", "eval_every": 250, "overlays": 6,
     },
     # arXiv 2111.06377, appendix A.3 and table 5 (48.1 mIoU), with what its reproduction in MMSegmentation (48.13) adds:
@@ -272,7 +273,8 @@ class SegmentScoreConfig(PairsConfig, ViewConfig):
     data: str | None = None
     """Pairs of image and annotation. Default: the run's."""
     part: Literal["validation", "heldout"] = "validation"
-    """validation: the validation part, for a report; heldout: the training images that the run held out, for choices."""
+    """validation: the validation part, for a report; heldout: the training images that the run held out, for
+    choices."""
     score: Literal["last", "best"] = "last"
     """Which weights of the run: the last ones, or the best on its held-out images."""
     out: str | None = None

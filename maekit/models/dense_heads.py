@@ -62,7 +62,7 @@ class Classifier(nn.Sequential):
 
 
 class PyramidPooling(nn.Module):
-    """The map beside its averages over 1, 2, 3 and 6 cells a side, each put through a 1 x 1 convolution; then one 3 x 3."""
+    """The map beside its averages over 1, 2, 3 and 6 cells a side, each behind a 1 x 1 convolution; then one 3 x 3."""
 
     def __init__(self, width_in: int, width: int) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class UperNet(nn.Module):
     """UperNet (arXiv 1807.10221) on four blocks of a vision transformer, as in the MAE paper's transfer to ADE20K.
 
     Pyramid pooling on the coarsest level, a top-down feature pyramid, all levels resized to the finest one and fused.
-    Cost at width W on a finest grid of n places: about 50 n W^2 multiply-adds, of which 36 are the fusing convolution's.
+    Cost at width W on a finest grid of n places: about 50 n W^2 multiply-adds, 36 of them the fusing convolution's.
     With a kernel of 1 these are 1.3: it commutes with the resizing, so each level is mixed on its own grid.
     """
 
@@ -148,8 +148,7 @@ class UperNet(nn.Module):
         mixed = F.conv2d(levels[0], weights[0])
         for level, weight in zip(levels[1:], weights[1:], strict=True):
             mixed = mixed + resized(F.conv2d(level, weight), finest)
-        fused = relu(norm(mixed))
-        return fused
+        return relu(norm(mixed))  # type: ignore[no-any-return]
 
 
 class LightFPN(nn.Module):

@@ -44,7 +44,12 @@ class Segmenter(nn.Module):
     std: Tensor
 
     def __init__(
-        self, encoder: VisionTransformer, head: HeadConfig, num_classes: int, mean: Sequence[float], std: Sequence[float]
+        self,
+        encoder: VisionTransformer,
+        head: HeadConfig,
+        num_classes: int,
+        mean: Sequence[float],
+        std: Sequence[float],
     ) -> None:
         super().__init__()
         any_encoder: Any = encoder
@@ -176,12 +181,17 @@ def chosen_blocks(head: HeadConfig, depth: int) -> tuple[int, ...]:
 
 
 def pixel_loss(
-    scores: Scores, labels_BHW: Tensor, void: int, weights_K: Tensor | None, denominator: Tensor, auxiliary_weight: float
+    scores: Scores,
+    labels_BHW: Tensor,
+    void: int,
+    weights_K: Tensor | None,
+    denominator: Tensor,
+    auxiliary_weight: float,
 ) -> Tensor:
     """Cross entropy summed over the pixels that are not void, over a denominator: a float32 scalar.
 
-    labels_BHW: int64 classes or `void`. denominator: what the sum is divided by, `loss_denominator` of the whole batch of
-    a step, over all processes and accumulation parts. A batch that is void throughout loses 0.
+    labels_BHW: int64 classes or `void`. denominator: what the sum is divided by, `loss_denominator` of the whole batch
+    of a step, over all processes and accumulation parts. A batch that is void throughout loses 0.
     """
 
     def part(logits_BKHW: Tensor) -> Tensor:

@@ -100,8 +100,10 @@ def main(config: SegmentConfig, resuming: bool = False) -> int:
                     position.loss_count, logged_step = 0, position.step
                     progress.update(bar, loss=f"{value:.4f}", speed=f"{speed:,.1f}")
                 progress.update(bar, completed=position.step, description=f"step {position.step:,}")
-                if not stopping and position.watched != position.step and (
-                    last or position.step % config.eval_every == 0
+                if (
+                    not stopping
+                    and position.watched != position.step
+                    and (last or position.step % config.eval_every == 0)
                 ):
                     stopping = not (evaluate(job) and draw_pictures(job))
                     if job.heldout is not None:
@@ -234,7 +236,8 @@ def finish(job: SegmentJob, seconds: float, first_step: int) -> bool:
             "weights": config.score, "best_step": run.position.best_step, "best_heldout_miou": run.position.best,
             "heldout": None if job.heldout is None else job.heldout.to_json(job.pairs.class_names),
             "images": {"train": len(job.train_ids), "heldout": len(job.heldout_ids), what: len(part)},
-            "unreadable": unreadable, "view": dataclasses.asdict(job.view), "score": result.to_json(job.pairs.class_names),
+            "unreadable": unreadable, "view": dataclasses.asdict(job.view),
+            "score": result.to_json(job.pairs.class_names),
             "confusion": matrix_KK.tolist(), "seconds": seconds, "config": dataclasses.asdict(config),
             "environment": environment(run.accelerator.device),
         }  # fmt: skip

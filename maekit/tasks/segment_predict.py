@@ -105,8 +105,7 @@ def find_images(places: tuple[str, ...]) -> dict[str, str]:
             raise UserError(f"--predict {printable(place)}: no such file or folder")
         for name, file in files.items():
             if name in found:
-                raise UserError(
-                    f"--predict: {printable(found[name])} and {printable(file)} have one name; predict them into two folders"
-                )
+                both = f"{printable(found[name])} and {printable(file)}"
+                raise UserError(f"--predict: {both} have one name; predict them into two folders")
             found[name] = file
     return found

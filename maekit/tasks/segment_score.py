@@ -73,7 +73,8 @@ def main(source: str, config: SegmentScoreConfig) -> int:
         "environment": environment(choices["device"].value),
     }  # fmt: skip
     write_whole(out, json.dumps(card, indent=1) + "\n")
-    console.print(score_table(result, pairs.class_names, f"{Path(source).name}: {config.part} images, {config.score} weights"))
+    title = f"{Path(source).name}: {config.part} images, {config.score} weights"
+    console.print(score_table(result, pairs.class_names, title))
     seen = "whole images" if view.window is None else f"windows of {view.window} px every {view.stride or 'two thirds'}"
     scales = " ".join(f"{scale:g}" for scale in view.scales)
     print_settings(console, "done", {

@@ -53,9 +53,7 @@ def predict_classes(model: Segmenter, image_CHW: Tensor, view: View, size_hw: Se
     size = tuple(size_hw or image_CHW.shape[1:])
     pixels = image_CHW.to(model.mean.dtype)[None]
     normal = ((pixels / 255 if image_CHW.dtype == torch.uint8 else pixels) - model.mean) / model.std
-    views = [
-        (scale, mirrored) for scale in view.scales for mirrored in ((False, True) if view.flip else (False,))
-    ]
+    views = [(scale, mirrored) for scale in view.scales for mirrored in ((False, True) if view.flip else (False,))]
     total = None
     for scale, mirrored in views:
         seen = _scaled(normal, view.short_side, scale, model.patch_size)

@@ -111,9 +111,7 @@ def report_unreadable(job: SegmentJob, bad: list[tuple[int, str]]) -> None:
         job.run.console.print(f"[yellow]unreadable, the next image takes its place:[/yellow] {escape(line)}")
 
 
-def measure(
-    job: SegmentJob, part: PairPart, ids: Ids, on_progress: Any = None
-) -> tuple[Tensor, int] | None:
+def measure(job: SegmentJob, part: PairPart, ids: Ids, on_progress: Any = None) -> tuple[Tensor, int] | None:
     """The confusion matrix [K, K] over these images, and how many could not be read; None where a signal came.
 
     Every process takes its share of the images, and the counts are added.

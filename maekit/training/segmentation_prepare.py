@@ -133,7 +133,7 @@ def choose_machine(config: Any) -> dict[str, Choice[Any]]:
 
 
 def start_encoder(config: SegmentConfig, console: Console) -> tuple[Any, Passport]:
-    """The source's encoder at the size of the crop, or one of its architecture with random weights; and its passport."""
+    """The source's encoder at the crop's size, or one of its architecture with random weights; and its passport."""
     given = {f.name: getattr(config, f.name) for f in dataclasses.fields(SourceConfig)}
     loaded = load_as(config.source, SourceConfig(**{**given, "encoder_only": True}))
     passport: Passport = loaded.passport
@@ -203,14 +203,12 @@ def check_batch_norm(config: SegmentConfig, patch: int, images: int) -> None:
         rows, columns = math.ceil(rows / 2), math.ceil(columns / 2)
     if images * rows * columns < 2:
         raise UserError(
-            f"--crop {' '.join(map(str, config.crop))}: with one image on a process, batch norm needs a larger crop (at "
-            f"least {3 * patch} px), a larger --batch-size, or a lower --accum"
+            f"--crop {' '.join(map(str, config.crop))}: with one image on a process, batch norm needs a larger crop "
+            f"(at least {3 * patch} px), a larger --batch-size, or a lower --accum"
         )
 
 
-def settled(
-    config: SegmentConfig, model: Segmenter, out: Path, choices: dict[str, Choice[Any]]
-) -> SegmentConfig:
+def settled(config: SegmentConfig, model: Segmenter, out: Path, choices: dict[str, Choice[Any]]) -> SegmentConfig:
     """The config with every choice that touches the numbers fixed, since a resume must not choose anew."""
     place = os.path.expanduser(config.data)
     return dataclasses.replace(
@@ -245,7 +243,7 @@ def make_optimizer(model: Segmenter, config: SegmentConfig) -> torch.optim.AdamW
 
 
 def class_weights(config: SegmentConfig, check: PartCheck, device: torch.device) -> Tensor | None:
-    """Weights [K] of the classes in the loss, whose mean over the training pixels is 1; classes without pixels get 1."""
+    """Weights [K] of the classes in the loss: mean 1 over the training pixels; classes without pixels get 1."""
     if config.class_weights == "none":
         return None
     share_K = check.class_pixels / check.class_pixels.sum()

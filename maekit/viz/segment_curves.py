@@ -1,4 +1,4 @@
-"""Curves of a segmentation run from the records of metrics.jsonl: loss, held-out scores and learning rate over steps."""
+"""Curves of a segmentation run from the records of metrics.jsonl: loss, held-out scores, learning rate over steps."""
 
 from __future__ import annotations
 
