@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from maekit.config import (
     UserError,
     did_you_mean,
 )
-from maekit.configfile import read
+from maekit.configfile import MAX_BYTES, read
 
 Config = TypeVar("Config")
 
@@ -41,6 +42,8 @@ usage: maekit COMMAND ...
   plan RECIPE --data D                a dry run: speed, memory, batch that fits, time of the whole run
   resume RUN                          continue a run exactly where its last checkpoint stands
   probe SRC [SRC ...] --data D        linear probe and k-NN, beside random weights and raw pixels
+  segment SRC --data D                train semantic segmentation on images with class maps; mIoU
+  segment RUN --predict I --out DIR   class maps and overlays of images of any size
   reconstruct SRC --image I --out P   draw original | masked | reconstruction | pasted
   embed SRC --data D --out F          features of every image, to .parquet or .npz
   convert SRC --to T --out DIR        for timm, hf, official, onnx or torch-export; outputs are compared
@@ -175,9 +178,24 @@ def resume(words: list[str]) -> int:
     """maekit resume RUN --flags"""
     folder, rest = positional(words, "maekit resume RUN", "a run's folder")
     changes = parse(ResumeConfig, "maekit resume RUN", rest)
+    if written_by(folder[0]) == "segment":
+        from maekit.tasks import segment as segmentation
+
+        return segmentation.resume(folder[0], changes)
     from maekit.tasks import pretrain as task
 
     return task.resume(folder[0], changes)
+
+
+def written_by(folder: str) -> str:
+    """The task that a run's config.json names; empty where there is none to read, which the task itself will say."""
+    try:
+        with (Path(folder) / "config.json").open("rb") as file:
+            values = json.loads(file.read(MAX_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return ""
+    task = values.get("task") if isinstance(values, dict) else ""
+    return task if isinstance(task, str) else ""
 
 
 def probe(words: list[str]) -> int:
@@ -187,6 +205,28 @@ def probe(words: list[str]) -> int:
     from maekit.tasks import probe as task
 
     return task.main(sources, config)
+
+
+def segment(words: list[str]) -> int:
+    """maekit segment SRC --data D, or RUN --predict IMAGES --out DIR, or RUN --eval"""
+    from importlib import import_module
+
+    from maekit.config import segmentation as configs
+
+    usage = "maekit segment SRC --data D"
+    source, rest = positional(words, usage, "a source of weights")
+    given = {word.partition("=")[0] for word in rest}
+    other = {"--predict": configs.SegmentPredictConfig, "--eval": configs.SegmentScoreConfig}
+    for flag, kind in other.items():
+        if flag in given:
+            asked = parse(kind, f"maekit segment RUN {flag}", [word for word in rest if word != "--eval"])
+            name = "segment_predict" if flag == "--predict" else "segment_score"
+            return int(import_module(f"maekit.tasks.{name}").main(source[0], asked))
+    config = configs.adapted(parse(configs.SegmentConfig, usage, rest, configs.preset(configs.preset_of(rest))), given)
+    config.source = source[0]
+    from maekit.tasks import segment as task
+
+    return task.main(config)
 
 
 def reconstruct(words: list[str]) -> int:
@@ -328,6 +368,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": plan,
     "resume": resume,
     "probe": probe,
+    "segment": segment,
     "reconstruct": reconstruct,
     "embed": embed,
     "convert": convert,

@@ -36,7 +36,7 @@ def open_source(
     path = os.path.expanduser(spec)
     shown = printable(spec)
     mode = _mode(path, shown)
-    name = _short_name(path)
+    name = short_name(path)
     suffix = os.path.splitext(path)[1].lower()
     if stat.S_ISDIR(mode):
         try:
@@ -72,7 +72,7 @@ def _mode(path: str, shown: str) -> int:
         raise UserError(f"--data {shown}: cannot be read ({error.strerror})") from None
 
 
-def _short_name(path: str) -> str:
+def short_name(path: str) -> str:
     """The last part of the path without a file's suffix, in characters that suit any folder's name."""
     base = os.path.basename(os.path.realpath(path))
     base = base if os.path.isdir(path) else os.path.splitext(base)[0]
