@@ -50,7 +50,7 @@ from maekit.weights.store import WEIGHTS_FILE, load_as, random_model
 
 MIN_HELDOUT = 4
 """Held-out images at least."""
-DEFAULT_LR = {"linear": 5e-3, "upernet": 5e-4, "fpn": 5e-4}
+DEFAULT_LR = {"linear": 5e-3, "upernet": 1e-3, "fpn": 1e-3}
 """Peak learning rates where neither the user nor the preset says one: a linear layer alone can take more."""
 
 
