@@ -22,7 +22,7 @@ def main(asked: DemoConfig) -> int:
     if code:
         return code
     # The quick part of the evaluation card; `maekit probe RUN --data photos` makes the whole of it.
-    probe.main([str(out)], ProbeConfig(data="photos", probes=(), blocks=(-1,), flip=False))
+    probe.main([str(out)], ProbeConfig(data="photos", probes=(), blocks=(-1,), flip="no"))
     panel = max((out / "panels").iterdir())
     print(f"\nreconstruction panel: {panel}\nthe run's folder:     {out}")
     print("your own images next: maekit pretrain folder --help")

@@ -38,9 +38,10 @@ class ProbeConfig(SourceConfig):
     """Epochs of the paper's probe, on cached features and on augmented images."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """--protocol paper and --scratch: smallest and largest share of the image's area in a random crop."""
-    flip: bool | None = None
-    """Take features from mirrored training images too; the held-out part decides whether a probe uses them. Default:
-    yes, but on a CPU only where that costs under 5 TFLOP. --no-flip: where left and right differ."""
+    flip: Literal["auto", "yes", "no"] = "auto"
+    """Take features of mirrored training images too, which doubles the encoder's work; the held-out part decides
+    whether linear probes use them. auto: yes, but on a CPU only where that costs under 5 TFLOP. no: nothing is
+    mirrored in --protocol paper and --scratch either."""
     few_labels: tuple[float, ...] | None = None
     """Shares of the labels for the probe with few labels, each class alike. Default: 0.01 and 0.1, as far as they give
     every class a label."""

@@ -63,9 +63,10 @@ def open_splits(
 
     def open_split(part: Part, ids: npt.NDArray[np.int64], what: str) -> Split:
         if part.labels is None:
+            which = "" if data.train.labels is None else f"its {what} split "
             raise UserError(
-                f"--data {reading.data}: has no labels, and a probe needs them: one folder per class, or a Parquet "
-                "label column (--label-column)"
+                f"--data {reading.data}: {which}has no labels, and a probe needs them: one folder per class, or a "
+                "Parquet label column (--label-column)"
             )
         ids = ids[part.labels[ids] >= 0]
         if not len(ids):

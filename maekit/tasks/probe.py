@@ -48,7 +48,7 @@ MIRROR_FLOP = 5e12
 """Mirrored images double the encoder's work; on a CPU they are taken by default below this."""
 ATTENTIVE_BYTES = 2**28
 """The attentive probe reads every token; it is run by default where they take no more."""
-HEADINGS = {"linear": "L-BFGS probe", "lars": "LARS probe", "knn": "k-NN", "paper": "LARS, images anew"}
+HEADINGS = {"linear": "linear %", "lars": "LARS %", "knn": "k-NN %", "attentive": "attentive %", "paper": "paper's %"}
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def main(sources: list[str], config: ProbeConfig) -> int:
     for name, model in models:
         # ---- the images at this model's size, read once for all sources that share it ----
         reading = PretrainConfig(data=config.data, img_size=model.config.size_hw, in_chans=model.config.in_chans)
-        reading.crop_scale, reading.flip, reading.seed = config.crop_scale, config.flip is not False, config.seed
+        reading.crop_scale, reading.flip, reading.seed = config.crop_scale, config.flip != "no", config.seed
         shape = (model.config.size_hw, model.config.in_chans)
         data = open_source(
             config.data,
@@ -98,10 +98,11 @@ def main(sources: list[str], config: ProbeConfig) -> int:
             with counting(console, "reading images") as progress:
                 opened[shape] = open_splits(data, reading, device, progress)
         train, test = opened[shape]
+        evaluation.check_labels(train.labels, config.few_labels)
 
         # ---- this encoder, then the same one with random weights, and trained with labels ----
         candidates = [(name, model)]
-        if config.baselines and model.config not in floors:
+        if config.baselines and model.config not in floors and model.passport.recipe != "random":
             floors.append(model.config)
             floor = random_model(model.config, model.passport.mean, model.passport.std, seed=config.seed).to(device)
             candidates.append((f"{name}, random weights", floor))
@@ -131,7 +132,7 @@ def main(sources: list[str], config: ProbeConfig) -> int:
     classes = len(torch.unique(train.labels))
     title = f"{data.name}: {classes} classes, {len(train.ids):,} training and {count:,} test images"
     columns = columns_of(rows)
-    headings = ["features", "block, pooling", *(f"{HEADINGS.get(column, column)} %" for column in columns)]
+    headings = ["features", "block", *(HEADINGS.get(column, column) for column in columns)]
     console.print(make_table(title, headings, [line_of(row, columns, count) for row in rows]))
     console.print(NOTE, style="dim", highlight=False)
     folder = card_folder(config, sources[0], data.name)
@@ -146,7 +147,7 @@ def main(sources: list[str], config: ProbeConfig) -> int:
         "most_frequent_class": float(torch.bincount(test.labels).max()) / len(test.labels),
         "protocol": config.protocol,
         "interval": "Wilson's score interval at 95 %, of the test sample",
-        "search": f"blocks and poolings by at most {evaluation.SEARCH_IMAGES:,} training images, then fitted on all",
+        "search": f"blocks and poolings in closed form on up to {evaluation.SEARCH_IMAGES:,} images; then on all",
         "scores": [score_of(row, count) for row in rows],
         "environment": environment(device),
         "seconds": round(time.perf_counter() - started, 1),
@@ -225,7 +226,7 @@ def measure_encoder(
 def choose(
     job: Job, label: str, train: TrainSet, seconds: dict[str, float]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, list[Chosen]]]:
-    """Where the best features are, by held-out accuracy, and each probe's setting there; k-NN has a place of its own."""
+    """Where the best features are, by held-out accuracy, and each probe's setting there; k-NN has its own place."""
     clock = time.perf_counter
     begun = clock()
     with counting(job.console, f"{label}: blocks and poolings") as progress:
@@ -246,7 +247,8 @@ def choose(
         seconds["lars"], begun = clock() - begun, clock()
     probes["knn"] = [evaluation.choose_knn(train, nearest["block"], nearest["pooling"])]
     seconds["knn"], begun = clock() - begun, clock()
-    for share in evaluation.label_shares(train, job.config.few_labels) if "few-labels" in wanted(job.config) else ():
+    shares = evaluation.label_shares(train.labels_S, job.config.few_labels)
+    for share in shares if "few-labels" in wanted(job.config) else ():
         probes[f"{100 * share:g} % labels"] = evaluation.choose_few(train, *place, views, share)
     seconds["few labels"] = clock() - begun
     return search, tried, probes
@@ -317,8 +319,8 @@ def blocks_of(config: ProbeConfig, name: str, model: MaskedAutoencoder) -> tuple
 
 def wants_mirrored(config: ProbeConfig, model: MaskedAutoencoder, images: int, device: torch.device) -> bool:
     """Whether features of mirrored training images are taken: as asked for, else where they are cheap."""
-    if config.flip is not None:
-        return config.flip
+    if config.flip != "auto":
+        return config.flip == "yes"
     plain = dataclasses.replace(model.config, decoder="self", decoder_depth=0)
     forward = flops_per_image(plain, model.grid_hw[0] * model.grid_hw[1]) / 3
     return device.type != "cpu" or images * forward <= MIRROR_FLOP

@@ -25,7 +25,7 @@ from maekit.training.capacity import RAM_SHARE
 from maekit.training.evaluation import Chosen, Progress, TrainSet, best_of
 from maekit.training.optim import learning_rate
 
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-3, 4e-3, 1.6e-2)
 DECAY, WARMUP_SHARE, BATCH = 0.01, 0.1, 256
 
 Batches = Callable[[int], Iterable[tuple[Tensor, Tensor]]]

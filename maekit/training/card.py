@@ -11,8 +11,9 @@ import numpy as np
 from maekit.training.evaluation import DRAWS, Chosen, wilson
 
 NOTE = (
-    f"test accuracy with its 95 % interval (Wilson); few labels: mean +- deviation of {DRAWS} draws; "
-    "\nall settings chosen on held-out training images, the test split scored once"
+    f"test accuracy, +- 95 % interval of the test sample (Wilson); few labels: mean +- deviation of {DRAWS} draws\n"
+    "linear: by L-BFGS; LARS: the paper's linear probe, on kept features\n"
+    "blocks, poolings and settings are chosen on held-out training images; the test split is scored once"
 )
 
 
@@ -52,13 +53,13 @@ def line_of(row: Row, columns: Sequence[str], count: int) -> list[str]:
 
 
 def cell(shares: Sequence[float], count: int) -> str:
-    """A probe's accuracy in percent with its interval; of several draws mean and deviation; - where there is none."""
+    """Percent and half the width of the interval; of several draws mean and deviation; - where there is none."""
     if not shares:
         return "-"
     if len(shares) > 1:
         return f"{100 * np.mean(shares):.1f} +- {100 * np.std(shares, ddof=1):.1f}"
     low, high = wilson(shares[0], count)
-    return f"{100 * shares[0]:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+    return f"{100 * shares[0]:.1f} +- {50 * (high - low):.1f}"
 
 
 def score_of(row: Row, count: int) -> dict[str, Any]:

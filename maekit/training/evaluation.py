@@ -23,12 +23,13 @@ from maekit.data.loader import lowest_hash
 from maekit.rng import Purpose, random_bits
 from maekit.training.features import BlockFeatures, Pooling
 from maekit.training.linear_probe import RATES, LarsSweep, scaled_batch, train_sweep
-from maekit.training.probes import LinearProbe, fit_linear, knn_predict
+from maekit.training.probes import LinearProbe, fit_linear, knn_predict, ridge_predict
 
+LEAST_IMAGES = 8
 HELDOUT_SHARE = 0.1
 """Share of the training split on which everything is chosen."""
-SEARCH_IMAGES, SEARCH_STEPS, SEARCH_DECAYS = 10_000, 40, (1e-4, 1e-3, 1e-2)
-"""Block and pooling are searched by L-BFGS probes on at most so many training images, with so many steps."""
+SEARCH_IMAGES, SEARCH_STRENGTHS = 10_000, (1e-4, 1e-3, 1e-2, 1e-1)
+"""Block and pooling are searched by closed-form linear probes on at most so many training images."""
 DECAYS = (1e-5, 1e-4, 1e-3, 1e-2)
 """Of the L-BFGS probe: factor of the squared weights."""
 FEW_DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -83,22 +84,12 @@ class Chosen:
 
 
 def divide(features: BlockFeatures, labels_S: Tensor, ids: npt.NDArray[np.int64]) -> TrainSet:
-    """The training split with its held-out part and the images that blocks are searched on.
-
-    Raises:
-        UserError: fewer than two classes, or too few images to hold any out.
-    """
-    present = labels_S.unique()
-    if len(present) < 2:
-        raise UserError(
-            f"--data: its {len(labels_S)} labelled training images are all of one class; a probe tells classes apart "
-            "and needs two at least"
-        )
+    """The training split with its held-out part and the images that blocks are searched on."""
     held = held_out_S(ids)
     kept = np.flatnonzero(~held)
     search = np.isin(ids, lowest_hash(ids[kept], SEARCH_IMAGES, Purpose.SUBSET))
     places = (torch.from_numpy(np.flatnonzero(rows)).to(labels_S.device) for rows in (~held, held, search))
-    return TrainSet(features, labels_S, int(present.max()) + 1, *places)
+    return TrainSet(features, labels_S, int(labels_S.max()) + 1, *places)
 
 
 def held_out_S(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
@@ -119,19 +110,17 @@ def best_of(sweep: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def search_blocks(train: TrainSet, on_progress: Progress | None = None) -> list[dict[str, Any]]:
-    """Held-out accuracies of a linear probe and of k-NN after every block with every pooling, on plain views.
+    """Held-out accuracies of a closed-form linear probe and of k-NN, after every block with every pooling.
 
-    From at most SEARCH_IMAGES images: it ranks, and the chosen ones are fitted anew on all.
+    On plain views of at most SEARCH_IMAGES images: it ranks, and the chosen ones are fitted anew on all.
     """
     places = [(block, pooling) for block in train.features.blocks for pooling in train.features.poolings]
     found = []
     for block, pooling in places:
         fit, labels = train.rows(block, pooling, train.search_S)
         check, check_labels = train.rows(block, pooling, train.held_S)
-        linear = max(
-            fit_linear(fit, labels, train.classes, decay, SEARCH_STEPS).accuracy(check, check_labels)
-            for decay in SEARCH_DECAYS
-        )
+        ridge = ridge_predict(fit, labels, train.classes, check, SEARCH_STRENGTHS)
+        linear = max(share_right(predicted, check_labels) for predicted in ridge.values())
         voted = knn_predict(fit, labels, check[:KNN_QUERIES], (20,), (0.07,))[20, 0.07]
         knn = share_right(voted, check_labels[:KNN_QUERIES])
         found.append({"block": block, "pooling": pooling, "linear": linear, "knn": knn})
@@ -142,14 +131,13 @@ def search_blocks(train: TrainSet, on_progress: Progress | None = None) -> list[
 
 def choose_views(train: TrainSet, block: int, pooling: Pooling) -> tuple[int, list[dict[str, Any]]]:
     """Whether mirrored images help a linear probe (2) or not (1): where left and right differ they may harm."""
-    check = train.rows(block, pooling, train.held_S)
+    check, check_labels = train.rows(block, pooling, train.held_S)
     sweep = []
     for views in range(1, train.features.views + 1):
         rows, labels = train.rows(block, pooling, train.search_S, views)
-        for decay in SEARCH_DECAYS if train.features.views > 1 else ():
-            probe = fit_linear(rows, labels, train.classes, decay, SEARCH_STEPS)
-            sweep.append({"views": views, "decay": decay, "heldout": probe.accuracy(*check)})
-    return (best_of(sweep)["views"] if sweep else 1), sweep
+        for strength, predicted in ridge_predict(rows, labels, train.classes, check, SEARCH_STRENGTHS).items():
+            sweep.append({"views": views, "strength": strength, "heldout": share_right(predicted, check_labels)})
+    return best_of(sweep)["views"], sweep
 
 
 def choose_linear(
@@ -224,21 +212,32 @@ def labels_per_class(images: int, classes: int, share: float) -> int:
     return round(share * images / classes)
 
 
-def label_shares(train: TrainSet, asked: Sequence[float] | None) -> list[float]:
-    """The shares of labels that were asked for, or those of FEW_LABELS that give every class one.
+def check_labels(labels_S: Tensor, few: Sequence[float] | None) -> None:
+    """Refuse labels that nothing can be learnt from, and shares of them that leave a class out.
 
     Raises:
-        UserError: a share that was asked for gives less.
+        UserError: one class only, hardly any image, or a share that gives a class no label.
     """
-    images, classes = len(train.labels_S), len(train.labels_S.unique())
-    enough = {share: labels_per_class(images, classes, share) > 0 for share in asked or FEW_LABELS}
-    if asked and not all(enough.values()):
-        share = min(asked)
+    images, classes = len(labels_S), len(labels_S.unique())
+    if classes < 2:
         raise UserError(
-            f"--few-labels {share:g}: {100 * share:g} % of {images:,} labels is less than one for each of {classes} "
-            f"classes: take at least {classes / images:.2g}"
+            f"--data: its {images:,} labelled training images are all of one class; a probe tells classes apart and "
+            "needs two at least"
         )
-    return [share for share, is_enough in enough.items() if is_enough]
+    if images < LEAST_IMAGES:
+        raise UserError(f"--data: {images} labelled training images are too few: {LEAST_IMAGES} at least are needed")
+    for share in few or ():
+        if not labels_per_class(images, classes, share):
+            raise UserError(
+                f"--few-labels {share:g}: {100 * share:g} % of {images:,} labels is less than one for each of "
+                f"{classes} classes: take at least {classes / images:.2g}"
+            )
+
+
+def label_shares(labels_S: Tensor, asked: Sequence[float] | None) -> list[float]:
+    """The shares of labels that were asked for, or those of FEW_LABELS, that give every class one."""
+    images, classes = len(labels_S), len(labels_S.unique())
+    return [share for share in asked or FEW_LABELS if labels_per_class(images, classes, share)]
 
 
 def draw_balanced(labels_S: Tensor, images_S: Tensor, per_class: int, draw: int) -> Tensor:

@@ -29,7 +29,7 @@ Pooling = Literal["cls", "mean", "both"]
 PIXEL_SIDE = 32
 """Larger images are averaged to this before their pixels are features: a linear layer on more is dear."""
 WORKING_COPIES = 6
-"""A classifier's needs beside what is stored: float32 copies of one block's features, standardised, held out, shuffled."""
+"""What classifiers need beside what is stored: float32 copies of one block's features (standardised, shuffled ...)."""
 
 
 @dataclass(frozen=True)
@@ -170,10 +170,9 @@ def plan_features(
         needed = (2 + 4 * WORKING_COPIES) * per_block
         raise UserError(
             f"--data: one block's features of {images:,} views take {needed / 1e9:.1f} GB with what classifiers need, "
-            f"and {free / 1e9:.1f} GB are free: give --no-flip, --pool mean, or fewer images"
+            f"and {free / 1e9:.1f} GB are free: give --flip no, --pool mean, or fewer images"
         )
-    places = np.linspace(len(wanted) - 1, 0, fits, endpoint=False).round().astype(int)
-    some = tuple(sorted(wanted[place] for place in set(places.tolist())))
+    some = tuple(wanted[len(wanted) - 1 - place * len(wanted) // fits] for place in reversed(range(fits)))
     told = _told(some, depth, len(some) * per_block * 2, torch.float16)
     return Plan(some, kinds, torch.float16, f"{told}: more do not fit into memory; --blocks chooses others")
 

@@ -20,8 +20,8 @@ from maekit.training.optim import learning_rate
 
 EPOCHS, WARMUP_EPOCHS, MOMENTUM, TRUST = 90, 10, 0.9, 0.001
 PAPER_BATCH, PAPER_IMAGES, LEAST_BATCH = 16384, 1_281_167, 256
-RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-"""Peak learning rates that are tried; the paper's is 6.4 (0.1 x 16384 / 256). Under LARS they do not scale with the
+RATES = (0.2, 0.8, 3.2, 6.4, 12.8, 25.6, 102.4)
+"""Peak learning rates that are tried, about the paper's 6.4 (0.1 x 16384 / 256). Under LARS they do not scale with the
 batch: a step changes a classifier by rate x TRUST of its own length."""
 INIT_STD = 0.01
 

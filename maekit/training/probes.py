@@ -1,6 +1,6 @@
 """How good frozen features are: k-NN, linear classifiers, effective rank. All read features; none trains an encoder.
 
-Shapes: S samples, D features, K classes, L regularisation strengths.
+Shapes: S samples, D features, K or C classes.
 """
 
 from __future__ import annotations
@@ -71,6 +71,30 @@ def ridge_accuracy(train_SD: Tensor, train_labels_S: Tensor, test_SD: Tensor, te
     classifier = RidgeClassifier(alpha=0.01 * len(train_SD))
     classifier.fit(((train_SD - mean) / deviation).cpu().numpy(), train_labels_S.cpu().numpy())
     return float(classifier.score(((test_SD - mean) / deviation).cpu().numpy(), test_labels_S.cpu().numpy()))
+
+
+def ridge_predict(
+    train_SD: Tensor, train_labels_S: Tensor, num_classes: int, test_SD: Tensor, strengths: Sequence[float]
+) -> dict[float, Tensor]:
+    """Classes [S] by least squares on one-hot labels and standardised features, for each strength of the penalty.
+
+    One decomposition of the features' covariance serves all: milliseconds where L-BFGS takes seconds. A strength s
+    stands for a penalty of s x |w|^2 beside the mean of the squared errors. float64, on the CPU where others lack it.
+    """
+    mean, deviation = train_SD.mean(dim=0), train_SD.std(dim=0).clamp_min(1e-6)
+    precise = torch.device("cpu") if train_SD.device.type == "mps" else train_SD.device
+    train = ((train_SD - mean) / deviation).to(precise)
+    targets_SC = F.one_hot(train_labels_S, num_classes).to(precise, train.dtype)
+    prior_C = targets_SC.mean(dim=0)
+    # Products in the features' own precision, which is where the time goes; the decomposition in float64.
+    values_D, vectors_DD = torch.linalg.eigh((train.T @ train).double() / len(train))
+    along_DC = vectors_DD.T @ (train.T @ (targets_SC - prior_C)).double() / len(train)
+    test = ((test_SD - mean) / deviation).to(precise)
+    found = {}
+    for strength in strengths:
+        weight_DC = vectors_DD @ (along_DC / (values_D.clamp_min(0) + strength)[:, None])
+        found[strength] = (test @ weight_DC.to(test.dtype) + prior_C).argmax(dim=1).to(test_SD.device)
+    return found
 
 
 def rankme(features_SD: Tensor) -> float:
