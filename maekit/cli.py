@@ -40,7 +40,7 @@ usage: maekit COMMAND ...
   pretrain RECIPE --data D --out RUN  pretrain; any field of the recipe is a flag
   plan RECIPE --data D                a dry run: speed, memory, batch that fits, time of the whole run
   resume RUN                          continue a run exactly where its last checkpoint stands
-  probe SRC [SRC ...] --data D        linear probe and k-NN, beside random weights and raw pixels
+  probe SRC [SRC ...] --data D        the evaluation card: linear probes, k-NN, few labels, beside random weights
   reconstruct SRC --image I --out P   draw original | masked | reconstruction | pasted
   embed SRC --data D --out F          features of every image, to .parquet or .npz
   convert SRC --to T --out DIR        for timm, hf, official, onnx or torch-export; outputs are compared

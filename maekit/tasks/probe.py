@@ -35,10 +35,18 @@ from maekit.terminal import counting, make_console, make_table
 from maekit.training import evaluation
 from maekit.training.anew import LabelledPool, choose_paper, train_supervised
 from maekit.training.attentive import choose_attentive, tokens_bytes, tokens_of
-from maekit.training.capacity import free_bytes
+from maekit.training.capacity import RAM_SHARE, free_bytes
 from maekit.training.card import NOTE, Row, columns_of, line_of, score_of
 from maekit.training.evaluation import Chosen, TestImages, TrainSet
-from maekit.training.features import PIXEL_SIDE, Plan, extract_blocks, of_pixels, plan_features, raw_pixels
+from maekit.training.features import (
+    PIXEL_SIDE,
+    WORKING_COPIES,
+    Plan,
+    extract_blocks,
+    of_pixels,
+    plan_features,
+    raw_pixels,
+)
 from maekit.viz.card import Curves, draw_card
 from maekit.weights.store import load_as, random_model
 
@@ -109,6 +117,7 @@ def main(sources: list[str], config: ProbeConfig) -> int:
         if config.scratch and name == sources[0]:
             fresh = random_model(model.config, model.passport.mean, model.passport.std, seed=config.seed).to(device)
             candidates.append((f"{name}, trained with labels", fresh))
+        attentive = wants_attentive(job, model, len(train.ids) + len(test.ids))
         for label, encoder in candidates:
             use_fused_attention(encoder, choose_attention(device, precision).value)
             if label == f"{name}, trained with labels":
@@ -116,13 +125,14 @@ def main(sources: list[str], config: ProbeConfig) -> int:
                 with counting(console, label) as progress, job.arithmetic():
                     epochs, pool = config.scratch_epochs, fitting_pool(train)
                     train_supervised(encoder, pool, epochs, seed=config.seed, on_progress=progress)
-            row, train, test = measure_encoder(job, label, encoder, train, test)
+            row, train, test = measure_encoder(job, label, encoder, train, test, attentive)
             rows.append(row)
         opened[shape] = train, test
 
     # ---- raw pixels at the first model's size, the floor under all of them ----
-    train, test = opened[models[0][1].config.size_hw, models[0][1].config.in_chans]
-    if config.baselines:
+    first = models[0][1].config
+    train, test = opened[first.size_hw, first.in_chans]
+    if config.baselines and pixels_fit(job, train, first.size_hw):
         rows.append(measure_pixels(job, train, test))
 
     # ---- what came out ----
@@ -164,7 +174,7 @@ def main(sources: list[str], config: ProbeConfig) -> int:
 
 
 def measure_encoder(
-    job: Job, label: str, model: MaskedAutoencoder, train: Split, test: Split
+    job: Job, label: str, model: MaskedAutoencoder, train: Split, test: Split, attentive: bool
 ) -> tuple[Row, Split, Split]:
     """Features after every block, all choices, then the test split; and the splits without unreadable images."""
     config, seconds = job.config, {}
@@ -187,13 +197,13 @@ def measure_encoder(
     divided = evaluation.divide(features, train.labels, train.ids)
     search, views, probes = choose(job, label, divided, seconds)
     begun = time.perf_counter()
-    if wants_attentive(job, model, len(train.ids) + len(test.ids)):
+    if attentive:
         with counting(job.console, f"{label}: attentive probe") as progress, job.arithmetic():
-            attentive = choose_attentive(
+            chosen = choose_attentive(
                 model, train.pool, train.ids, divided, epochs=config.attentive_epochs, batch_size=config.batch_size,
                 free=free_bytes(job.device), seed=config.seed, on_progress=progress,
             )  # fmt: skip
-            probes["attentive"] = [attentive]
+            probes["attentive"] = [chosen]
         seconds["attentive"] = time.perf_counter() - begun
     begun = time.perf_counter()
     if config.protocol == "paper":
@@ -266,6 +276,16 @@ def measure_pixels(job: Job, train: Split, test: Split) -> Row:
     seconds["test"] = time.perf_counter() - begun
     told = f"pixels at up to {PIXEL_SIDE} x {PIXEL_SIDE}"
     return Row("raw pixels", rows_SD.shape[1], told, search, views, probes, reached, seconds)
+
+
+def pixels_fit(job: Job, train: Split, size_hw: tuple[int, int]) -> bool:
+    """Whether raw pixels can be probed in the memory that is free; says so where they cannot."""
+    height, width = (min(side, PIXEL_SIDE) for side in size_hw)
+    size = 4 * len(train.ids) * height * width * train.part.in_chans * WORKING_COPIES
+    fits = size <= RAM_SHARE * free_bytes(job.device)
+    if not fits:
+        job.console.print(f"no raw pixels: probing them takes {size / 2**30:.0f} GiB, which are not free", style="dim")
+    return fits
 
 
 def score_test(probes: dict[str, list[Chosen]], images: TestImages, test: Split) -> dict[str, list[float]]:

@@ -77,9 +77,8 @@ def probe_anew(
             continue
         features_BPD, labels_B = torch.cat(features), torch.cat(labels)
         features, labels = [], []
-        with torch.autocast(device.type, enabled=False):
-            for place, sweep in enumerate(sweeps.values()):
-                sweep.update(features_BPD[:, place], labels_B, schedule(step, total))
+        for place, sweep in enumerate(sweeps.values()):
+            sweep.update(features_BPD[:, place], labels_B, schedule(step, total))
         if on_progress is not None:
             on_progress(step + 1, total)
     return sweeps

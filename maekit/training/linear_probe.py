@@ -60,9 +60,10 @@ class LarsSweep(nn.Module):
         )  # fmt: skip
 
     def forward(self, features_BD: Tensor) -> Tensor:
-        """Logits [B, K, C], by one matrix product."""
+        """Logits [B, K, C], by one matrix product in float32, whatever the encoder computes in."""
         weight_DKC, bias_KC = torch.cat(list(self.weights), dim=1), torch.cat(list(self.biases))
-        logits_BKC: Tensor = self.norm(features_BD) @ weight_DKC + bias_KC
+        with torch.autocast(features_BD.device.type, enabled=False):
+            logits_BKC: Tensor = self.norm(features_BD) @ weight_DKC + bias_KC
         return logits_BKC.view(len(features_BD), len(self.rates), self.classes)
 
     def update(self, features_BD: Tensor, labels_B: Tensor, share: float) -> None:
