@@ -19,9 +19,11 @@ from safetensors.torch import save_file
 
 from maekit import cli
 from maekit.data.order import Ids
+from maekit.data.sources import open_source
+from maekit.data.splits import open_splits
 from maekit.tasks import probe
-from maekit.training import anew, evaluation
-from maekit.weights.store import random_model
+from maekit.training import anew, evaluation, keras_probe
+from maekit.weights.store import load, random_model
 
 LEVELS = {"a-dark": 60, "b-grey": 110, "c-bright": 160}
 ALL = ["--probes", "lars", "few-labels", "attentive", "--attentive-epochs", "3", "--lars-epochs", "20"]
@@ -190,6 +192,20 @@ def test_the_papers_protocol(data: tuple[Path, Path], tmp_path: Path, monkeypatc
     held = heldout_ids(240)
     assert len(pools[0].ids) == 216
     assert not set(pools[0].ids.tolist()) & held
+
+
+def test_the_tutorials_protocol(data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more column, by the tutorial's probe on the same images and labels, read in its own way."""
+    monkeypatch.setattr(keras_probe, "EPOCHS", 2)
+    words = [str(data[0]), "--data", str(data[1]), "--protocol", "keras", "--blocks", "2", "--no-baselines", "--probes"]
+    (score,) = card_of(words, tmp_path)["scores"]
+    model = load(data[0])
+    reading = keras_probe.reading(model.config, str(data[1]))
+    source = open_source(str(data[1]), in_chans=3)
+    splits = open_splits(source, reading, torch.device("cpu"))
+    train, test = (keras_probe.Labelled(split.pool, split.ids, split.labels) for split in splits)
+    found = keras_probe.keras_probe(model, train, test, num_classes=3, epochs=2)
+    assert score["keras"] == {"test": found.test, "train": found.train}
 
 
 def heldout_ids(count: int) -> set[int]:

@@ -31,9 +31,11 @@ class ProbeConfig(SourceConfig):
     side; few-labels: with 1 % and 10 % of the labels, three draws; attentive: learned queries over the last block's
     tokens, which are read again (about 5 minutes for CIFAR-10 on 2 cores). Default: all three, but attentive only where
     its tokens take up to 256 MiB. Without a name after it, none."""
-    protocol: Literal["cached", "paper"] = "cached"
+    protocol: Literal["cached", "paper", "keras"] = "cached"
     """paper: one more probe, the paper's own way: crops and mirroring anew in each of --lars-epochs epochs, on the
-    last block. The encoder runs over the data so many times: meant for an accelerator."""
+    last block. keras: one more probe, that of the Keras tutorial on masked image modelling, for its keras-* recipes: 50
+    epochs of augmented images through a frozen encoder whose dropout is on. The encoder runs over the data so many
+    times: both are meant for an accelerator."""
     lars_epochs: int = 90
     """Epochs of the paper's probe, on cached features and on augmented images."""
     crop_scale: tuple[float, float] = (0.08, 1.0)

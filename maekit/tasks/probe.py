@@ -26,13 +26,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from maekit.config import ModelConfig, PretrainConfig, ProbeConfig, UserError
-from maekit.data.sources import open_source
+from maekit.data.sources import Source, open_source
 from maekit.data.splits import Split, open_splits
 from maekit.models.encoder import flops_per_image, use_fused_attention
 from maekit.models.mae import MaskedAutoencoder
 from maekit.runtime import choose_attention, choose_device, choose_precision, environment
 from maekit.terminal import counting, make_console, make_table
-from maekit.training import evaluation
+from maekit.training import evaluation, keras_probe
 from maekit.training.anew import LabelledPool, choose_paper, train_supervised
 from maekit.training.attentive import choose_attentive, tokens_bytes, tokens_of
 from maekit.training.capacity import RAM_SHARE, free_bytes
@@ -56,7 +56,8 @@ MIRROR_FLOP = 5e12
 """Mirrored images double the encoder's work; on a CPU they are taken by default below this."""
 ATTENTIVE_BYTES = 2**28
 """The attentive probe reads every token; it is run by default where they take no more."""
-HEADINGS = {"linear": "linear %", "lars": "LARS %", "knn": "k-NN %", "attentive": "attentive %", "paper": "paper's %"}
+HEADINGS = {"linear": "linear %", "lars": "LARS %", "knn": "k-NN %", "attentive": "attentive %", "paper": "paper's %",
+            "keras": "tutorial's %"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,8 @@ def main(sources: list[str], config: ProbeConfig) -> int:
                     epochs, pool = config.scratch_epochs, fitting_pool(train)
                     train_supervised(encoder, pool, epochs, seed=config.seed, on_progress=progress)
             row, train, test = measure_encoder(job, label, encoder, train, test, attentive)
+            if config.protocol == "keras":
+                add_keras(job, row, encoder, data)
             rows.append(row)
         opened[shape] = train, test
 
@@ -231,6 +234,22 @@ def measure_encoder(
     reached = score_test(probes, TestImages(found, tokens), test)
     seconds["test"] = time.perf_counter() - begun
     return Row(label, width, told, search, views, probes, reached, seconds), train, test
+
+
+def add_keras(job: Job, row: Row, model: MaskedAutoencoder, data: Source) -> None:
+    """Measure by the Keras tutorial's own probe too, which chooses nothing; it reads the images in its own way."""
+    reading = keras_probe.reading(model.config, job.config.data, job.config.seed)
+    with counting(job.console, f"{row.source}: the tutorial's probe") as progress, job.arithmetic():
+        train, test = (
+            keras_probe.Labelled(s.pool, s.ids, s.labels) for s in open_splits(data, reading, job.device, progress)
+        )
+        classes = int(max(train.labels.max(), test.labels.max())) + 1
+        found = keras_probe.keras_probe(
+            model, train, test, num_classes=classes, seed=job.config.seed, epochs=keras_probe.EPOCHS,
+            on_progress=progress,
+        )  # fmt: skip
+    row.test["keras"] = [found.test]
+    row.keras.update({"test": found.test, "train": found.train})
 
 
 def choose(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,8 @@ class Row:
     probes: dict[str, list[Chosen]]
     test: dict[str, list[float]]
     seconds: dict[str, float]
+    keras: dict[str, float] = field(default_factory=dict)
+    """Accuracy of the Keras tutorial's own probe, where it was asked for: on test and on training images."""
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:
@@ -83,6 +85,7 @@ def score_of(row: Row, count: int) -> dict[str, Any]:
         "decay": linear.setting["decay"],
         "features": row.features,
         "probes": probes,
+        **({"keras": row.keras} if row.keras else {}),
         "search": row.search,
         "views": row.views,
         "seconds": {name: round(value, 2) for name, value in row.seconds.items()},
