@@ -41,7 +41,7 @@ usage: maekit COMMAND ...
   pretrain RECIPE --data D --out RUN  pretrain; any field of the recipe is a flag
   plan RECIPE --data D                a dry run: speed, memory, batch that fits, time of the whole run
   resume RUN                          continue a run exactly where its last checkpoint stands
-  probe SRC [SRC ...] --data D        linear probe and k-NN, beside random weights and raw pixels
+  probe SRC [SRC ...] --data D        the evaluation card: linear probes, k-NN, few labels, beside random weights
   segment SRC --data D                train semantic segmentation on images with class maps; mIoU
   segment RUN --predict I --out DIR   class maps and overlays of images of any size
   reconstruct SRC --image I --out P   draw original | masked | reconstruction | pasted

@@ -1,12 +1,12 @@
 """The Keras tutorial's experiment as its text has it: 6 encoder and 2 decoder blocks, 75 % masked, CIFAR-10 at 48 px.
 
 Command: maekit pretrain keras-6x2-m75 --data cifar10 --out runs/keras-6x2-m75
-Cost: 100 epochs, an estimated 10 hours on one CPU core without matrix units: 0.46 GFLOP an image and step, and AdamW
-over 30 M parameters in every step.
+Cost: 100 epochs, an estimated 10 hours on one CPU core without matrix units: 0.46 GFLOP an image and step, and
+AdamW over 30 M parameters in every step.
 Expected: published: 48.16 % by its own linear probe in its TensorFlow repository, 44.66 % in its Keras 3 version; not
 run here yet.
 Source: keras.io, "Masked image modeling with Autoencoders", and the table in its repository at github.com/ariG23498,
-facts alone, no code. Its probe is in maekit.training.keras_probe.
+facts alone, no code. Its probe: maekit probe RUN --data cifar10 --protocol keras.
 Deviations: what the text leaves open, and where this differs from it.
 - Images: the tutorial trains on the first 40,000 rows of CIFAR-10's training split. The order of rows differs between
 copies of the data (in Parquet copies it is often a shuffle), so these are the 40,000 of the lowest hash among those
