@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,7 +64,8 @@ def test_features_are_those_of_timms_own_forward_pass() -> None:
     images = torch.from_numpy(pixels[ids]).permute(0, 3, 1, 2).float() / 255
     for view, shown in enumerate((images, images.flip(3))):
         with torch.no_grad():
-            maps = model.encoder.forward_intermediates(
+            encoder: Any = model.encoder
+            maps = encoder.forward_intermediates(
                 model.normalize(shown), return_prefix_tokens=True, norm=False, output_fmt="NLC", intermediates_only=True
             )
         for block, (patches, prefix) in enumerate(maps, start=1):

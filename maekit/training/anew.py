@@ -65,7 +65,7 @@ def probe_anew(
     order = SampleOrder(data.ids, batch, seed)
     total = epochs * order.steps_per_epoch
     width, device = model.encoder.embed_dim, model.mean.device
-    sweeps = {kind: LarsSweep(width, data.classes, rates, seed).to(device) for kind in kinds}
+    sweeps: dict[str, LarsSweep] = {kind: LarsSweep(width, data.classes, rates, seed).to(device) for kind in kinds}
     features: list[Tensor] = []
     labels: list[Tensor] = []
     for step, images, some in data.batches(order, total, batch_size):

@@ -150,7 +150,8 @@ def choose_attentive(
         order = torch.randperm(len(train.fit_S), generator=generator).to(train.fit_S.device)
         return of(train.fit_S[order], whole=False)
 
-    heads = model.encoder.blocks[0].attn.num_heads
+    heads = model.config.num_heads
+    assert heads is not None
     width = int(model.encoder.embed_dim)
     probes = train_attentive(
         of_epoch, steps, width, heads, train.classes, epochs, train.labels_S.device, on_progress=on_progress

@@ -75,7 +75,8 @@ def raw_pixels(pool: Pool, ids: npt.NDArray[np.int64], batch_size: int) -> Tenso
     for batch in pool.eval_batches(ids, batch_size):
         pixels = batch.images.float() / 255 if batch.images.dtype == torch.uint8 else batch.images
         if max(pixels.shape[2:]) > PIXEL_SIDE:
-            pixels = F.adaptive_avg_pool2d(pixels, [min(side, PIXEL_SIDE) for side in pixels.shape[2:]])
+            height, width = (min(side, PIXEL_SIDE) for side in pixels.shape[2:])
+            pixels = F.adaptive_avg_pool2d(pixels, (height, width))
         rows.append(pixels.flatten(1))
     return torch.cat(rows)
 
