@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import shared_data
 from PIL import Image
 
 from maekit.data.annotations import VOID, Numbering, read_values
 from maekit.data.pairs import open_pairs
 from maekit.viz import overlays, panels
 from maekit.viz.overlays import INK_SHARE, UNKNOWN, WRONG, OverlayRow, draw_overlays, palette, save_index_png
-from tests.conftest import shared_data
 
 RNG = np.random.default_rng(2)
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pair_files import RNG, SIZE_HW, ade, annotation, picture, refusal
 from PIL import Image
 
 from maekit.data.annotations import read_values
 from maekit.data.pairs import VOID, Pairs, check_pairs, open_pairs
 from maekit.data.pixels import BadImage
-from tests.pair_files import RNG, SIZE_HW, ade, annotation, picture, refusal
 
 # ---- the check ----
 

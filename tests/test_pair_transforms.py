@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import shared_data
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 
@@ -19,7 +20,6 @@ from maekit.data.annotations import VOID
 from maekit.data.pair_transforms import AugmentPlan, PairBatch, augment, pad_to_multiple, train_batches, whole_pairs
 from maekit.data.pairs import PairPart, open_pairs
 from maekit.rng import Purpose, random_bits
-from tests.conftest import shared_data
 
 PLAN = AugmentPlan((24, 32))
 STILL = AugmentPlan((24, 32), scale=(1.0, 1.0), flip=0.0, photometric=False, max_class_share=1.0)

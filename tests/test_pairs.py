@@ -13,14 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import shared_data
+from image_files import png_chunk
+from pair_files import RNG, SIZE_HW, ade, annotation, picture, refusal
 from PIL import Image
 
 from maekit.data.annotations import Numbering, read_values
 from maekit.data.pairs import VOID, check_pairs, open_pairs
 from maekit.data.pixels import BadImage, upright
-from tests.conftest import shared_data
-from tests.image_files import png_chunk
-from tests.pair_files import RNG, SIZE_HW, ade, annotation, picture, refusal
 
 # ---- numbers ----
 
