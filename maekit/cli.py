@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from maekit.config import (
     AttendConfig,
@@ -216,7 +216,7 @@ def segment(words: list[str]) -> int:
     usage = "maekit segment SRC --data D"
     source, rest = positional(words, usage, "a source of weights")
     given = {word.partition("=")[0] for word in rest}
-    other = {"--predict": configs.SegmentPredictConfig, "--eval": configs.SegmentScoreConfig}
+    other: dict[str, type[Any]] = {"--predict": configs.SegmentPredictConfig, "--eval": configs.SegmentScoreConfig}
     for flag, kind in other.items():
         if flag in given:
             asked = parse(kind, f"maekit segment RUN {flag}", [word for word in rest if word != "--eval"])

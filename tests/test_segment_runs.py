@@ -21,6 +21,7 @@ from tiny_runs import checkpoints, metrics, tensors
 from maekit import cli
 from maekit.config import UserError
 from maekit.config.segmentation import SegmentConfig, adapted, preset
+from maekit.data import pair_transforms
 from maekit.data.loader import SampleOrder
 from maekit.data.pairs import PartCheck
 from maekit.models.segmentation import Scores, loss_denominator, pixel_loss
@@ -181,7 +182,7 @@ def test_accumulation_changes_neither_length_nor_images(
 ) -> None:
     """2 parts of 2 images: 6 steps still, on the images of 6 batches of 4, at the rates of the run without parts."""
     parts: list[list[int]] = []
-    real = segmentation_job.train_batches
+    real = pair_transforms.train_batches
 
     def batches(*arguments: Any, **named: Any) -> Any:
         for batch in real(*arguments, **named):
@@ -321,7 +322,10 @@ def test_presets_and_flags() -> None:
 
 
 def test_class_weights_have_mean_one() -> None:
-    config, check = SegmentConfig(data="-", class_weights="sqrt"), PartCheck(np.array([900, 100, 0]), np.ones(3))
+    config, check = (
+        SegmentConfig(data="-", class_weights="sqrt"),
+        PartCheck(np.array([900, 100, 0]), np.ones(3, np.int64)),
+    )
     weights = segmentation_prepare.class_weights(config, check, torch.device("cpu"))
     assert weights is not None
     assert float(weights[1] / weights[0]) == pytest.approx(3.0) and float(weights[2]) == 1.0

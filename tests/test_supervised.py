@@ -55,7 +55,7 @@ def test_a_samples_generators_are_its_own_and_leave_the_others_alone() -> None:
 
 
 def test_a_steps_seed_depends_on_seed_step_and_rank() -> None:
-    seen = set()
+    seen: set[float] = set()
     for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
         seed_step(*key)
         one = draws()
@@ -185,7 +185,7 @@ def test_positions_and_passports_that_cannot_be_true() -> None:
     assert not Position(5, step=5, watched=5, best=1.0).problems()
     good = Passport(model=tiny_config(), mean=(0.5,) * 3, std=(0.2,) * 3)
     for changes in ({"classes": ("a\x1b[2J",)}, {"head": HeadFacts(blocks=(7,))}, {"head": HeadFacts(width=1 << 40)}):
-        assert dataclasses.replace(good, **changes).problems(), changes  # type: ignore[arg-type]
+        assert dataclasses.replace(good, **changes).problems(), changes
 
 
 def test_all_problems_of_a_config_are_named_at_once() -> None:

@@ -335,8 +335,12 @@ def test_large_images_in_memory_are_scaled_one_by_one_on_a_cpu(
     settings = config(data="-")
     pool = memory.MemoryPool(part, settings, torch.device("cpu"), (side, 40))
     calls: list[int] = []
-    real = memory.apply_to_image
-    monkeypatch.setattr(memory, "apply_to_image", lambda *given: calls.append(given[2]) or real(*given))
+
+    def one(image_HWC: Any, crops: Crops, row: int, size_hw: tuple[int, int]) -> Tensor:
+        calls.append(row)
+        return apply_to_image(image_HWC, crops, row, size_hw)
+
+    monkeypatch.setattr(memory, "apply_to_image", one)
     ids = np.array([7, 2, 2, 9])
     batch = next(pool.train_batches([(3, ids)]))
     assert calls == (list(range(4)) if one_by_one else [])

@@ -13,6 +13,7 @@ Shapes: B images, K classes, D width of the encoder, W width of the head, h x w 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -140,7 +141,7 @@ class UperNet(nn.Module):
     def _fused(self, levels: Sequence[Tensor]) -> Tensor:
         """[B, W, 4h, 4w] from the levels [B, W, ...], finest first."""
         finest = levels[0].shape[2:]
-        convolution, norm, relu = self.fuse
+        convolution: Any = self.fuse[0]
         if convolution.kernel_size != (1, 1):
             fused: Tensor = self.fuse(torch.cat([resized(level, finest) for level in levels], dim=1))
             return fused
@@ -148,7 +149,8 @@ class UperNet(nn.Module):
         mixed = F.conv2d(levels[0], weights[0])
         for level, weight in zip(levels[1:], weights[1:], strict=True):
             mixed = mixed + resized(F.conv2d(level, weight), finest)
-        return relu(norm(mixed))  # type: ignore[no-any-return]
+        result: Tensor = self.fuse[2](self.fuse[1](mixed))
+        return result
 
 
 class LightFPN(nn.Module):

@@ -71,7 +71,8 @@ def image_scores(model: Segmenter, normal_1CHW: Tensor, view: View) -> Tensor:
     height, width = normal_1CHW.shape[2:]
     padded = pad_to(normal_1CHW, model.patch_size)
     if view.window is None:
-        return model(padded).main[:, :, :height, :width]
+        whole: Tensor = model(padded).main[:, :, :height, :width]
+        return whole
     patch = model.patch_size
     window = math.ceil(view.window / patch) * patch
     stride = view.stride or max(1, window * 2 // 3)
@@ -92,7 +93,8 @@ def image_scores(model: Segmenter, normal_1CHW: Tensor, view: View) -> Tensor:
             total[0, :, top : top + sides[0], left : left + sides[1]] += scores
             count[top : top + sides[0], left : left + sides[1]] += 1
     assert total is not None and count is not None
-    return (total / count)[:, :, :height, :width]
+    averaged: Tensor = (total / count)[:, :, :height, :width]
+    return averaged
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:

@@ -94,8 +94,8 @@ def step_denominator(job: SegmentJob, labels: Sequence[Tensor]) -> Tensor:
     accelerator = job.run.accelerator
     if accelerator.num_processes == 1:
         return own
-    whole: Tensor = accelerator.reduce(own, "sum")
-    return whole / accelerator.num_processes
+    whole: Tensor = accelerator.reduce(own, "sum") / accelerator.num_processes
+    return whole
 
 
 def report_unreadable(job: SegmentJob, bad: list[tuple[int, str]]) -> None:

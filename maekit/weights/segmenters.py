@@ -79,7 +79,7 @@ def load_segmenter(path: Path, device: torch.device | str = "cpu") -> tuple[Segm
     for name, values in (("mean", passport.mean), ("std", passport.std)):
         setattr(model, name, torch.tensor(values).view(1, -1, 1, 1))
     _set_eps(model.encoder, passport.eps)
-    model.head.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.head.to(memory_format=torch.channels_last)
     return model.to(device).eval(), passport
 
 
