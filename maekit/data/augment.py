@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+from timm.data.auto_augment import posterize as timm_posterize
 from torch import Tensor
 from torchvision.transforms import ColorJitter
 
@@ -73,10 +75,21 @@ class Augment:
         if self.policy:
             make = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
             # timm writes into the settings that it is given
-            steps.append(make.get(self.policy.split("-")[0], auto_augment_transform)(self.policy, dict(self._settings)))
+            policy: Any = make.get(self.policy.split("-")[0], auto_augment_transform)(
+                self.policy, dict(self._settings)
+            )
+            for operation in [*getattr(policy, "ops", ()), *chain.from_iterable(getattr(policy, "policy", ()))]:
+                if operation.aug_fn is timm_posterize:
+                    operation.aug_fn = _posterize
+            steps.append(policy)
         if self.jitter:
             steps.append(ColorJitter(self.jitter, self.jitter, self.jitter))
         return steps
+
+
+def _posterize(image: Any, bits: int, **_: Any) -> Any:
+    """timm's, whose greatest magnitude keeps no bit at all, which Pillow 12 refuses and before made a black image."""
+    return timm_posterize(image, max(1, bits))
 
 
 @contextmanager
