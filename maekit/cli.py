@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from maekit.config import (
+    PRESETS,
     AttendConfig,
     CheckDataConfig,
     ConvertConfig,
     DemoConfig,
     EmbedConfig,
+    FinetuneConfig,
     InfoConfig,
     PackConfig,
     PlanConfig,
+    PredictConfig,
     PretrainConfig,
     ProbeConfig,
     PushConfig,
@@ -25,8 +33,9 @@ from maekit.config import (
     SelftestConfig,
     UserError,
     did_you_mean,
+    preset_for,
 )
-from maekit.configfile import read
+from maekit.configfile import MAX_BYTES, read
 
 Config = TypeVar("Config")
 
@@ -39,8 +48,10 @@ usage: maekit COMMAND ...
   recipes                             the named configs, with cost and expected result
   pretrain RECIPE --data D --out RUN  pretrain; any field of the recipe is a flag
   plan RECIPE --data D                a dry run: speed, memory, batch that fits, time of the whole run
-  resume RUN                          continue a run exactly where its last checkpoint stands
+  resume RUN                          continue any run exactly where its last checkpoint stands
   probe SRC [SRC ...] --data D        linear probe and k-NN, beside random weights and raw pixels
+  finetune SRC --data D               train a classifier from the encoder, with labels; test accuracy at the end
+  predict SRC --data D --out F        a classifier's classes of every image, to .parquet or .csv
   reconstruct SRC --image I --out P   draw original | masked | reconstruction | pasted
   embed SRC --data D --out F          features of every image, to .parquet or .npz
   convert SRC --to T --out DIR        for timm, hf, official, onnx or torch-export; outputs are compared
@@ -152,7 +163,7 @@ def recipe_or_file(word: str, command: str) -> PretrainConfig:
     return base
 
 
-def adapt_durations(config: PretrainConfig, base: PretrainConfig) -> None:
+def adapt_durations(config: PretrainConfig | FinetuneConfig, base: PretrainConfig | FinetuneConfig) -> None:
     """What a flag for one duration means for the recipe's others.
 
     A length in steps replaces the recipe's length in epochs. A shorter run keeps the share of its warm-up, unless a
@@ -175,9 +186,52 @@ def resume(words: list[str]) -> int:
     """maekit resume RUN --flags"""
     folder, rest = positional(words, "maekit resume RUN", "a run's folder")
     changes = parse(ResumeConfig, "maekit resume RUN", rest)
-    from maekit.tasks import pretrain as task
+    task = written_by(folder[0])
+    if task == "finetune":
+        from maekit.tasks import finetune
 
-    return task.resume(folder[0], changes)
+        return finetune.resume(folder[0], changes)
+    from maekit.tasks import pretrain
+
+    return pretrain.resume(folder[0], changes)
+
+
+def written_by(folder: str) -> str:
+    """The task that a run's config.json names; empty where there is none to read, which the task itself will say."""
+    try:
+        with (Path(folder) / "config.json").open("rb") as file:
+            values = json.loads(file.read(MAX_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return ""
+    task = values.get("task") if isinstance(values, dict) else ""
+    return task if isinstance(task, str) else ""
+
+
+def finetune(words: list[str]) -> int:
+    """maekit finetune SRC --data D"""
+    source, rest = positional(words, "maekit finetune SRC --data D", "a source of weights")
+    base = finetune_defaults(source[0] if source else "", rest)
+    config = parse(FinetuneConfig, "maekit finetune SRC", rest, base)
+    adapt_durations(config, base)
+    from maekit.tasks import finetune as task
+
+    return task.main(source[0], config)
+
+
+def finetune_defaults(source: str, words: list[str]) -> FinetuneConfig:
+    """The preset that is asked for, or that suits a run's image size; mirrored images where the run had them too."""
+    path = Path(source).expanduser() / "config.json"
+    run = None
+    if source and path.is_file() and not written_by(str(path.parent)):
+        with contextlib.suppress(UserError):  # whatever is wrong there is told when the weights are read
+            run = read(PretrainConfig, path)
+    name = preset_for(run.img_size) if run is not None and run.img_size else "paper"
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word.partition("=")[0] == "--preset":
+            name = word.partition("=")[2] or following
+    if name not in PRESETS:
+        raise UserError(f"--preset {name}: {did_you_mean(name, PRESETS)}")
+    return dataclasses.replace(PRESETS[name], flip=True if run is None else run.flip)
 
 
 def probe(words: list[str]) -> int:
@@ -189,49 +243,11 @@ def probe(words: list[str]) -> int:
     return task.main(sources, config)
 
 
-def reconstruct(words: list[str]) -> int:
-    """maekit reconstruct SRC --image I --out P"""
-    source, rest = positional(words, "maekit reconstruct SRC --image I", "a source of weights")
-    config = parse(ReconstructConfig, "maekit reconstruct SRC", rest)
-    from maekit.tasks import reconstruct as task
-
-    return task.main(source[0], config)
-
-
-def info(words: list[str]) -> int:
-    """maekit info SRC"""
-    source, rest = positional(words, "maekit info SRC", "a source of weights")
-    config = parse(InfoConfig, "maekit info SRC", rest)
-    from maekit.tasks import info as task
-
-    return task.main(source[0], config)
-
-
-def embed(words: list[str]) -> int:
-    """maekit embed SRC --data D --out F"""
-    source, rest = positional(words, "maekit embed SRC --data D --out F", "a source of weights")
-    config = parse(EmbedConfig, "maekit embed SRC", rest)
-    from maekit.tasks import embed as task
-
-    return task.main(source[0], config)
-
-
-def convert(words: list[str]) -> int:
-    """maekit convert SRC --to T --out DIR"""
-    source, rest = positional(words, "maekit convert SRC --to T --out DIR", "a source of weights")
-    config = parse(ConvertConfig, "maekit convert SRC", rest)
-    from maekit.tasks import convert as task
-
-    return task.main(source[0], config)
-
-
-def attend(words: list[str]) -> int:
-    """maekit attend SRC --image I --out P"""
-    source, rest = positional(words, "maekit attend SRC --image I", "a source of weights")
-    config = parse(AttendConfig, "maekit attend SRC", rest)
-    from maekit.tasks import attend as task
-
-    return task.main(source[0], config)
+def on_source(words: list[str], task: str, kind: type[Any], usage: str) -> int:
+    """maekit TASK SRC --flags, of the tasks that take one source of weights and a config."""
+    source, rest = positional(words, usage, "a source of weights")
+    config = parse(kind, f"maekit {task} SRC", rest)
+    return int(import_module(f"maekit.tasks.{task}").main(source[0], config))
 
 
 def push(words: list[str]) -> int:
@@ -328,12 +344,14 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": plan,
     "resume": resume,
     "probe": probe,
-    "reconstruct": reconstruct,
-    "embed": embed,
-    "convert": convert,
-    "attend": attend,
+    "finetune": finetune,
+    "predict": partial(on_source, task="predict", kind=PredictConfig, usage="maekit predict SRC --data D --out F"),
+    "reconstruct": partial(on_source, task="reconstruct", kind=ReconstructConfig, usage="maekit reconstruct SRC --image I"),
+    "embed": partial(on_source, task="embed", kind=EmbedConfig, usage="maekit embed SRC --data D --out F"),
+    "convert": partial(on_source, task="convert", kind=ConvertConfig, usage="maekit convert SRC --to T --out DIR"),
+    "attend": partial(on_source, task="attend", kind=AttendConfig, usage="maekit attend SRC --image I"),
     "push": push,
-    "info": info,
+    "info": partial(on_source, task="info", kind=InfoConfig, usage="maekit info SRC"),
     "check-data": check_data,
     "pack": pack,
     "selftest": selftest,

@@ -60,6 +60,25 @@ def labels_of(part: Part, data: str) -> npt.NDArray[np.int64]:
     return part.labels
 
 
+def test_images(source: Source, data: str) -> tuple[Part, Ids, str]:
+    """The labelled images that a report is about: part, sample ids, and what they are in words.
+
+    Raises:
+        UserError: no labels, or none on those images.
+    """
+    what, part = ("test split", source.test) if source.test is not None else ("validation split", source.val)
+    if part is None:
+        what, part = f"a fixed {TEST_SHARE:.0%} of the images, as the data have no test split", source.train
+        everyone = np.arange(len(part), dtype=np.int64)
+        ids = lowest_hash(everyone, max(1, round(TEST_SHARE * len(part))), Purpose.TEST_SPLIT)
+    else:
+        ids = np.arange(len(part), dtype=np.int64)
+    ids = ids[labels_of(part, data)[ids] >= 0]
+    if not len(ids):
+        raise UserError(f"--data {data}: no image of its {what} has a label")
+    return part, ids, what
+
+
 def split_labelled(source: Source, data: str, heldout_share: float, train_share: float = 1.0) -> Splits:
     """The labelled images of a source, told apart; the held-out ones are those of every other maekit run on these data.
 
@@ -71,18 +90,11 @@ def split_labelled(source: Source, data: str, heldout_share: float, train_share:
     labels = labels_of(source.train, data)
     assert source.train.class_names is not None
     train_ids, heldout_ids = split_heldout(len(source.train), heldout_share)
-    what, part = ("test split", source.test) if source.test is not None else ("validation split", source.val)
-    if part is None:
-        what, part = f"a fixed {TEST_SHARE:.0%} of the images, as the data have no test split", source.train
-        everyone = np.arange(len(part), dtype=np.int64)
-        test_ids = lowest_hash(everyone, max(1, round(TEST_SHARE * len(part))), Purpose.TEST_SPLIT)
+    part, test_ids, what = test_images(source, data)
+    if part is source.train:
         train_ids, heldout_ids = np.setdiff1d(train_ids, test_ids), np.setdiff1d(heldout_ids, test_ids)
-    else:
-        test_ids = np.arange(len(part), dtype=np.int64)
     train_ids, heldout_ids = train_ids[labels[train_ids] >= 0], heldout_ids[labels[heldout_ids] >= 0]
-    test_ids = test_ids[labels_of(part, data)[test_ids] >= 0]
-    for name, ids in (("training images", train_ids), ("held-out images", heldout_ids), (f"images of its {what}",
-                                                                                         test_ids)):  # fmt: skip
+    for name, ids in (("training images", train_ids), ("held-out images", heldout_ids)):
         if not len(ids):
             raise UserError(f"--data {data}: none of the {name} has a label")
     if train_share < 1:

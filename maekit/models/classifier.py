@@ -100,12 +100,14 @@ class Classifier(nn.Module):
         return (images_BCHW - self.mean) / self.std
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Logits [B, K].
+        """Logits [B, K]; the linear layer computes in float32 even where the encoder does not.
 
         Raises:
             UserError: images of another size.
         """
-        logits: Tensor = self.head(self.pooled(images_BCHW))
+        pooled = self.pooled(images_BCHW)
+        with torch.autocast(pooled.device.type, enabled=False):  # of 8 bits, two classes are soon equal
+            logits: Tensor = self.head(pooled.to(self.head.weight.dtype))
         return logits
 
     def pooled(self, images_BCHW: Tensor) -> Tensor:
@@ -115,6 +117,23 @@ class Classifier(nn.Module):
             return tokens_BTD[:, 0]  # the class token stands first, before any registers
         pooled: Tensor = self.fc_norm(tokens_BTD[:, self.num_prefix :].mean(dim=1))
         return pooled
+
+    def encode(self, images_BCHW: Tensor, pool: Literal["cls", "mean", "tokens"] = "mean") -> Tensor:
+        """Features without the linear layer: class token or mean [B, D], or all tokens [B, T + N, D].
+
+        "mean" of a classifier that pools by it is what its linear layer sees; its tokens are not normalised.
+
+        Raises:
+            UserError: "cls" of an encoder without a class token, or images of another size.
+        """
+        if pool == "mean" and self.pool == "mean":
+            return self.pooled(images_BCHW)
+        if pool == "cls" and not self.config.class_token:
+            raise UserError('pool="cls": this encoder has no class token; take pool="mean" (--pool mean)')
+        tokens_BTD: Tensor = self.encoder.forward_features(self._checked(images_BCHW))
+        if pool == "tokens":
+            return tokens_BTD
+        return tokens_BTD[:, 0] if pool == "cls" else tokens_BTD[:, self.num_prefix :].mean(dim=1)
 
     @torch.no_grad()
     def predict(self, images_BCHW: Tensor) -> Prediction:

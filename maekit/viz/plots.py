@@ -20,7 +20,7 @@ MAX_POINTS = 1000
 
 _TRAIN, _HELDOUT, _KNN, _LINEAR, _RANK = "#8fb3d9", "#1f4e79", "#2a7f62", "#c4622d", "#777777"
 _INK, _PALE, _GRID = "#222222", "#666666", "#e6e6e6"
-_LOOK = {
+LOOK = {
     "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.edgecolor": "#bbbbbb", "axes.grid": True, "grid.color": _GRID, "grid.linewidth": 0.8, "axes.axisbelow": True,
     "axes.spines.top": False, "axes.spines.right": False, "xtick.color": _PALE, "ytick.color": _PALE,
@@ -62,7 +62,7 @@ def draw_curves(metrics: Iterable[Mapping[str, object]], path: Path, *, title: s
         OSError: the file cannot be written; nothing is left behind.
     """
     curves = collect(metrics)
-    with matplotlib.style.context(["default", _LOOK]):  # a user's matplotlibrc must not change a run's pictures
+    with matplotlib.style.context(["default", LOOK]):  # a user's matplotlibrc must not change a run's pictures
         picture = render(figure_of(curves, title=title))
     write_png(picture, path)
 
