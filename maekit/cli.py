@@ -226,7 +226,7 @@ def finetune_defaults(source: str, words: list[str]) -> FinetuneConfig:
         with contextlib.suppress(UserError):  # whatever is wrong there is told when the weights are read
             run = read(PretrainConfig, path)
     name = preset_for(run.img_size) if run is not None and run.img_size else "paper"
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words[1:], ""], strict=False):
         if word.partition("=")[0] == "--preset":
             name = word.partition("=")[2] or following
     if name not in PRESETS:

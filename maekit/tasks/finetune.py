@@ -352,7 +352,7 @@ def score_again(source: str, config: FinetuneConfig) -> int:
     data = open_source(
         config.data, in_chans=model.config.in_chans, image_column=config.image_column, label_column=config.label_column
     )
-    part, ids, what = test_images(config, data)
+    part, ids, what = test_images(data, config.data)
     labels = labels_in(labels_of(part, config.data), class_map(part.class_names or [], model.classes, config.data, source))
     pool: Pool
     with counting(console, "reading images") as progress:

@@ -191,7 +191,10 @@ def load_start(config: FinetuneConfig, console: Console) -> Start:
     passport: Passport = model.passport
     from_scratch = config.from_scratch or config.source.startswith("random:")
     if not from_scratch:
-        for line in model.key_report.remarks():
+        report = model.key_report  # its decoder has no place in a classifier, which needs no word
+        report.missing = [name for name in report.missing if not name.startswith("decoder.")]
+        report.unused = [name for name in report.unused if not name.startswith("decoder.")]
+        for line in report.remarks():
             console.print(line, style="dim", markup=False)
     if from_scratch:
         return Start(dataclasses.replace(passport, eps=EPS), None)

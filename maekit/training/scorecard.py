@@ -60,7 +60,8 @@ def print_score(console: Console, found: Score, classes: tuple[str, ...], title:
         order = sorted(order, key=lambda k: found.per_class[k] or 0.0)[:SHOWN]
     rows = [[escape(classes[k]), f"{found.class_images[k]:,}", f"{100 * (found.per_class[k] or 0.0):.1f}"] for k in order]
     heading = escape(title) + (f"; the {SHOWN} worst of {len(classes)} classes" if worst else "")
-    console.print(make_table(heading, ["class", "images", "top-1 %"], rows))
+    console.print(f"[bold]{heading}[/bold]")  # a table's own title is folded to its width
+    console.print(make_table("", ["class", "images", "top-1 %"], rows))
     pairs = [] if found.confusion_KK is None else worst_confusions(found.confusion_KK, SHOWN // 2)
     if pairs:
         said = ", ".join(f"{classes[a]} as {classes[b]} ({count:,})" for a, b, count in pairs)

@@ -87,7 +87,7 @@ def draw_training(
         loss.set_title("Loss")
         _line(loss, records, "step", "loss", "train", _TRAIN)
         _line(loss, records, "heldout", "loss", "held-out", _HELDOUT, marker="o")
-        score.set_title("Held-out images, %")
+        score.set_title("Held-out, %")
         for number, (name, words) in enumerate(scores.items()):
             color, marker = ((_HELDOUT, "o"), (_SECOND, "s"))[number % 2]
             _line(score, records, "heldout", name, words, color, marker=marker, scale=100.0)
