@@ -54,9 +54,14 @@ def find_foreign(found: Material, tensors: State) -> None:
     pool = "mean" if "fc_norm.weight" in tensors else "cls"
     if pool == "cls" and not found.passport.model.class_token:
         return
-    classes = tuple(f"class {index}" for index in range(len(bias)))
-    if found.passport.data == "ImageNet-1k" and len(bias) == 1000:
-        classes = tuple(ImageNetInfo("imagenet-1k").label_names())  # the names of its folders, in their order
+    classes = foreign_classes(found.passport.data, len(bias))
     found.head = {"head.weight": weight.float(), "head.bias": bias.float()}
     facts = HeadFacts(kind="linear", pool=pool)
     found.labelled = dataclasses.replace(found.passport, kind="classifier", classes=classes, head=facts)
+
+
+def foreign_classes(data: str, count: int) -> tuple[str, ...]:
+    """Names of the classes of a file that names none: those of ImageNet's folders, else numbers."""
+    if data == "ImageNet-1k" and count == 1000:
+        return tuple(ImageNetInfo("imagenet-1k").label_names())
+    return tuple(f"class {index}" for index in range(count))
