@@ -346,7 +346,9 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "probe": probe,
     "finetune": finetune,
     "predict": partial(on_source, task="predict", kind=PredictConfig, usage="maekit predict SRC --data D --out F"),
-    "reconstruct": partial(on_source, task="reconstruct", kind=ReconstructConfig, usage="maekit reconstruct SRC --image I"),
+    "reconstruct": partial(
+        on_source, task="reconstruct", kind=ReconstructConfig, usage="maekit reconstruct SRC --image I"
+    ),
     "embed": partial(on_source, task="embed", kind=EmbedConfig, usage="maekit embed SRC --data D --out F"),
     "convert": partial(on_source, task="convert", kind=ConvertConfig, usage="maekit convert SRC --to T --out DIR"),
     "attend": partial(on_source, task="attend", kind=AttendConfig, usage="maekit attend SRC --image I"),

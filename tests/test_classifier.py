@@ -160,7 +160,9 @@ def test_a_classifier_at_another_size_still_has_its_head(tmp_path: Path) -> None
         ({"head.extra": torch.zeros(1)}, "head.extra is unknown"),
     ],
 )
-def test_weights_that_do_not_fit_their_passport_are_refused(tmp_path: Path, tensors: dict[str, Any], words: str) -> None:
+def test_weights_that_do_not_fit_their_passport_are_refused(
+    tmp_path: Path, tensors: dict[str, Any], words: str
+) -> None:
     model = tiny.write_classifier(tmp_path)
     path = tmp_path / "model.safetensors"
     state = {name: value for name, value in {**load_file(path), **tensors}.items() if value is not None}

@@ -56,7 +56,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_encoder(tmp_path_factory.mktemp("source") / "run")
 
 
-HARD = "--steps 10 --eval-every 0.2 --ema 0.8 --accum 2 --clip-grad 1 --auto-augment rand-m9-mstd0.5-inc1 --erase 0.5".split()
+HARD = (
+    "--steps 10 --eval-every 0.2 --ema 0.8 --accum 2 --clip-grad 1 --auto-augment rand-m9-mstd0.5-inc1 --erase 0.5"
+).split()
 """With everything that is random or has a state of its own; 22 steps an epoch, so an evaluation every 4."""
 
 
@@ -120,7 +122,10 @@ def test_intervals_are_scipys(right: int, count: int) -> None:
 def test_the_best_epoch_has_the_most_right_answers_and_then_the_lowest_loss() -> None:
     def of(right: int, loss: float) -> float:
         return score(
-            Answers(np.zeros(4, np.int64), np.zeros(4, np.int64), (np.arange(4) >= right).astype(np.int64), np.full(4, loss)), 2
+            Answers(
+                np.zeros(4, np.int64), np.zeros(4, np.int64), (np.arange(4) >= right).astype(np.int64), np.full(4, loss)
+            ),
+            2,
         ).rank
 
     ranks = [of(1, 0.1), of(2, 99.0), of(2, 5.0), of(2, 0.01), of(3, float("inf")), of(4, 3.0)]
@@ -240,7 +245,9 @@ def test_from_scratch_takes_the_architecture_alone(source: Path, tmp_path: Path)
     theirs = load_file(source / "model.safetensors")
     for name, same in (("scratch", False), ("tuned", True)):
         weights = tiny_runs.tensors(tmp_path / name)
-        assert torch.equal(weights["encoder.blocks.0.attn.qkv.weight"], theirs["encoder.blocks.0.attn.qkv.weight"]) is same
+        assert (
+            torch.equal(weights["encoder.blocks.0.attn.qkv.weight"], theirs["encoder.blocks.0.attn.qkv.weight"]) is same
+        )
     assert read_passport(tmp_path / "scratch" / "model.safetensors").origin == ""
     assert read_passport(tmp_path / "tuned" / "model.safetensors").origin == str(source)
 
@@ -277,7 +284,9 @@ def test_splits_do_not_overlap_and_leave_unlabelled_images_out() -> None:
     assert len(ids[0]) == round(len(whole.train_ids) / 2)
 
 
-def test_a_run_that_is_refused_leaves_no_folder(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_is_refused_leaves_no_folder(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = tiny.write_images(tmp_path / "data", {"cat": 30})
     assert run(source, tmp_path / "run", "--data", str(data), "--batch-size", "4", "--steps", "2") == 2
     assert "has no labels" in capsys.readouterr().err
@@ -294,7 +303,14 @@ def test_problems_are_told_together_before_anything_is_read(tmp_path: Path, caps
     words = "--data nowhere --mixup -1 --smoothing 1 --auto-augment rand-q3 --ema 2 --batch-size 9 --epochs 1 --steps 2"
     assert cli.main(["finetune", str(tmp_path / "nothing"), *words.split()]) == 2
     told = capsys.readouterr().err
-    for word in ("--mixup -1", "--smoothing 1", "rand-q3", "--ema 2", "the 9 images", "either as --epochs or as --steps"):
+    for word in (
+        "--mixup -1",
+        "--smoothing 1",
+        "rand-q3",
+        "--ema 2",
+        "the 9 images",
+        "either as --epochs or as --steps",
+    ):
         assert word in told, word
 
 

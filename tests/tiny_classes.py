@@ -22,8 +22,8 @@ SHAPE: dict[str, Any] = {
     "num_heads": 2, "decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2,
 }  # fmt: skip
 TRAINING = (
-    "--data digits --batch-size 64 --warmup-steps 2 --lr 3e-3 --log-every 1 --device cpu --precision fp32 --compile off "
-    "--workers 0"
+    "--data digits --batch-size 64 --warmup-steps 2 --lr 3e-3 --log-every 1 --device cpu --precision fp32 --compile "
+    "off --workers 0"
 ).split()
 
 
@@ -37,7 +37,9 @@ def write_encoder(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def write_classifier(folder: Path, classes: tuple[str, ...] = DIGITS, pool: Pool = "mean", **changes: Any) -> Classifier:
+def write_classifier(
+    folder: Path, classes: tuple[str, ...] = DIGITS, pool: Pool = "mean", **changes: Any
+) -> Classifier:
     """A classifier with opinions, untrained; its file is FOLDER/model.safetensors."""
     torch.manual_seed(2)
     model = Classifier(ModelConfig(**{**SHAPE, **changes}), classes, MEAN * changes.get("in_chans", 1),

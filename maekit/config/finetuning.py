@@ -52,7 +52,8 @@ class FinetuneConfig(SupervisedConfig):
     max_bad_share: float = 0.01
     """The run stops when more than this share of the images cannot be read."""
     pool: Literal["mean", "cls"] = "mean"
-    """What the linear layer sees. mean: the mean of the patch tokens, normalised (the paper's); cls: the class token."""
+    """What the linear layer sees. mean: the mean of the patch tokens, normalised (the paper's); cls: the class
+    token."""
 
     # ---- augmentation ----
     crop: Literal["random-resized", "resize-crop", "pad-crop", "none"] = "random-resized"

@@ -110,8 +110,8 @@ class PretrainConfig(ModelConfig, DataConfig):
 
     # ---- augmentation ----
     crop: Literal["random-resized", "resize-crop", "pad-crop", "none"] = "random-resized"
-    """random-resized: the paper's (bicubic); resize-crop: resize to --resize-to, then a random crop; pad-crop: the whole
-    image, shifted by up to --pad pixels, its edge mirrored (usual at 32 px); none: the centre, resized."""
+    """random-resized: the paper's (bicubic); resize-crop: resize to --resize-to, then a random crop; pad-crop: the
+    whole image, shifted by up to --pad pixels, its edge mirrored (usual at 32 px); none: the centre, resized."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """random-resized: smallest and largest share of the image's area in a crop."""
     resize_to: int | None = None

@@ -35,9 +35,7 @@ class Augment:
     mean: of the data, in 0..1 for each channel: the colour of what a rotation or a shift uncovers.
     """
 
-    def __init__(
-        self, policy: str, jitter: float, size_hw: tuple[int, int], mean: Sequence[float], seed: int
-    ) -> None:
+    def __init__(self, policy: str, jitter: float, size_hw: tuple[int, int], mean: Sequence[float], seed: int) -> None:
         fill = tuple(min(255, max(1, round(255 * value))) for value in mean)  # timm takes 0 for "not said"
         self._settings: dict[str, Any] = {
             "translate_const": int(0.45 * min(size_hw)),
@@ -57,7 +55,7 @@ class Augment:
             self._steps = self._make()
         python, numpy, torchs = key_3.tolist()
         random.seed(python)
-        np.random.seed(numpy >> 32)
+        np.random.seed(numpy >> 32)  # noqa: NPY002  # timm draws from it
         if self.jitter:
             torch.default_generator.manual_seed(torchs >> 1)  # manual_seed asks every device, for half a millisecond
         pixels = image_CHW.permute(1, 2, 0).numpy()
@@ -75,9 +73,7 @@ class Augment:
         if self.policy:
             make = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
             # timm writes into the settings that it is given
-            policy: Any = make.get(self.policy.split("-")[0], auto_augment_transform)(
-                self.policy, dict(self._settings)
-            )
+            policy: Any = make.get(self.policy.split("-")[0], auto_augment_transform)(self.policy, dict(self._settings))
             for operation in [*getattr(policy, "ops", ()), *chain.from_iterable(getattr(policy, "policy", ()))]:
                 if operation.aug_fn is timm_posterize:
                     operation.aug_fn = _posterize
@@ -95,10 +91,10 @@ def _posterize(image: Any, bits: int, **_: Any) -> Any:
 @contextmanager
 def own_generators() -> Iterator[None]:
     """Put the global generators of Python, NumPy and torch (CPU) back at the end of the block."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     try:
         yield
     finally:
         random.setstate(before[0])
-        np.random.set_state(before[1])
+        np.random.set_state(before[1])  # noqa: NPY002
         torch.set_rng_state(before[2])

@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.markup import escape
@@ -302,7 +301,7 @@ def choose_weights(job: FinetuneJob) -> tuple[str, int]:
         passport = read_passport(best)
         if passport.steps != position.best_step:
             raise UserError(f"{best}: is of step {passport.steps}, not of the best one, {position.best_step}")
-        model.load_state_dict(load_file(best, device=str(run.accelerator.device)))
+        model.load_state_dict(load_file(best))
         run.accelerator.wait_for_everyone()
         if run.accelerator.is_main_process:
             temporary = weights.with_name(f".{weights.name}.best.tmp")
@@ -353,7 +352,9 @@ def score_again(source: str, config: FinetuneConfig) -> int:
         config.data, in_chans=model.config.in_chans, image_column=config.image_column, label_column=config.label_column
     )
     part, ids, what = test_images(data, config.data)
-    labels = labels_in(labels_of(part, config.data), class_map(part.class_names or [], model.classes, config.data, source))
+    labels = labels_in(
+        labels_of(part, config.data), class_map(part.class_names or [], model.classes, config.data, source)
+    )
     pool: Pool
     with counting(console, "reading images") as progress:
         reading = reading_config(config, model.config)

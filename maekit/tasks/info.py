@@ -81,7 +81,8 @@ def collect(source: str, config: InfoConfig) -> dict[str, Any]:
     cannot = [] if can_reconstruct else [f"reconstruct: it has no trained decoder; {decoder_hint(passport)}"]
     shown = shlex.quote(source) + given_flags(config) + "".join(f" {placeholder(need)}" for need in needs)
     return {
-        "source": source, "kind": labelled.kind if labelled else passport.kind, "layout": report.layout, "what": what, "model": model,
+        "source": source, "kind": labelled.kind if labelled else passport.kind, "layout": report.layout,
+        "what": what, "model": model,
         "grid": list(passport.grid), "eps": passport.eps, "parameters": sizes,
         "target": passport.model.target if has_decoder and not any("--target" in need for need in needs) else None,
         "mask_ratio": passport.model.mask_ratio, "epochs": passport.epochs, "steps": passport.steps,

@@ -26,13 +26,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from rich.markup import escape
+from torch.utils.data import DataLoader
 
-from maekit.config import PredictConfig, PretrainConfig, UserError
+from maekit.config import PredictConfig, UserError
+from maekit.data.centres import Centres, collate_centres
 from maekit.data.labelled import class_map
 from maekit.data.parts import Part
 from maekit.data.sources import Source, open_source
-from maekit.data.stream import StreamPool
-from maekit.data.workers import choose_workers
+from maekit.data.workers import WorkerStart, choose_workers
 from maekit.models.classifier import Classifier
 from maekit.models.encoder import use_fused_attention
 from maekit.runtime import choose_attention, choose_device, choose_precision
@@ -154,29 +155,38 @@ def predictions(
 ) -> Iterator[list[Row]]:
     """The rows of a part, a batch at a time, counted in the summary."""
     device = model.mean.device
-    reading = PretrainConfig(
-        data=config.data, img_size=model.config.size_hw, in_chans=model.config.in_chans, max_bad_share=1.0
+    starts = range(0, len(part), config.batch_size)
+    loader: DataLoader[Any] = DataLoader(
+        Centres(part, model.config.size_hw),
+        batch_sampler=[list(range(start, min(start + config.batch_size, len(part)))) for start in starts],
+        num_workers=choose_workers(config.workers, 1).value,
+        collate_fn=collate_centres,
+        worker_init_fn=WorkerStart(os.getpid()),
+        pin_memory=device.type == "cuda",
     )
-    pool = StreamPool(part, reading, device, choose_workers(config.workers, 1).value)
     names = part.class_names or []
-    for batch in pool.eval_batches(np.arange(len(part), dtype=np.int64), config.batch_size):
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            probabilities_BK = model.predict(model.normalize(batch.images)).probabilities
-        best = probabilities_BK.topk(top, dim=1)
+    for start, (images, reasons) in zip(starts, loader, strict=True):
+        shares_BT: list[list[float]] = [[]] * len(reasons)
+        ids_BT: list[list[int]] = [[]] * len(reasons)
+        if images is not None:
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                said = model.predict(model.normalize(images.to(device, non_blocking=True)))
+            best = said.probabilities.topk(top, dim=1)
+            shares_BT, ids_BT = best.values.tolist(), best.indices.tolist()
         rows: list[Row] = []
-        for index, shares, ids in zip(batch.sample_ids.tolist(), best.values.tolist(), best.indices.tolist(), strict=True):
+        for index, (shares, ids, reason) in enumerate(zip(shares_BT, ids_BT, reasons, strict=True), start):
             label = int(part.labels[index]) if part.labels is not None and mapping is not None else -1
-            word = names[label] if label >= 0 else None
-            if index in pool.unreadable:  # another image stood in for it
-                summary.bad.append(f"{part.name(index)}: {pool.unreadable[index]}")
-                rows.append((name, part.name(index), None, None, [], [], word, pool.unreadable[index]))
+            word, path = names[label] if label >= 0 else None, part.name(index)
+            if reason:
+                summary.bad.append(f"{path}: {reason}")
+                rows.append((name, path, None, None, [], [], word, reason))
                 continue
-            said = [model.classes[k] for k in ids]
-            summary.said[said[0]] += 1
+            classes = [model.classes[k] for k in ids]
+            summary.said[classes[0]] += 1
             if label >= 0 and mapping is not None:
                 summary.labelled[name] += 1
                 summary.right[name] += ids[0] == int(mapping[label])
-            rows.append((name, part.name(index), said[0], shares[0], said, shares, word, None))
+            rows.append((name, path, classes[0], shares[0], classes, shares, word, None))
         yield rows
 
 
@@ -220,12 +230,16 @@ class CsvRows:
         self.file = path.open("w", newline="", encoding="utf-8")
         self.csv = csv.writer(self.file)
         likeliest = [word for place in range(1, top + 1) for word in (f"class_{place}", f"probability_{place}")]
-        self.csv.writerow(["part", "path", "class", "probability", *likeliest, *(["label"] if labelled else []), "error"])
+        self.csv.writerow(
+            ["part", "path", "class", "probability", *likeliest, *(["label"] if labelled else []), "error"]
+        )
 
     def rows(self, rows: list[Row]) -> None:
         self.count += len(rows)
         for part, path, said, share, classes, shares, label, error in rows:
-            likeliest = [x for pair in zip(classes, map(_short, shares), strict=True) for x in pair] or [""] * 2 * self.top
+            likeliest = [x for pair in zip(classes, map(_short, shares), strict=True) for x in pair] or [
+                ""
+            ] * 2 * self.top
             own = [label or ""] if self.labelled else []
             self.csv.writerow([part, path, said or "", _short(share), *likeliest, *own, error or ""])
 

@@ -231,7 +231,7 @@ def build_model(config: FinetuneConfig, start: Start, classes: tuple[str, ...], 
 
 
 def make_optimizer(model: Classifier, config: FinetuneConfig, peak_lr: float) -> torch.optim.AdamW:
-    """AdamW with a learning rate for each layer, and weight decay on matrices, and where it is asked for on the rest."""
+    """AdamW with a learning rate for each layer, weight decay on matrices, and where it is asked for on the rest."""
     groups = supervised.layer_decay_groups(model, model.encoder, config.weight_decay, config.layer_decay)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     split: list[dict[str, Any]] = []

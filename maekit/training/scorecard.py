@@ -58,7 +58,9 @@ def print_score(console: Console, found: Score, classes: tuple[str, ...], title:
     worst = len(order) > SHOWN
     if worst:
         order = sorted(order, key=lambda k: found.per_class[k] or 0.0)[:SHOWN]
-    rows = [[escape(classes[k]), f"{found.class_images[k]:,}", f"{100 * (found.per_class[k] or 0.0):.1f}"] for k in order]
+    rows = [
+        [escape(classes[k]), f"{found.class_images[k]:,}", f"{100 * (found.per_class[k] or 0.0):.1f}"] for k in order
+    ]
     heading = escape(title) + (f"; the {SHOWN} worst of {len(classes)} classes" if worst else "")
     console.print(f"[bold]{heading}[/bold]")  # a table's own title is folded to its width
     console.print(make_table("", ["class", "images", "top-1 %"], rows))

@@ -103,8 +103,8 @@ class Score:
 
     @property
     def rank(self) -> float:
-        """One number in [-1, 1] that orders scores by top-1, and equal ones by their loss: a right answer more outweighs
-        any loss.
+        """One number in [-1, 1] that orders scores by top-1, and equal ones by their loss: one right answer more
+        outweighs any loss.
         """
         penalty = self.loss / (1 + self.loss) if math.isfinite(self.loss) else 1.0
         return self.top1 - penalty / self.images

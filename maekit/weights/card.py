@@ -50,8 +50,12 @@ def model_card(title: str, passport: Passport, usage: str, cards: Mapping[str, A
         "input": f"{size} pixels, {model.in_chans} channels, patches of {model.patch_size} px",
         "normalisation": f"pixels in 0..1, minus mean ({mean}), over deviation ({std})",
         "fine-tuning" if classifies else "pretraining": f"{passport.epochs:.4g} epochs ({passport.steps:,} steps) on "
-        f"{passport.data or 'no data'}, " + (f"{len(passport.classes)} classes" if classifies
-        else f"{model.mask} masks over {model.mask_ratio:.0%} of the patches, target {model.target}"),
+        f"{passport.data or 'no data'}, "
+        + (
+            f"{len(passport.classes)} classes"
+            if classifies
+            else f"{model.mask} masks over {model.mask_ratio:.0%} of the patches, target {model.target}"
+        ),
         "recipe": passport.recipe or "-",
         **({"classes": ", ".join(passport.classes)} if classifies else {}),
         "licence of the weights": passport.weights_license,
