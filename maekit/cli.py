@@ -49,9 +49,11 @@ usage: maekit COMMAND ...
   pretrain RECIPE --data D --out RUN  pretrain; any field of the recipe is a flag
   plan RECIPE --data D                a dry run: speed, memory, batch that fits, time of the whole run
   resume RUN                          continue any run exactly where its last checkpoint stands
-  probe SRC [SRC ...] --data D        linear probe and k-NN, beside random weights and raw pixels
+  probe SRC [SRC ...] --data D        the evaluation card: linear probes, k-NN, few labels, beside random weights
   finetune SRC --data D               train a classifier from the encoder, with labels; test accuracy at the end
   predict SRC --data D --out F        a classifier's classes of every image, to .parquet or .csv
+  segment SRC --data D                train semantic segmentation on images with class maps; mIoU
+  segment RUN --predict I --out DIR   class maps and overlays of images of any size
   reconstruct SRC --image I --out P   draw original | masked | reconstruction | pasted
   embed SRC --data D --out F          features of every image, to .parquet or .npz
   convert SRC --to T --out DIR        for timm, hf, official, onnx or torch-export; outputs are compared
@@ -187,6 +189,10 @@ def resume(words: list[str]) -> int:
     folder, rest = positional(words, "maekit resume RUN", "a run's folder")
     changes = parse(ResumeConfig, "maekit resume RUN", rest)
     task = written_by(folder[0])
+    if task == "segment":
+        from maekit.tasks import segment as segmentation
+
+        return segmentation.resume(folder[0], changes)
     if task == "finetune":
         from maekit.tasks import finetune
 
@@ -241,6 +247,26 @@ def probe(words: list[str]) -> int:
     from maekit.tasks import probe as task
 
     return task.main(sources, config)
+
+
+def segment(words: list[str]) -> int:
+    """maekit segment SRC --data D, or RUN --predict IMAGES --out DIR, or RUN --eval"""
+    from maekit.config import segmentation as configs
+
+    usage = "maekit segment SRC --data D"
+    source, rest = positional(words, usage, "a source of weights")
+    given = {word.partition("=")[0] for word in rest}
+    other = {"--predict": configs.SegmentPredictConfig, "--eval": configs.SegmentScoreConfig}
+    for flag, kind in other.items():
+        if flag in given:
+            asked = parse(kind, f"maekit segment RUN {flag}", [word for word in rest if word != "--eval"])
+            name = "segment_predict" if flag == "--predict" else "segment_score"
+            return int(import_module(f"maekit.tasks.{name}").main(source[0], asked))
+    config = configs.adapted(parse(configs.SegmentConfig, usage, rest, configs.preset(configs.preset_of(rest))), given)
+    config.source = source[0]
+    from maekit.tasks import segment as task
+
+    return task.main(config)
 
 
 def on_source(words: list[str], task: str, kind: type[Any], usage: str) -> int:
@@ -346,6 +372,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "probe": probe,
     "finetune": finetune,
     "predict": partial(on_source, task="predict", kind=PredictConfig, usage="maekit predict SRC --data D --out F"),
+    "segment": segment,
     "reconstruct": partial(
         on_source, task="reconstruct", kind=ReconstructConfig, usage="maekit reconstruct SRC --image I"
     ),

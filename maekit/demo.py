@@ -21,7 +21,8 @@ def main(asked: DemoConfig) -> int:
     code = pretrain.main(dataclasses.replace(recipe, out=str(out), epochs=asked.epochs or recipe.epochs))
     if code:
         return code
-    probe.main([str(out)], ProbeConfig(data="photos"))
+    # The quick part of the evaluation card; `maekit probe RUN --data photos` makes the whole of it.
+    probe.main([str(out)], ProbeConfig(data="photos", probes=(), blocks=(-1,), flip="no"))
     panel = max((out / "panels").iterdir())
     print(f"\nreconstruction panel: {panel}\nthe run's folder:     {out}")
     print("your own images next: maekit pretrain folder --help")

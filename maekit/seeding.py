@@ -16,7 +16,11 @@ from maekit.rng import Purpose, random_bits
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed the generators of torch, NumPy and Python for one optimiser step (0-based) of one process."""
-    _seed_all(int(random_bits(step, 1, seed=seed, purpose=Purpose.STEP, view=rank)[0, 0]))
+    import torch
+
+    bits = int(random_bits(step, 1, seed=seed, purpose=Purpose.STEP, view=rank)[0, 0])
+    torch.manual_seed(bits >> 1)  # it takes 63 bits
+    _seed_others(bits)
 
 
 @contextmanager
@@ -29,7 +33,9 @@ def sample_generators(seed: int, epoch: int, sample_id: int) -> Iterator[None]:
 
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
     try:
-        _seed_all(int(random_bits(sample_id, 1, seed=seed, purpose=Purpose.AUGMENT, epoch=epoch)[0, 0]))
+        bits = int(random_bits(sample_id, 1, seed=seed, purpose=Purpose.AUGMENT, epoch=epoch)[0, 0])
+        torch.default_generator.manual_seed(bits >> 1)  # the CPU's alone: stochastic depth may draw on a GPU
+        _seed_others(bits)
         yield
     finally:
         torch.set_rng_state(states[0])
@@ -37,9 +43,6 @@ def sample_generators(seed: int, epoch: int, sample_id: int) -> Iterator[None]:
         random.setstate(states[2])
 
 
-def _seed_all(bits: int) -> None:
-    import torch
-
-    torch.manual_seed(bits >> 1)  # it takes 63 bits
+def _seed_others(bits: int) -> None:
     np.random.seed(bits & 0xFFFFFFFF)  # noqa: NPY002
     random.seed(bits)

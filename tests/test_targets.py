@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_config
+from safetensors.torch import save_file
 from torch import Tensor
 
+from maekit.models.mae import MaskedAutoencoder
 from maekit.models.masking import make_masks
 from maekit.models.targets import (
     bilinear_fill,
@@ -15,10 +19,14 @@ from maekit.models.targets import (
     make_target,
     patchify,
     take_patches,
+    target_spectrum,
     trivial_losses,
     undo_target,
     unpatchify,
 )
+from maekit.training.monitor import reconstruct, statistics_note
+from maekit.weights.passport import Passport
+from maekit.weights.store import load
 
 
 def random_patches(batch: int = 3, num: int = 24, size: int = 48) -> Tensor:
@@ -238,3 +246,141 @@ def test_fill_predictor_of_normalised_pixels_sees_structure() -> None:
     zero, filled = trivial_losses(patchify(ramp, 4), keep, hidden, "norm-pixels", (4, 6), 4)
     assert zero.item() == pytest.approx(15 / 16, rel=1e-5)
     assert filled < 0.05
+
+
+# ---- spectral targets ----
+
+SPECTRAL = ["norm-pixels-highpass", "norm-pixels-whitened"]
+
+
+def filtered_by_loops(patch_P: list[float], side: int, channels: int, kind: str, cut: int) -> list[float]:
+    """Each channel's cosine transform by its definition, its frequencies weighted, and back: four loops deep."""
+    places = [(i, j) for i in range(side) for j in range(side)]
+
+    def wave(u: int, i: int) -> float:
+        return math.sqrt((2 if u else 1) / side) * math.cos(math.pi * u * (2 * i + 1) / (2 * side))
+
+    out = [0.0] * len(patch_P)
+    for channel in range(channels):
+        value = {(i, j): patch_P[(i * side + j) * channels + channel] for i, j in places}
+        for u, v in places:
+            amount = sum(value[i, j] * wave(u, i) * wave(v, j) for i, j in places)
+            amount *= float(u + v >= cut) if kind == "norm-pixels-highpass" else math.sqrt(u * u + v * v)
+            for i, j in places:
+                out[(i * side + j) * channels + channel] += amount * wave(u, i) * wave(v, j)
+    return out
+
+
+@pytest.mark.parametrize("kind", SPECTRAL)
+@pytest.mark.parametrize(("side", "channels", "cut"), [(4, 3, 2), (3, 1, 1), (2, 2, 2), (5, 1, 4)])
+def test_spectral_targets_by_loops(kind: str, side: int, channels: int, cut: int) -> None:
+    """Normalised first, then filtered; float32's rounding of the matrix is all that differs."""
+    patches = random_patches(1, 3, side * side * channels)
+    filter_PP = target_spectrum(kind, side, channels, cut)
+    found = make_target(patches, kind, filter_PP)[0]
+    normal = make_target(patches, "norm-pixels")[0]
+    for index in range(3):
+        expected = filtered_by_loops(normal[index].tolist(), side, channels, kind, cut)
+        assert found[index].tolist() == pytest.approx(expected, abs=2e-6)
+
+
+def test_highpass_by_hand() -> None:
+    """2 x 2: without the mean a slope stays, without the slopes the checkerboard alone; colours are filtered apart."""
+    cuts = {cut: target_spectrum("norm-pixels-highpass", 2, 1, cut) for cut in (1, 2)}
+    patch = torch.tensor([4.0, 0.0, 2.0, 2.0])  # mean 2; rows 2 and 2, columns 3 and 1; (a - b - c + d) / 4 = 1
+    assert cuts[1] is not None
+    assert cuts[2] is not None
+    torch.testing.assert_close(patch @ cuts[1], torch.tensor([2.0, -2.0, 0.0, 0.0]))
+    torch.testing.assert_close(patch @ cuts[2], torch.tensor([1.0, -1.0, -1.0, 1.0]))
+    two = target_spectrum("norm-pixels-highpass", 2, 2, 2)
+    assert two is not None
+    both = torch.stack([patch, torch.tensor([5.0, 5.0, 5.0, 5.0])], dim=1).flatten() @ two
+    torch.testing.assert_close(both.reshape(4, 2)[:, 0], patch @ cuts[2])
+    torch.testing.assert_close(both.reshape(4, 2)[:, 1], torch.zeros(4), rtol=0, atol=1e-6)
+    assert target_spectrum("norm-pixels", 2, 1, 2) is None
+
+
+@pytest.mark.parametrize("kind", SPECTRAL)
+def test_spectral_targets_are_undone(kind: str) -> None:
+    """A perfect prediction with the hidden patch's own statistics is the hidden patch, whatever the target left out."""
+    patches = random_patches(size=48)  # 4 x 4 x 3
+    masks = make_masks("random", (4, 6), 0.75, range(3), seed=0)
+    ids = (masks.ids_keep_BV, masks.ids_masked_BM)
+    hidden = take_patches(patches, masks.ids_masked_BM)
+    filter_PP = target_spectrum(kind, 4, 3, 2)
+    perfect = make_target(hidden, kind, filter_PP)
+    drawn = undo_target(perfect, kind, "true-patch", patches, *ids, (4, 6), 4, filter_PP)
+    torch.testing.assert_close(drawn, hidden, rtol=0, atol=1e-5)
+    assert undo_target(perfect, kind, "none", patches, *ids, (4, 6), 4, filter_PP) is perfect
+
+
+@pytest.mark.parametrize("kind", SPECTRAL)
+def test_spectral_pictures_from_visible_patches_leak_nothing(kind: str) -> None:
+    """What the target leaves out is the fill's then: with no prediction, its low frequencies are what is drawn."""
+    patches = random_patches(size=48)
+    masks = make_masks("random", (4, 6), 0.75, range(3), seed=0)
+    ids = (masks.ids_keep_BV, masks.ids_masked_BM)
+    filter_PP = target_spectrum(kind, 4, 3, 2)
+    prediction = random_patches(size=48)[:, :18]
+    other = torch.where(masks.masked_BN.unsqueeze(-1), patches * 3 - 7, patches)
+
+    def drawn(seen: Tensor, predicted: Tensor) -> Tensor:
+        return undo_target(predicted, kind, "visible", seen, *ids, (4, 6), 4, filter_PP)
+
+    assert torch.equal(drawn(patches, prediction), drawn(other, prediction))
+    assert not torch.equal(drawn(patches, prediction), drawn(patches * 3 - 7, prediction))
+    fill = take_patches(bilinear_fill(patches, masks.ids_keep_BV, (4, 6), 4), masks.ids_masked_BM)
+    means = drawn(patches, torch.zeros_like(prediction)).reshape(3, 18, 16, 3).mean(dim=2)
+    torch.testing.assert_close(means, fill.reshape(3, 18, 16, 3).mean(dim=2), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", SPECTRAL)
+def test_spectral_trivial_losses(kind: str) -> None:
+    """Zero, whose loss is the target's own mean square; and the target of the fill, which is exact where it fits."""
+    ramp = torch.linspace(0, 1, 24, dtype=torch.float64).expand(1, 3, 16, 24)
+    noise = torch.rand(1, 3, 16, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    masks = make_masks("random", (4, 6), 0.5, range(1), seed=0)
+    filter_PP = target_spectrum(kind, 4, 3, 2)
+    for image in (ramp, noise):
+        patches = patchify(image, 4)
+        hidden = take_patches(patches, masks.ids_masked_BM)
+        fill = take_patches(bilinear_fill(patches, masks.ids_keep_BV, (4, 6), 4), masks.ids_masked_BM)
+        target, guess = (make_target(values, kind, filter_PP) for values in (hidden, fill))
+        found = trivial_losses(patches, masks.ids_keep_BV, masks.ids_masked_BM, kind, (4, 6), 4, filter_PP)
+        assert found.tolist() == pytest.approx([float((target**2).mean()), float(((guess - target) ** 2).mean())])
+
+
+@pytest.mark.parametrize("kind", SPECTRAL)
+@pytest.mark.parametrize("statistics", ["true-patch", "visible", "none"])
+def test_a_model_with_a_spectral_target_is_drawn(kind: str, statistics: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that predicts its own target perfectly has the loss 0 and, by the true patches' statistics, the image."""
+    torch.manual_seed(0)
+    model = MaskedAutoencoder(tiny_config(target=kind), (0.4,) * 3, (0.3,) * 3).eval()
+    images = torch.rand(2, 3, 16, 24)
+    normal = patchify(model.normalize(images), 4)
+    ids = torch.arange(24).expand(2, -1)
+    keep, masked = ids[:, :6], ids[:, 6:]
+    perfect = make_target(take_patches(normal, masked), kind, model.spectrum)
+    assert model(model.normalize(images), keep).loss.item() > 0.1
+    monkeypatch.setattr(model.decoder, "forward", lambda *_: perfect)
+    assert float(model(model.normalize(images), keep).loss) == 0
+    shown = reconstruct(model, images, keep, masked, statistics)
+    truth = take_patches(patchify(images, 4), masked)
+    same = torch.allclose(torch.from_numpy(shown[0].pred_MP), truth[0], atol=1e-4)
+    assert same == (statistics == "true-patch")
+    note = statistics_note(model, statistics)
+    assert "target leaves out" in note
+
+
+@pytest.mark.parametrize("kind", SPECTRAL)
+def test_a_spectral_target_comes_back_from_a_file(kind: str, tmp_path: Path) -> None:
+    """The matrix is no weight: target and cut stand in the passport, and the loss is the same to the bit."""
+    torch.manual_seed(0)
+    model = MaskedAutoencoder(tiny_config(target=kind, target_cut=3), (0.4,) * 3, (0.3,) * 3)
+    passport = Passport(model=model.config, mean=(0.4,) * 3, std=(0.3,) * 3, grid=model.grid_hw)
+    save_file(model.state_dict(), tmp_path / "m.safetensors", passport.to_metadata())
+    assert "spectrum" not in model.state_dict()
+    loaded = load(tmp_path / "m.safetensors")
+    images = torch.rand(2, 3, 16, 24)
+    assert torch.equal(loaded(images).loss, model(images).loss)
+    assert (loaded.config.target, loaded.config.target_cut) == (kind, 3)

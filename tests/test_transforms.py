@@ -15,6 +15,8 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
 from maekit.config import PretrainConfig
+from maekit.data import memory
+from maekit.data.parts import ArrayPart
 from maekit.data.transforms import Crops, apply_to_batch, apply_to_image, centre_crops, random_crops
 
 Sizes = npt.NDArray[np.int64]
@@ -321,3 +323,24 @@ def test_a_flip_mirrors_the_scaled_crop() -> None:
     torch.testing.assert_close(apply_to_batch(as_batch(images), mirrored, (16, 24)), first.flip(3), rtol=0, atol=1e-6)
     one = apply_to_image(images[0], plain, 0, (16, 24))
     assert torch.equal(apply_to_image(images[0], mirrored, 0, (16, 24)), one.flip(2))
+
+
+@pytest.mark.parametrize(("side", "one_by_one"), [(memory.LARGE - 1, False), (memory.LARGE, True)])
+def test_large_images_in_memory_are_scaled_one_by_one_on_a_cpu(
+    side: int, one_by_one: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dense products would spend nearly all of their work on zeros; the pixels are the same within rounding."""
+    images = calm_images(10, 3, side, 40)
+    part = ArrayPart(images, None, None, in_chans=3)
+    settings = config(data="-")
+    pool = memory.MemoryPool(part, settings, torch.device("cpu"), (side, 40))
+    calls: list[int] = []
+    real = memory.apply_to_image
+    monkeypatch.setattr(memory, "apply_to_image", lambda *given: calls.append(given[2]) or real(*given))
+    ids = np.array([7, 2, 2, 9])
+    batch = next(pool.train_batches([(3, ids)]))
+    assert calls == (list(range(4)) if one_by_one else [])
+    crops = random_crops(settings, sizes(side, 40, 4), ids, epoch=3)
+    expected = apply_to_batch(as_batch(images[ids]), crops, (16, 24))
+    found = batch.images.float() / 255 if one_by_one else batch.images
+    assert (found - expected).abs().max() < 1.5 / 255

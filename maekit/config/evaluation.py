@@ -5,19 +5,55 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from maekit.config.base import spaced
 from maekit.config.weights import SourceConfig
 
 
 @dataclass(kw_only=True)
 class ProbeConfig(SourceConfig):
-    """Measure frozen features by linear probe and k-NN, beside random weights and raw pixels."""
+    """Measure frozen features by linear probes, k-NN and few labels, beside random weights and raw pixels.
+
+    Blocks, poolings and settings are chosen on a held-out tenth of the training split; the test split is scored once.
+    """
 
     data: str
     """Labelled images: a known name, a folder with one folder per class, or a Parquet file or folder."""
     out: str | None = None
-    """Folder for card.json. Default: RUN/probe-NAME for a run, ./probe-NAME otherwise."""
+    """Folder for card.json and card.png. Default: RUN/probe-NAME for a run, ./probe-NAME otherwise."""
     pool: Literal["cls", "mean"] | None = None
-    """Which tokens are the features. Default: both are tried, the held-out part decides."""
+    """Which tokens are the features. Default: the class token, the mean of the patches and both together are tried, the
+    held-out part decides."""
+    blocks: tuple[int, ...] | None = None
+    """After which blocks of the encoder features are taken, from 1; -1 is the last. Default: after every block; where
+    memory is short, fewer, which is said."""
+    probes: tuple[Literal["lars", "few-labels", "attentive"], ...] | None = None
+    """What is measured beside an L-BFGS probe and k-NN. lars: the paper's linear probe, seven learning rates side by
+    side; few-labels: with 1 % and 10 % of the labels, three draws; attentive: learned queries over the last block's
+    tokens, which are read again (5 minutes an encoder for CIFAR-10 on 2 cores). Default: all three, attentive only where
+    its tokens take up to 256 MiB. Without a name after it, none."""
+    protocol: Literal["cached", "paper", "keras"] = "cached"
+    """paper: one more probe, the paper's own way: crops and mirroring anew in each of --lars-epochs epochs, on the
+    last block. keras: one more probe, that of the Keras tutorial on masked image modelling, for its keras-* recipes: 50
+    epochs of augmented images through a frozen encoder whose dropout is on. The encoder runs over the data so many
+    times: both are meant for an accelerator."""
+    lars_epochs: int = 90
+    """Epochs of the paper's probe, on cached features and on augmented images."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """--protocol paper and --scratch: smallest and largest share of the image's area in a random crop."""
+    flip: Literal["auto", "yes", "no"] = "auto"
+    """Take features of mirrored training images too, which doubles the encoder's work; the held-out part decides
+    whether linear probes use them. auto: yes, but on a CPU only where that costs under 5 TFLOP. no: nothing is
+    mirrored in --protocol paper and --scratch either."""
+    few_labels: tuple[float, ...] | None = None
+    """Shares of the labels for the probe with few labels, each class alike. Default: 0.01 and 0.1, as far as they give
+    every class a label."""
+    attentive_epochs: int = 10
+    """Epochs of the attentive probe."""
+    scratch: bool = False
+    """Also train the first source's encoder with the labels, from random weights, and probe it in the same way. As dear
+    as a training run; maekit finetune --from-scratch has the knobs, this is a plain baseline."""
+    scratch_epochs: int = 30
+    """Epochs of --scratch."""
     image_column: str | None = None
     """Parquet: the column with the images."""
     label_column: str | None = None
@@ -27,11 +63,27 @@ class ProbeConfig(SourceConfig):
     batch_size: int = 256
     """Images per forward pass; changes speed and memory, never the features."""
     seed: int = 0
-    """Seed of the random-weights encoder."""
+    """Seed of the random-weights encoder, and of the order in which probes see images."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the feature extraction."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with the values by themselves, a line each that names the flag."""
+        counts = {"lars-epochs": self.lars_epochs, "attentive-epochs": self.attentive_epochs}
+        counts |= {"scratch-epochs": self.scratch_epochs, "batch-size": self.batch_size}
+        found = [f"--{name} {value}: must be at least 1" for name, value in counts.items() if value < 1]
+        found += [
+            f"--few-labels {share:g}: must be above 0 and below 1 (0.01 is 1 %)"
+            for share in self.few_labels or ()
+            if not 0 < share < 1
+        ]
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            found.append(f"--crop-scale {spaced(self.crop_scale)}: must be two shares in 0..1, the smaller first")
+        if self.seed < 0:
+            found.append(f"--seed {self.seed}: must not be negative")
+        return found
 
 
 @dataclass(kw_only=True)

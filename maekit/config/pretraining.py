@@ -32,6 +32,9 @@ class DataConfig:
     """Per-channel standard deviation of the pixels in 0..1. Default: measured together with the mean."""
     heldout_share: float = 0.02
     """Share of the training images that is never trained on: held-out loss, panels and online probes use it."""
+    train_images: int | None = None
+    """Train on so many of the images that are not held out: those with the lowest hash of their id, so a larger number
+    adds to a smaller one and every run takes the same. Default: all."""
     max_bad_share: float = 0.01
     """The run stops when more than this share of the images cannot be read."""
 
@@ -56,6 +59,11 @@ class ModelConfig:
     """Attention heads of the encoder. Default: the model's own."""
     mlp_ratio: float | None = None
     """Width of the encoder's MLP over its own width. Default: the model's own."""
+    head_dim: int | None = None
+    """Width of each attention head of the encoder, whatever its number of heads. Default: --embed-dim / --num-heads."""
+    mlp_act: Literal["between", "both"] = "between"
+    """Where the encoder's MLP has its GELU. between: between its two layers (ViT); both: after each of them (the Keras
+    tutorial), which keeps the branch from taking much away from its input."""
     class_token: bool | None = None
     """Whether the encoder has a class token. Default: as the model has it."""
     reg_tokens: int | None = None
@@ -64,9 +72,10 @@ class ModelConfig:
     """Position embedding of the encoder: fixed 2-D sine-cosine as in the paper, or learned."""
     drop_path: float = 0.0
     """Stochastic depth in the encoder. The paper pretrains without."""
-    decoder: Literal["self", "cross"] = "self"
+    decoder: Literal["self", "cross", "flat"] = "self"
     """self: self-attention over visible and mask tokens (the paper); cross: mask tokens read the encoder's blocks by
-    cross-attention and not each other (CrossMAE, arXiv 2401.14391): less work, and less still with --predict-share."""
+    cross-attention and not each other (CrossMAE, arXiv 2401.14391): less work, and less still with --predict-share;
+    flat: the Keras tutorial's, which writes the whole image with one layer from all tokens in shuffled order."""
     decoder_dim: int = 512
     """Width of the decoder."""
     decoder_depth: int = 8
@@ -81,8 +90,15 @@ class ModelConfig:
     """Which patches are hidden: at random (the paper), in blocks, or all but a regular grid."""
     mask_ratio: float = 0.75
     """Share of the patches that is hidden from the encoder, 0 to 0.95."""
-    target: Literal["pixels", "norm-pixels"] = "norm-pixels"
-    """What the decoder predicts: pixels, or pixels normalised by each patch's own mean and deviation."""
+    target: Literal["pixels", "norm-pixels", "norm-pixels-highpass", "norm-pixels-whitened"] = "norm-pixels"
+    """What the decoder predicts: pixels; norm-pixels: normalised by each patch's own mean and deviation;
+    norm-pixels-highpass: these without the patch's lowest frequencies, which hold most of the variance and little of
+    what tells things apart (arXiv 2402.11337); norm-pixels-whitened: each frequency times itself, as natural images
+    have about its inverse."""
+    target_cut: int = 2
+    """norm-pixels-highpass only: frequencies (row + column of the patch's discrete cosine transform) below this number
+    are left out. 1: the mean of each channel; 2: its slopes as well, which leaves 27 % of the variance of CIFAR-10's
+    patches of 4 px."""
 
     @property
     def size_hw(self) -> tuple[int, int]:
@@ -120,6 +136,8 @@ class PretrainConfig(ModelConfig, DataConfig):
     """pad-crop: the largest shift in pixels, each way."""
     flip: bool = True
     """Mirror half of the images."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """How images are resized, in training and on held-out images; antialiased where they shrink."""
 
     masks_per_image: int = 1
     """Masked views of each image in a batch, for where reading images is the limit: they are decoded and cropped once,
@@ -200,8 +218,8 @@ class PretrainConfig(ModelConfig, DataConfig):
             f"--{flag(name)} {value:g}: must be above 0"
             for name in ("epochs", "steps", "batch_size", "accum", "log_every", "eval_every", "save_every", "keep",
                          "save_minutes", "max_unsaved_minutes", "max_bad_steps", "decoder_dim", "decoder_heads",
-                         "in_chans", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "blr", "lr",
-                         "clip_grad", "resize_to", "processes", "masks_per_image")
+                         "in_chans", "patch_size", "embed_dim", "depth", "num_heads", "head_dim", "mlp_ratio", "blr",
+                         "lr", "clip_grad", "resize_to", "processes", "masks_per_image", "train_images", "target_cut")
             if (value := getattr(self, name)) is not None and not value > 0
         ]  # fmt: skip
         found += [
@@ -259,9 +277,11 @@ class PretrainConfig(ModelConfig, DataConfig):
 
     def _decoder_problems(self) -> list[str]:
         found, share = [], self.predict_share
-        if self.decoder_heads > 0 and self.decoder_dim % self.decoder_heads:
+        if self.decoder == "flat":
+            found += self._flat_problems()
+        elif self.decoder_heads > 0 and self.decoder_dim % self.decoder_heads:
             found.append(f"--decoder-dim {self.decoder_dim} is not divisible by --decoder-heads {self.decoder_heads}")
-        if self.decoder_dim % 4:
+        if self.decoder != "flat" and self.decoder_dim % 4:
             found.append(f"--decoder-dim {self.decoder_dim}: 2-D sine-cosine positions need a multiple of 4")
         if self.decoder == "cross" and self.decoder_depth == 0:
             found.append("--decoder-depth 0: a --decoder cross without blocks never reads the encoder; give at least 1")
@@ -275,6 +295,15 @@ class PretrainConfig(ModelConfig, DataConfig):
                 f"--predict-share {share:g}: must be above 0 and at most --mask-ratio {self.mask_ratio:g}, since only "
                 "hidden patches are predicted; it is a share of all patches"
             )
+        return found
+
+    def _flat_problems(self) -> list[str]:
+        found = []
+        if self.target != "pixels":
+            found.append(f"--target {self.target}: --decoder flat ends in a sigmoid, so give --target pixels")
+        if set(self.mean or ()) != {0.0} or set(self.std or ()) != {1.0}:
+            zeros, ones = (" ".join([value] * max(1, self.in_chans)) for value in "01")
+            found.append(f"--decoder flat gives pixels in 0..1: it needs --mean {zeros} --std {ones}")
         return found
 
     def _choice_problems(self) -> list[str]:

@@ -85,7 +85,7 @@ def decode(data: bytes | str | Path, in_chans: int, look: Look | None = None) ->
     Raises:
         BadImage: whatever is wrong with the file, on one line.
     """
-    with _bad_image(data) as file, _quiet:
+    with reading(data) as file, quiet:
         head = _head(file)
         values_HWC: Pixels | None = None
         if head.startswith(_NPY):
@@ -105,20 +105,20 @@ def probe_size(data: bytes | str | Path) -> tuple[int, int]:
     Raises:
         BadImage: no image, or a size that `decode` refuses; damage behind the header is not seen.
     """
-    with _bad_image(data) as file, _quiet:
+    with reading(data) as file, quiet:
         head = _head(file)
         if head.startswith(_NPY):
             height, width = _npy_header(file)[0][:2]
             return height, width
         if head[:4] in tiff.MAGICS:
             return tiff.size(file)
-        image = _open_pillow(file)
+        image = open_pillow(file)
         height, width = image.height, image.width
-        return (width, height) if _orientation(image) >= 5 else (height, width)
+        return (width, height) if orientation_of(image) >= 5 else (height, width)
 
 
 @contextlib.contextmanager
-def _bad_image(data: bytes | str | Path) -> Iterator[IO[bytes]]:
+def reading(data: bytes | str | Path) -> Iterator[IO[bytes]]:
     """The data as an open file; whatever a decoder raises inside becomes BadImage."""
     kind: str | None = None
     try:
@@ -191,7 +191,7 @@ class _Quiet:
                 self._saved.__exit__(None, None, None)
 
 
-_quiet = _Quiet()
+quiet = _Quiet()
 
 
 def _head(file: IO[bytes]) -> bytes:
@@ -204,14 +204,14 @@ def _head(file: IO[bytes]) -> bytes:
 # ---- Pillow ----
 
 
-def _open_pillow(file: IO[bytes]) -> Any:
+def open_pillow(file: IO[bytes]) -> Any:
     """The image with its header read and its size checked; the pixels are not decoded yet."""
     image = Image.open(file, formats=_FORMATS)
     check_size(image.height, image.width)
     return image
 
 
-def _orientation(image: Any) -> int:
+def orientation_of(image: Any) -> int:
     """EXIF orientation 1..8 from the header; 1 for TIFF, which Pillow turns by itself; 1 where EXIF is damaged.
 
     The base class's reader is called because PNG's own would decode all pixels to look for a late EXIF chunk; then
@@ -228,12 +228,12 @@ def _orientation(image: Any) -> int:
 
 def _decode_pillow(file: IO[bytes], look: Look | None = None) -> Pixels:
     file.seek(0)
-    image = _open_pillow(file)
-    orientation = _orientation(image)
+    image = open_pillow(file)
+    orientation = orientation_of(image)
     image.info.pop("xmp", None)  # TIFF: Pillow would turn by XMP too, after having announced the unturned size
     size_hw = (image.height, image.width) if orientation < 5 else (image.width, image.height)
     window = look(*size_hw) if look is not None else None
-    raw_mode = _raw_mode(image)
+    raw_mode = raw_mode_of(image)
     if raw_mode in _SIXTEEN or raw_mode == "LA;16B":
         values_HWC = upright(_sixteen_bit_colour(file, image, raw_mode), orientation)
         return values_HWC if window is None else window.cut(values_HWC)
@@ -252,7 +252,7 @@ def _decode_pillow(file: IO[bytes], look: Look | None = None) -> Pixels:
     return _values(image.crop(box))  # cut before the conversion to an array, which costs as much as half of decoding
 
 
-def _raw_mode(image: Any) -> str:
+def raw_mode_of(image: Any) -> str:
     """How the samples lie in the file: 'RGB;16B' is 16-bit colour, high byte first."""
     arguments = image.tile[0].args if image.tile else ""
     raw_mode = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
@@ -283,7 +283,7 @@ def _sixteen_bit_colour(file: IO[bytes], image: Any, raw_mode: str) -> Pixels:
 def _reopened(file: IO[bytes], raw_mode: str) -> Any:
     """The same image, to be unpacked by another raw mode."""
     file.seek(0)
-    image = _open_pillow(file)
+    image = open_pillow(file)
     image.info.pop("xmp", None)
     image.tile = [
         tile._replace(args=(raw_mode, *tile.args[1:]) if isinstance(tile.args, tuple) else raw_mode)
@@ -330,7 +330,7 @@ def _decode_tiff(file: IO[bytes], in_chans: int) -> Pixels | None:
     except tiff.NeedsPillow as error:
         file.seek(0)
         try:
-            image = _open_pillow(file)
+            image = open_pillow(file)
             pages = getattr(image, "n_frames", 1)
         except UnidentifiedImageError:  # more than 4 compressed channels to a pixel
             raise BadImage(f"{' '.join(str(error).split())[:80]}: pip install imagecodecs") from error

@@ -14,7 +14,7 @@ import torch
 from maekit.config import PretrainConfig, UserError
 from maekit.data.images import BadImage
 from maekit.data.memory import MemoryPool, SizesDiffer
-from maekit.data.order import Batch, Ids, Pool, Progress, SampleOrder, lowest_hash, split_heldout
+from maekit.data.order import Batch, Ids, Pool, Progress, SampleOrder, choose_training, lowest_hash, split_heldout
 from maekit.data.parts import Part
 from maekit.data.quarantine import Quarantine
 from maekit.data.stream import StreamPool
@@ -31,6 +31,7 @@ __all__ = [
     "SampleOrder",
     "StreamPool",
     "channel_statistics",
+    "choose_training",
     "lowest_hash",
     "open_pool",
     "split_heldout",

@@ -50,6 +50,22 @@ def split_heldout(num: int, share: float) -> tuple[Ids, Ids]:
     return np.setdiff1d(ids, chosen, assume_unique=True), chosen
 
 
+def choose_training(train_ids: Ids, count: int | None) -> Ids:
+    """`--train-images` of the ids that may be trained on, ascending: those with the lowest hash of their id.
+
+    Raises:
+        UserError: more are asked for than there are.
+    """
+    if count is None:
+        return train_ids
+    if count > len(train_ids):
+        raise UserError(
+            f"--train-images {count}: only {len(train_ids)} images are left to train on, as --heldout-share of them is "
+            "held out: lower one of the two"
+        )
+    return lowest_hash(train_ids, count, Purpose.SUBSET)
+
+
 def sides(num: int, config: PretrainConfig) -> npt.NDArray[np.bool_]:
     """[N] True for held-out samples: the stand-in of an unreadable one must not cross over to training, or back."""
     heldout_N = np.zeros(num, np.bool_)

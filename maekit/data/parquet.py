@@ -58,7 +58,7 @@ class TablePart:
     def __len__(self) -> int:
         return self._rows
 
-    def _data(self, index: int) -> bytes | str:
+    def data(self, index: int) -> bytes | str:
         """The encoded image, or the path of the file that the row points to."""
         data = self.rows.encoded(index)
         if data is not None:
@@ -79,11 +79,11 @@ class TablePart:
 
     def read(self, index: int, look: Look | None = None) -> Pixels:
         """The image H W C or the window that `look` chooses; raises BadImage."""
-        return decode(self._data(index), self.in_chans, look)
+        return decode(self.data(index), self.in_chans, look)
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width in pixels from the header; raises BadImage."""
-        return probe_size(self._data(index))
+        return probe_size(self.data(index))
 
     def name(self, index: int) -> str:
         """'row 17'."""
@@ -98,7 +98,7 @@ class TablePart:
 
     def stored_bytes(self, index: int) -> int:
         """Bytes of the encoded image."""
-        data = self._data(index)
+        data = self.data(index)
         return len(data) if isinstance(data, bytes) else os.path.getsize(data)
 
     @cached_property
@@ -162,7 +162,7 @@ def has_image_column(file: str, image_column: str | None) -> bool:
         schema = pq.ParquetFile(file).schema_arrow
     except (OSError, pa.ArrowException):
         return True  # to be reported as a damaged Parquet file, not passed over
-    return bool(_image_columns(schema)) or image_column in schema.names
+    return bool(image_columns(schema)) or image_column in schema.names
 
 
 def open_parquet(
@@ -179,7 +179,7 @@ def open_parquet(
     Raises:
         UserError: no Parquet, no image column, a column that does not exist or is of another kind, no training part.
     """
-    parts = {"train": files} if len(files) == 1 else _by_part(files, spec)
+    parts = {"train": files} if len(files) == 1 else by_part(files, spec)
     try:
         schemas = {part: pq.ParquetFile(found[0]).schema_arrow for part, found in parts.items()}
         image = _image_column(schemas["train"], image_column, spec)
@@ -203,7 +203,7 @@ def open_parquet(
     return Source(name, opened["train"], rest.get("val"), rest.get("test"))
 
 
-def _by_part(files: list[str], spec: str) -> dict[str, list[str]]:
+def by_part(files: list[str], spec: str) -> dict[str, list[str]]:
     """Part -> files: by the first word of the file's name (train-00000-of-00001.parquet), else by its folder's name."""
     parts: dict[str, list[str]] = {}
     for file in files:
@@ -239,7 +239,7 @@ def _class_names(schema: Any, column: str) -> list[str] | None:
     return names if usable else None
 
 
-def _holds_images(kind: Any) -> bool:
+def holds_encoded(kind: Any) -> bool:
     if pa.types.is_struct(kind):
         return any(field.name == "bytes" and _is_binary(field.type) for field in kind)
     return _is_binary(kind)
@@ -249,30 +249,30 @@ def _is_binary(kind: Any) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def _image_columns(schema: Any) -> list[str]:
+def image_columns(schema: Any) -> list[str]:
     features = _features(schema)
     return [
         field.name
         for field in schema
-        if _holds_images(field.type)
+        if holds_encoded(field.type)
         and (pa.types.is_struct(field.type) or features.get(field.name, {}).get("_type") == "Image")
     ]
 
 
-def _columns(schema: Any) -> str:
+def described(schema: Any) -> str:
     return ", ".join(f"{field.name} ({str(field.type)[:40]})" for field in schema)
 
 
 def _image_column(schema: Any, wanted: str | None, spec: str) -> str:
     if wanted is None:
-        found = _image_columns(schema)
+        found = image_columns(schema)
         if not found:
-            raise UserError(f"--data {spec}: no image column; name it with --image-column: {_columns(schema)}")
+            raise UserError(f"--data {spec}: no image column; name it with --image-column: {described(schema)}")
         return found[0]
     if wanted not in schema.names:
         raise UserError(f"--image-column {wanted}: not in {spec}; {did_you_mean(wanted, schema.names)}")
-    if not _holds_images(schema.field(wanted).type):
-        raise UserError(f"--image-column {wanted}: not encoded images; the columns of {spec}: {_columns(schema)}")
+    if not holds_encoded(schema.field(wanted).type):
+        raise UserError(f"--image-column {wanted}: not encoded images; the columns of {spec}: {described(schema)}")
     return wanted
 
 

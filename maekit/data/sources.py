@@ -13,7 +13,7 @@ from maekit.data.known import KNOWN, open_known
 from maekit.data.parquet import TablePart, find_files, has_image_column, open_parquet
 from maekit.data.parts import ArrayPart, FilePart, Part, Source, printable
 
-__all__ = ["KNOWN", "ArrayPart", "FilePart", "Part", "Source", "TablePart", "open_source", "short_name"]
+__all__ = ["KNOWN", "ArrayPart", "FilePart", "Part", "Source", "TablePart", "open_source"]
 
 
 def open_source(
@@ -36,7 +36,7 @@ def open_source(
     path = os.path.expanduser(spec)
     shown = printable(spec)
     mode = _mode(path, shown)
-    name = short_name(spec)
+    name = short_name(path)
     suffix = os.path.splitext(path)[1].lower()
     if stat.S_ISDIR(mode):
         try:
@@ -72,13 +72,8 @@ def _mode(path: str, shown: str) -> int:
         raise UserError(f"--data {shown}: cannot be read ({error.strerror})") from None
 
 
-def short_name(spec: str) -> str:
-    """What the data that a spec names are called: the last part of the path without a file's suffix, in characters that
-    suit any folder's name; a known name is its own.
-    """
-    if spec in KNOWN:
-        return spec
-    path = os.path.expanduser(spec)
+def short_name(path: str) -> str:
+    """The last part of the path without a file's suffix, in characters that suit any folder's name."""
     base = os.path.basename(os.path.realpath(path))
     base = base if os.path.isdir(path) else os.path.splitext(base)[0]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", base).strip("-.") or "data"

@@ -5,6 +5,7 @@ Shapes: B batch, C channels, H x W pixels in, S x T pixels out.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ _ATTEMPTS = 10
 """Random boxes tried before the centre is taken, as in torchvision's RandomResizedCrop."""
 _MIN_SHRUNKEN = 8
 """Below this output size, in pixels, a JPEG is decoded in full: a shrunken box could have the size of the whole one."""
+_PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _MAX_WASTE = 16
 """An image is resized whole and then cut, unless that takes this many times the pixels that are kept."""
 
@@ -43,6 +45,8 @@ class Crops:
     scale: npt.NDArray[np.float64]
     offset: npt.NDArray[np.int64]
     flip: npt.NDArray[np.bool_]
+    interpolation: str = "bicubic"
+    """Or "bilinear"; both antialiased where the image shrinks."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ def place_crops(config: PretrainConfig, sizes_B2: npt.NDArray[np.int64], draws: 
     else:
         crops = centre_crops(sizes_B2, config.size_hw)
     crops.flip[:] = draws.flip
-    return crops
+    return dataclasses.replace(crops, interpolation=config.interpolation)
 
 
 def place_crop(config: PretrainConfig, height: int, width: int, draws: Draws, row: int) -> Crops:
@@ -109,7 +113,7 @@ def place_crop(config: PretrainConfig, height: int, width: int, draws: Draws, ro
                 start = np.array([[math.floor(y * (height - tall + 1)), math.floor(x * (width - wide + 1))]])
                 length = np.array([[tall, wide]])
                 scale = length / np.array(config.size_hw, np.float64)
-                return Crops(start, length, scale, np.zeros_like(start), draws.flip[one])
+                return Crops(start, length, scale, np.zeros_like(start), draws.flip[one], config.interpolation)
     drawn = Draws(draws.share_BA[one], draws.aspect_BA[one], draws.place_BA2[one], draws.flip[one])
     return place_crops(config, np.array([[height, width]]), drawn)
 
@@ -121,9 +125,10 @@ def random_crops(
     return place_crops(config, sizes_B2, draw_crops(config, sample_ids, epoch=epoch, view=view))
 
 
-def centre_crops(sizes_B2: npt.NDArray[np.int64], size_hw: tuple[int, int]) -> Crops:
+def centre_crops(sizes_B2: npt.NDArray[np.int64], size_hw: tuple[int, int], interpolation: str = "bicubic") -> Crops:
     """The whole image, resized to cover the output and cut at the centre: what evaluation sees."""
-    return _resized(sizes_B2, size_hw, None, np.full((len(sizes_B2), 2), 0.5))
+    crops = _resized(sizes_B2, size_hw, None, np.full((len(sizes_B2), 2), 0.5))
+    return dataclasses.replace(crops, interpolation=interpolation)
 
 
 def _random_resized(config: PretrainConfig, sizes_B2: npt.NDArray[np.int64], draws: Draws) -> Crops:
@@ -173,8 +178,8 @@ def _resized(
 def apply_to_batch(images_BCHW: Tensor, crops: Crops, size_hw: tuple[int, int]) -> Tensor:
     """B images of one size cropped, scaled and flipped on their device: [B, C, S, T], floats in 0..1.
 
-    Bicubic with antialiasing, as Pillow's (a = -1/2, the support grows with the scale, edges renormalised), written
-    as two products with small dense matrices: no loop over samples, and no rounding to 8 bits in between.
+    Bicubic or bilinear with antialiasing, as Pillow's (a = -1/2, the support grows with the scale, edges renormalised),
+    written as two products with small dense matrices: no loop over samples, and no rounding to 8 bits in between.
     """
     batch, _, height, width = images_BCHW.shape
     whole = bool((crops.length == (height, width)).all() and (crops.scale == 1).all() and (crops.offset == 0).all())
@@ -205,11 +210,14 @@ def _weights(crops: Crops, axis: int, size_in: int, size_out: int, device: torch
     source = torch.arange(size_in, device=device, dtype=torch.float32)[None, None, :] - start
     place = _mirrored(out + offset, (length / scale).round())
     distance = ((source + 0.5 - (place + 0.5) * scale) / scale.clamp_min(1.0)).abs()
-    weights = torch.where(
-        distance < 1,
-        (1.5 * distance - 2.5) * distance.square() + 1,
-        ((-0.5 * distance + 2.5) * distance - 4) * distance + 2,
-    )
+    if crops.interpolation == "bilinear":
+        weights = (1 - distance).clamp_min(0)
+    else:
+        weights = torch.where(
+            distance < 1,
+            (1.5 * distance - 2.5) * distance.square() + 1,
+            ((-0.5 * distance + 2.5) * distance - 4) * distance + 2,
+        )
     inside = (source >= 0) & (source < length) & (distance < 2)
     weights = torch.where(inside, weights, torch.zeros((), device=device))
     return weights / weights.sum(dim=2, keepdim=True)
@@ -268,7 +276,7 @@ def apply_to_window(
 ) -> Tensor:
     """The `wanted` window of one image, decoded, scaled and flipped: [C, S, T], uint8 for 8-bit images, else float32.
 
-    The same filter as `apply_to_batch`, by torch's antialiased bicubic, which skips the zeros: large photographs. The
+    The same filters as `apply_to_batch`, by torch's antialiased ones, which skip the zeros: large photographs. The
     memory layout is channels last where the image is resized: torch's fast 8-bit path wants it.
     """
     if box_HWC.shape[:2] != (window.height, window.width):
@@ -279,11 +287,13 @@ def apply_to_window(
     if math.prod(resized_hw) > _MAX_WASTE * math.prod(size_hw):
         here, first = slice(index, index + 1), np.array([window.top, window.left])
         start = crops.start[here] - first
-        one = Crops(start, crops.length[here], crops.scale[here], crops.offset[here], crops.flip[here])
+        shape = (crops.length[here], crops.scale[here], crops.offset[here], crops.flip[here])
+        one = Crops(start, *shape, crops.interpolation)
         scaled_CST = apply_to_batch(box_1CHW, one, size_hw)[0]
         return (scaled_CST * 255).round().to(torch.uint8) if box_HWC.dtype == np.uint8 else scaled_CST
     if resized_hw != list(box_1CHW.shape[2:]):
-        box_1CHW = F.interpolate(box_1CHW, size=resized_hw, mode="bicubic", align_corners=False, antialias=True)
+        how = crops.interpolation
+        box_1CHW = F.interpolate(box_1CHW, size=resized_hw, mode=how, align_corners=False, antialias=True)
     y, x = crops.offset[index]
     cut = _cut(box_1CHW[0], int(y), int(x), size_hw)
     return cut.flip(2) if crops.flip[index] else cut
@@ -302,7 +312,7 @@ def _scale_shrunken(
     (tall, wide), (y, x) = _resized_hw(crops, index), crops.offset[index]
     gray = box_HWC.shape[2] == 1
     image = Image.fromarray(box_HWC[..., 0] if gray else box_HWC)
-    scaled = np.array(image.resize((wide, tall), Image.Resampling.BICUBIC, (left, top, right, bottom)))
+    scaled = np.array(image.resize((wide, tall), _PILLOW[crops.interpolation], (left, top, right, bottom)))
     whole = torch.from_numpy(scaled[..., None] if gray else scaled).permute(2, 0, 1)
     cut = _cut(whole, int(y), int(x), size_hw)
     return cut.flip(2) if crops.flip[index] else cut

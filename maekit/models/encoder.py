@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from maekit.config import ModelConfig, UserError, did_you_mean
+from maekit.models.blocks import FLAT_MLP_RATIO, TwiceActivatedMlp, attention_of_width
 from maekit.models.masking import num_predicted
 
 OFFICIAL_MODELS = {
@@ -98,10 +99,14 @@ def resolve(config: ModelConfig) -> ModelConfig:
         )
     elif height * width // patch**2 < 2:
         problems.append(f"--img-size {height} {width} is a single patch of {patch} px: lower --patch-size")
-    if filled.embed_dim % filled.num_heads:
+    if filled.head_dim is None and filled.embed_dim % filled.num_heads:
         problems.append(f"--embed-dim {filled.embed_dim} is not divisible by --num-heads {filled.num_heads}")
     if filled.pos_embed == "sincos" and filled.embed_dim % 4:
         problems.append(f"--embed-dim {filled.embed_dim}: 2-D sine-cosine positions need a multiple of 4")
+    if filled.decoder == "flat" and (filled.class_token or filled.reg_tokens):
+        problems.append("--decoder flat takes patch tokens only: give --class-token False --reg-tokens 0")
+    if filled.target == "norm-pixels-highpass" and filled.target_cut > 2 * patch - 2:
+        problems.append(f"--target-cut {filled.target_cut}: a patch of {patch} px has none above {2 * patch - 2}")
     if problems:
         raise UserError(*problems)
     return filled
@@ -110,6 +115,11 @@ def resolve(config: ModelConfig) -> ModelConfig:
 def build_encoder(config: ModelConfig) -> VisionTransformer:
     """The encoder of a resolved config, initialised as in the paper."""
     assert config.patch_size is not None, "resolve the config first"
+    special: dict[str, Any] = {}
+    if config.head_dim is not None:
+        special["attn_layer"] = attention_of_width(config.head_dim)
+    if config.mlp_act == "both":
+        special["mlp_layer"] = TwiceActivatedMlp
     encoder: Any = timm.create_model(
         OFFICIAL_MODELS.get(config.model, config.model),
         pretrained=False,
@@ -125,6 +135,7 @@ def build_encoder(config: ModelConfig) -> VisionTransformer:
         class_token=config.class_token,
         reg_tokens=config.reg_tokens,
         drop_path_rate=config.drop_path,
+        **special,
     )
     init_encoder(encoder, config.pos_embed)
     built: VisionTransformer = encoder
@@ -214,26 +225,32 @@ def run_block(block: nn.Module, *inputs: Tensor, checkpointed: bool) -> Tensor:
 def flops_per_image(config: ModelConfig, num_visible: int) -> float:
     """Floating-point operations of one training step on one image: 3 x the forward pass, 2 per multiply-add.
 
-    A block on n tokens of width d costs n (24 d^2 + 4 n d) at MLP ratio 4; embedding, projection to the decoder and
-    prediction are added. A cross-attention block of width e with Q queries onto K tokens of width d costs
-    Q (20 e^2 + 4 K e) + 4 K d e, and its weighted sum of the L + 1 feature maps 2 (L + 1) K d. The prefix tokens count
-    as tokens; what gradient checkpointing computes again does not count.
+    A block on n tokens of width d costs n (24 d^2 + 4 n d) at MLP ratio 4; with attention of width a,
+    n (8 d a + 16 d^2 + 4 n a). Embedding, projection to the decoder and prediction are added. A cross-attention block
+    of width e with Q queries onto K tokens of width d costs Q (20 e^2 + 4 K e) + 4 K d e, and its weighted sum of the
+    L + 1 feature maps 2 (L + 1) K d. The flat decoder predicts with one layer from all tokens to all pixels. The prefix
+    tokens count as tokens; what gradient checkpointing computes again does not count.
     """
-    assert config.embed_dim and config.depth and config.mlp_ratio and config.patch_size
+    assert config.embed_dim and config.depth and config.mlp_ratio and config.patch_size and config.num_heads
     size = config.patch_size**2 * config.in_chans
     patches = math.prod(config.size_hw) // config.patch_size**2
     prefix = int(bool(config.class_token)) + (config.reg_tokens or 0)
     seen, width, narrow = num_visible + prefix, config.embed_dim, config.decoder_dim
 
-    def block(tokens: int, dim: int, ratio: float) -> float:
-        return tokens * ((8 + 4 * ratio) * dim**2 + 4 * tokens * dim)
+    def block(tokens: int, dim: int, attention: int, ratio: float) -> float:
+        return tokens * (8 * dim * attention + 4 * ratio * dim**2 + 4 * tokens * attention)
 
-    forward = 2 * num_visible * size * width + config.depth * block(seen, width, config.mlp_ratio)
+    attention = width if config.head_dim is None else config.num_heads * config.head_dim
+    forward = 2 * num_visible * size * width + config.depth * block(seen, width, attention, config.mlp_ratio)
     queries = num_predicted(patches, patches - num_visible, config.predict_share)
     if config.decoder == "cross":
         cross = queries * (20 * narrow**2 + 4 * seen * narrow) + 4 * seen * width * narrow
         forward += config.decoder_depth * (cross + 2 * (config.depth + 1) * seen * width)
+    elif config.decoder == "flat":
+        wide = narrow * config.decoder_heads
+        forward += 2 * patches * width * narrow + config.decoder_depth * block(patches, narrow, wide, FLAT_MLP_RATIO)
+        queries = patches * patches  # every token has its own weights for every patch
     else:
-        forward += 2 * seen * width * narrow + config.decoder_depth * block(patches + prefix, narrow, 4.0)
+        forward += 2 * seen * width * narrow + config.decoder_depth * block(patches + prefix, narrow, narrow, 4.0)
     forward += 2 * queries * narrow * size
     return 3 * forward

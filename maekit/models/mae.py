@@ -4,8 +4,8 @@
 
 Only visible patches are embedded; only hidden ones are predicted and scored. The decoder sees [prefix, visible,
 mask tokens], each with the position of its patch: attention does not depend on the order of its tokens, so the
-sequence need not be put back into image order (the tests check this against one that is). A decoder that is not the
-paper's stands in cross.py.
+sequence need not be put back into image order (the tests check this against one that is). Decoders that are not the
+paper's stand in cross.py and flat.py.
 
 Shapes: B batch, C channels, H x W pixels, N patches of P = p*p*C values, V visible, M hidden, T prefix tokens
 (class, then registers), D encoder width, E decoder width.
@@ -37,8 +37,9 @@ from maekit.models.encoder import (
     run_block,
     sincos_positions,
 )
+from maekit.models.flat import FlatDecoder
 from maekit.models.masking import Masks, choose_predicted, make_masks, masks_from_keep, num_predicted, num_visible
-from maekit.models.targets import make_target, patchify, take_patches
+from maekit.models.targets import make_target, patchify, take_patches, target_spectrum
 
 
 class MAEOutput(NamedTuple):
@@ -100,6 +101,8 @@ class MaskedAutoencoder(nn.Module):
 
     mean: Tensor
     std: Tensor
+    spectrum: Tensor | None
+    """What the target makes of a normalised patch [P, P]; None where it leaves its frequencies as they are."""
     passport: Any = None
     """Where the weights come from, when they were loaded (`maekit.weights.passport.Passport`)."""
     key_report: Any = None
@@ -118,11 +121,13 @@ class MaskedAutoencoder(nn.Module):
         self.num_visible = num_visible(self.num_patches, self.config.mask_ratio)
         hidden = self.num_patches - self.num_visible
         self.num_predicted = num_predicted(self.num_patches, hidden, self.config.predict_share)
-        kind = CrossDecoder if self.config.decoder == "cross" else SelfDecoder
-        self.decoder = kind(self.config, self.grid_hw, self.num_prefix)
+        kinds: dict[str, Any] = {"self": SelfDecoder, "cross": CrossDecoder, "flat": FlatDecoder}
+        self.decoder = kinds[self.config.decoder](self.config, self.grid_hw, self.num_prefix)
         # Not weights: they come from the data and travel in the passport.
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        filter_PP = target_spectrum(self.config.target, self.patch_size, self.config.in_chans, self.config.target_cut)
+        self.register_buffer("spectrum", filter_PP, persistent=False)
 
     def normalize(self, images_BCHW: Tensor) -> Tensor:
         """Pixels, uint8 in 0..255 or floats in 0..1, brought to the mean 0 and deviation 1 that the model expects."""
@@ -160,6 +165,8 @@ class MaskedAutoencoder(nn.Module):
         patches_BNP = patchify(images_BCHW, self.patch_size)
         encode = self.encode_blocks if self.config.decoder == "cross" else self.encode_patches
         latent = encode(take_patches(patches_BNP, masks.ids_keep_BV), masks.ids_keep_BV)
+        if self.config.decoder == "flat":
+            latent = self.decoder.sequence(self.encoder, latent, masks.ids_keep_BV, masks.ids_masked_BM)
         pred_BMP = self.decoder(latent, masks.ids_keep_BV, masks.ids_masked_BM)
         loss = self.loss(pred_BMP, take_patches(patches_BNP, masks.ids_masked_BM))
         return MAEOutput(loss, pred_BMP, masks.ids_masked_BM, masks.ids_keep_BV)
@@ -221,7 +228,7 @@ class MaskedAutoencoder(nn.Module):
         """Mean squared error over the hidden patches, in float32 at least (section 3, equation of the target)."""
         precise = torch.promote_types(pred_BMP.dtype, torch.float32)
         with torch.autocast(pred_BMP.device.type, enabled=False):
-            target = make_target(hidden_BMP.to(precise), self.config.target)
+            target = make_target(hidden_BMP.to(precise), self.config.target, self.spectrum)
             return (pred_BMP.to(precise) - target).square().mean()
 
     def encode(self, images_BCHW: Tensor, pool: Literal["cls", "mean", "tokens"] = "mean") -> Tensor:

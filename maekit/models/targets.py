@@ -2,10 +2,18 @@
 
 Shapes: B batch, C channels, H x W pixels, N patches of P = ph x pw x C values, V visible, M hidden, G = gh x gw grid.
 A patch is flattened (row, column, channel), as in the paper's weights.
+
+The spectral targets change the frequencies of a normalised patch by a fixed matrix [P, P], the same for every data set:
+the basis is the discrete cosine transform, which is close to the principal components of natural patches, so that
+nothing need be measured, stored or trusted. Cutting the lowest frequencies leaves out the components of the highest
+variance (arXiv 2402.11337 finds that these tell little about what is seen).
 """
 
 from __future__ import annotations
 
+import functools
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,13 +51,43 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (variance + NORM_EPS).sqrt()
 
 
-def make_target(patches: Tensor, kind: str) -> Tensor:
-    """The values to predict for given patches: themselves, or normalised by their own statistics (section 3)."""
+@functools.cache
+def target_spectrum(kind: str, patch: int, channels: int, cut: int) -> Tensor | None:
+    """The matrix [P, P] that a spectral target applies to a normalised patch, float32; None for the other targets.
+
+    In the orthonormal discrete cosine transform (DCT-II) of each channel's p x p values, frequency (u, v) is multiplied
+    highpass: by 0 where u + v < cut, else by 1, a projection;
+    whitened: by sqrt(u^2 + v^2): natural images have power 1 / f^2 (Field 1987, doi 10.1364/JOSAA.4.002379), so that
+        every frequency then counts about alike; the mean of each channel is left out.
+    The matrix is symmetric.
+    """
+    if kind in ("pixels", "norm-pixels"):
+        return None
+    place = np.arange(patch)
+    basis_up = np.sqrt(2 / patch) * np.cos(np.pi / patch * np.outer(place, place + 0.5))
+    basis_up[0] /= np.sqrt(2)
+    rows, columns = np.meshgrid(place, place, indexing="ij")
+    if kind == "norm-pixels-highpass":
+        factor_uv = (rows + columns >= cut).astype(np.float64)
+    else:
+        assert kind == "norm-pixels-whitened", kind
+        factor_uv = np.hypot(rows, columns)
+    basis_FS = np.kron(basis_up, basis_up)  # all p x p frequencies, flattened (u, v), from p x p pixels
+    one_channel = basis_FS.T @ (factor_uv.reshape(-1, 1) * basis_FS)
+    return torch.from_numpy(np.kron(one_channel, np.eye(channels))).to(torch.float32)
+
+
+def make_target(patches: Tensor, kind: str, spectrum_PP: Tensor | None = None) -> Tensor:
+    """The values to predict for given patches: themselves, or normalised by their own statistics (section 3).
+
+    spectrum_PP: what `target_spectrum` gives for this kind; it comes after the normalisation.
+    """
     if kind == "pixels":
         return patches
-    assert kind == "norm-pixels", kind
+    assert (spectrum_PP is None) == (kind == "norm-pixels"), kind
     mean, deviation = patch_statistics(patches)
-    return (patches - mean) / deviation
+    normal = (patches - mean) / deviation
+    return normal if spectrum_PP is None else normal @ spectrum_PP.to(normal.dtype)
 
 
 def undo_target(
@@ -60,8 +98,13 @@ def undo_target(
     ids_keep_BV: Tensor,
     ids_masked_BM: Tensor,
     grid_hw: tuple[int, int],
+    patch: int = 0,
+    spectrum_PP: Tensor | None = None,
 ) -> Tensor:
     """Predictions [B, M, P] brought back to (input-normalised) pixels for drawing.
+
+    patch, spectrum_PP: for spectral targets. What these leave out of a patch cannot come from the prediction; it comes
+        from where its statistics come from: the hidden patch itself, or `bilinear_fill`.
 
     statistics, for normalised targets only:
         true-patch: mean and deviation of the hidden patch itself. It shows texture well, but leaks the answer's
@@ -73,11 +116,24 @@ def undo_target(
         return pred_BMP
     if statistics == "true-patch":
         mean, deviation = patch_statistics(take_patches(patches_BNP, ids_masked_BM))
-        return pred_BMP * deviation + mean
-    assert statistics == "visible", statistics
-    visible = torch.cat(patch_statistics(take_patches(patches_BNP, ids_keep_BV)), dim=-1)
-    hidden = take_patches(fill_grid(visible, ids_keep_BV, grid_hw), ids_masked_BM)
-    return pred_BMP * hidden[..., 1:] + hidden[..., :1]
+    else:
+        assert statistics == "visible", statistics
+        visible = torch.cat(patch_statistics(take_patches(patches_BNP, ids_keep_BV)), dim=-1)
+        mean, deviation = take_patches(fill_grid(visible, ids_keep_BV, grid_hw), ids_masked_BM).split(1, dim=-1)
+    if spectrum_PP is not None:
+        known = bilinear_fill(patches_BNP, ids_keep_BV, grid_hw, patch) if statistics == "visible" else patches_BNP
+        normal = (take_patches(known, ids_masked_BM) - mean) / deviation
+        pred_BMP = undo_spectrum(pred_BMP, normal, spectrum_PP)
+    return pred_BMP * deviation + mean
+
+
+def undo_spectrum(pred_BMP: Tensor, normal_BMP: Tensor, spectrum_PP: Tensor) -> Tensor:
+    """The normalised patches that a spectral target's prediction stands for; the rest of them is that of others."""
+    matrix = spectrum_PP.double()
+    inverse = torch.linalg.pinv(matrix, rtol=1e-5, hermitian=True)
+    left_out = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device) - inverse @ matrix
+    whole: Tensor = pred_BMP @ inverse.to(pred_BMP.dtype) + normal_BMP @ left_out.to(normal_BMP.dtype)
+    return whole
 
 
 def fill_grid(values_BVK: Tensor, ids_keep_BV: Tensor, grid_hw: tuple[int, int]) -> Tensor:
@@ -120,15 +176,22 @@ def bilinear_fill(patches_BNP: Tensor, ids_keep_BV: Tensor, grid_hw: tuple[int, 
 
 
 def trivial_losses(
-    patches_BNP: Tensor, ids_keep_BV: Tensor, ids_masked_BM: Tensor, kind: str, grid_hw: tuple[int, int], patch: int
+    patches_BNP: Tensor,
+    ids_keep_BV: Tensor,
+    ids_masked_BM: Tensor,
+    kind: str,
+    grid_hw: tuple[int, int],
+    patch: int,
+    spectrum_PP: Tensor | None = None,
 ) -> Tensor:
     """Mean squared errors [2] of two predictors that learn nothing, with the same masks and the same target.
 
     pixels: the mean colour of the image's visible pixels; `bilinear_fill`.
     norm-pixels: zero (its loss is about 1); `bilinear_fill` normalised by its own statistics.
+    spectral targets: zero; the target that the fill, taken for the patch, would have.
     """
     hidden_BMP = take_patches(patches_BNP, ids_masked_BM)
-    target_BMP = make_target(hidden_BMP, kind)
+    target_BMP = make_target(hidden_BMP, kind, spectrum_PP)
     fill_BMP = take_patches(bilinear_fill(patches_BNP, ids_keep_BV, grid_hw, patch), ids_masked_BM)
     if kind == "pixels":
         batch, visible, size = len(patches_BNP), ids_keep_BV.shape[1], patches_BNP.shape[-1]
@@ -137,5 +200,5 @@ def trivial_losses(
         assert constant.shape[-1] == size
     else:
         constant = torch.zeros_like(target_BMP)
-    guesses = (constant, make_target(fill_BMP, kind))
+    guesses = (constant, make_target(fill_BMP, kind, spectrum_PP))
     return torch.stack([(guess - target_BMP).square().mean() for guess in guesses])

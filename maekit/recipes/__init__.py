@@ -12,6 +12,8 @@ import re
 
 from maekit.config import PretrainConfig, UserError, did_you_mean
 
+_FIELD = re.compile(r"^(Command|Cost|Expected|Source|Deviations): (.*?)(?=^\w+: |\Z)", re.MULTILINE | re.DOTALL)
+
 
 def names() -> list[str]:
     """All recipes, by name."""
@@ -32,10 +34,10 @@ def get(name: str) -> PretrainConfig:
 
 
 def header(name: str) -> dict[str, str]:
-    """What a recipe's file says of itself: "what", "command", "cost", "expected", "source"."""
+    """What a recipe's file says of itself: "what", "command", "cost", "expected", "source", and "deviations" if any."""
     text = importlib.import_module(f"maekit.recipes.{name.replace('-', '_')}").__doc__ or ""
     what, _, rest = text.partition("\n\n")
     fields = {"what": " ".join(what.split())}
-    for found in re.finditer(r"^(Command|Cost|Expected|Source): (.*?)(?=^\w+: |\Z)", rest, re.MULTILINE | re.DOTALL):
+    for found in re.finditer(_FIELD, rest):
         fields[found.group(1).lower()] = " ".join(found.group(2).split())
     return fields

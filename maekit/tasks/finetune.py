@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -329,7 +330,7 @@ def default_out(source: str, config: FinetuneConfig) -> Path:
     """finetune-NAME (scratch-NAME, eval-NAME) in the source's run, else here."""
     base = Path(source).expanduser()
     verb = "eval" if config.eval else "scratch" if config.from_scratch else "finetune"
-    return (base if base.is_dir() else Path()) / f"{verb}-{short_name(config.data)}"
+    return (base if base.is_dir() else Path()) / f"{verb}-{short_name(os.path.expanduser(config.data))}"
 
 
 def score_again(source: str, config: FinetuneConfig) -> int:

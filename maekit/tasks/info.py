@@ -160,7 +160,9 @@ def architecture(facts: dict[str, Any]) -> str:
     heads = f"{model['num_heads']} heads" if model["num_heads"] else "heads unknown"
     tokens = ["a class token"] if model["class_token"] else []
     tokens += [f"{model['reg_tokens']} registers"] if model["reg_tokens"] else []
-    size = f"width {model['embed_dim']}, {model['depth']} blocks, {heads}, MLP x{model['mlp_ratio']:g}"
+    heads += f" of {model['head_dim']}" if model["head_dim"] else ""
+    twice = " with GELU after both layers" if model["mlp_act"] == "both" else ""
+    size = f"width {model['embed_dim']}, {model['depth']} blocks, {heads}, MLP x{model['mlp_ratio']:g}{twice}"
     return f"{model['model']}: {size}, {' and '.join(tokens) or 'no class token'}, LayerNorm eps {facts['eps']:g}"
 
 
@@ -175,7 +177,8 @@ def decoder(facts: dict[str, Any]) -> str:
         else f"{model['decoder_heads']} heads"
     )
     target = facts["target"] or "target unknown"
-    size = f"width {model['decoder_dim']}, {model['decoder_depth']} blocks, {heads}"
+    kind = "" if model["decoder"] == "self" else f"{model['decoder']}, "
+    size = f"{kind}width {model['decoder_dim']}, {model['decoder_depth']} blocks, {heads}"
     return f"{size}; predicts {target}, {model['mask']} masks of {100 * model['mask_ratio']:g} %"
 
 

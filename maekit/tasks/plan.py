@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from maekit.config import PlanConfig, PretrainConfig, UserError, flag
-from maekit.data.loader import Pool, SampleOrder, open_pool, split_heldout
+from maekit.data.loader import Pool, SampleOrder, choose_training, open_pool, split_heldout
 from maekit.data.order import MIN_HELDOUT
 from maekit.data.sources import open_source
 from maekit.models.encoder import flops_per_image
@@ -140,7 +140,7 @@ def open_data(config: PlanConfig, choices: dict[str, Choice[Any]], console: Cons
     """Open --data as the trainer does, or count --images."""
     if config.images is not None:
         held = max(MIN_HELDOUT, round(config.heldout_share * config.images))
-        data = Data(f"{config.images:,} images", config.images - held, held)
+        data = Data(f"{config.images:,} images", min(config.images - held, config.train_images or config.images), held)
         if config.batch_size > data.train:
             raise UserError(
                 f"--batch-size {config.batch_size} is larger than the {max(0, data.train)} training images that "
@@ -151,6 +151,7 @@ def open_data(config: PlanConfig, choices: dict[str, Choice[Any]], console: Cons
         config.data, in_chans=config.in_chans, image_column=config.image_column, label_column=config.label_column
     )
     train, heldout = split_heldout(len(source.train), config.heldout_share)
+    train = choose_training(train, config.train_images)
     SampleOrder(train, config.batch_size, config.seed)  # refuses a batch that is larger than the data
     with counting(console, "reading images") as progress:
         pool, in_memory = open_pool(source.train, config, choices["device"].value, choices["workers"], progress)

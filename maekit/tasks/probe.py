@@ -1,198 +1,343 @@
-"""How good are frozen features? Linear probe and k-NN, beside random weights and raw pixels.
+"""How good are frozen features? The evaluation card: several probes, beside random weights and raw pixels.
 
     maekit probe runs/c10 --data cifar10
 
-Features are extracted once from centre crops. Pooling and weight decay are chosen on a held-out tenth of the training
-split; the test split is scored once, at the end.
-Cost: one forward pass over the data for each encoder, plus seconds for the classifiers.
+Features are taken once from centre crops, after every block: of training images, where it is cheap or asked for, from
+mirrored crops too. Blocks, poolings and all settings are chosen on a held-out tenth of the training split; each probe
+is then fitted on all of it, and the test split is scored once, at the end.
+Cost: a forward pass over the data for each encoder (and one more over the training images for mirrored crops), and
+for CIFAR-10 about a minute of one core for the classifiers of each.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from rich.console import Console
 from rich.markup import escape
-from torch import Tensor
 
-from maekit.config import PretrainConfig, ProbeConfig, UserError
-from maekit.data.loader import Pool, lowest_hash, open_pool
-from maekit.data.parts import Part
+from maekit.config import ModelConfig, PretrainConfig, ProbeConfig, UserError
 from maekit.data.sources import Source, open_source
-from maekit.data.workers import choose_workers
-from maekit.models.encoder import use_fused_attention
+from maekit.data.splits import Split, open_splits
+from maekit.models.encoder import flops_per_image, use_fused_attention
 from maekit.models.mae import MaskedAutoencoder
-from maekit.rng import Purpose
 from maekit.runtime import choose_attention, choose_device, choose_precision, environment
 from maekit.terminal import counting, make_console, make_table
-from maekit.training.monitor import extract_features
-from maekit.training.probes import best_linear, fit_linear, knn_accuracy
+from maekit.training import evaluation, keras_probe
+from maekit.training.anew import LabelledPool, choose_paper, train_supervised
+from maekit.training.attentive import choose_attentive, tokens_bytes, tokens_of
+from maekit.training.capacity import RAM_SHARE, free_bytes
+from maekit.training.card import NOTE, Row, columns_of, line_of, score_of
+from maekit.training.evaluation import Chosen, TestImages, TrainSet
+from maekit.training.features import (
+    PIXEL_SIDE,
+    WORKING_COPIES,
+    Plan,
+    extract_blocks,
+    of_pixels,
+    plan_features,
+    raw_pixels,
+)
+from maekit.viz.card import Curves, draw_card
 from maekit.weights.store import load_as, random_model
 
-HELDOUT_SHARE = 0.1
-"""Share of the training split on which pooling and weight decay are chosen."""
 NAMED = 5
 """Unreadable images that are named."""
-TEST_SHARE = 0.2
-"""Share of the images that become the test split where the data have none."""
+MIRROR_FLOP = 5e12
+"""Mirrored images double the encoder's work; on a CPU they are taken by default below this."""
+ATTENTIVE_BYTES = 2**28
+"""The attentive probe reads every token; it is run by default where they take no more."""
+HEADINGS = {"linear": "linear %", "lars": "LARS %", "knn": "k-NN %", "attentive": "attentive %", "paper": "paper's %",
+            "keras": "tutorial's %"}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Split:
-    """Labelled images of one split: where they are, which of them, their class ids on the device."""
+class Job:
+    """What all steps need: the asked-for settings, the machine, and a context for the encoder's arithmetic."""
 
-    part: Part
-    pool: Pool
-    ids: npt.NDArray[np.int64]
-    labels: Tensor
-
-
-@dataclass(frozen=True)
-class Score:
-    """What one source of features reached on the test split."""
-
-    source: str
-    pooling: str
-    width: int
-    linear: float
-    knn: float
-    heldout_linear: float
-    decay: float
+    config: ProbeConfig
+    console: Console
+    device: torch.device
+    arithmetic: Callable[[], AbstractContextManager[Any]]
 
 
 def main(sources: list[str], config: ProbeConfig) -> int:
-    """Measure every source of weights on labelled data, print one table and write card.json.
+    """Measure every source of weights on labelled data; print a table, write card.json and card.png.
 
     Raises:
-        UserError: weights or data that cannot be used, or data without labels.
+        UserError: settings, weights or data that cannot be used, or data without labels.
     """
+    started = time.perf_counter()
+    check_settings(config)
     console = make_console()
     device = choose_device(config.device).value
     precision = choose_precision(config.precision, device).value
+    job = Job(config, console, device, lambda: torch.autocast(device.type, torch.bfloat16, precision == "bf16"))
     models = [(name, load_as(name, config, device)) for name in sources]
-    for _, model in models:
+    for name, model in models:
         for line in model.key_report.remarks():
             console.print(line, style="dim", markup=False)
-    check_out(config)
+        kinds_of(config, model)
+        blocks_of(config, name, model)
 
-    scores: list[Score] = []
+    rows: list[Row] = []
+    opened: dict[tuple[Any, ...], tuple[Split, Split]] = {}
+    floors: list[ModelConfig] = []
     for name, model in models:
-        with counting(console, "reading images") as progress:
-            data, train, test = open_splits(config, model, device, progress)
+        # ---- the images at this model's size, read once for all sources that share it ----
+        reading = PretrainConfig(data=config.data, img_size=model.config.size_hw, in_chans=model.config.in_chans)
+        reading.crop_scale, reading.flip, reading.seed = config.crop_scale, config.flip != "no", config.seed
+        shape = (model.config.size_hw, model.config.in_chans)
+        data = open_source(
+            config.data,
+            in_chans=model.config.in_chans,
+            image_column=config.image_column,
+            label_column=config.label_column,
+        )
+        if shape not in opened:
+            with counting(console, "reading images") as progress:
+                opened[shape] = open_splits(data, reading, device, progress)
+        train, test = opened[shape]
+        evaluation.check_labels(train.labels, config.few_labels)
+
+        # ---- this encoder, then the same one with random weights, and trained with labels ----
         candidates = [(name, model)]
-        if config.baselines:
+        if config.baselines and model.config not in floors and model.passport.recipe != "random":
+            floors.append(model.config)
             floor = random_model(model.config, model.passport.mean, model.passport.std, seed=config.seed).to(device)
             candidates.append((f"{name}, random weights", floor))
+        if config.scratch and name == sources[0]:
+            fresh = random_model(model.config, model.passport.mean, model.passport.std, seed=config.seed).to(device)
+            candidates.append((f"{name}, trained with labels", fresh))
+        attentive = wants_attentive(job, model, len(train.ids) + len(test.ids))
         for label, encoder in candidates:
             use_fused_attention(encoder, choose_attention(device, precision).value)
-            features, splits = [], []
-            for split, what in ((train, "training"), (test, "test")):
-                with (
-                    counting(console, f"{label}: features of {what} images") as progress,
-                    torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
-                ):
-                    kinds = poolings(config, encoder)
-                    found = extract_features(encoder, split.pool, split.ids, config.batch_size, kinds, progress)
-                    features.append(readable(split, found))
-                    splits.append(without_unreadable(split))
-            scores.append(measure(label, features[0], splits[0], features[1], splits[1]))
-        if config.baselines and name == sources[-1]:
-            pixels = [readable(split, {"-": raw_pixels(split, config.batch_size)}) for split in (train, test)]
-            scores.append(measure("raw pixels", pixels[0], splits[0], pixels[1], splits[1]))
+            if label == f"{name}, trained with labels":
+                # What is held out must stay unseen here too, or it could not choose between settings.
+                with counting(console, label) as progress, job.arithmetic():
+                    epochs, pool = config.scratch_epochs, fitting_pool(train)
+                    train_supervised(encoder, pool, epochs, seed=config.seed, on_progress=progress)
+            row, train, test = measure_encoder(job, label, encoder, train, test, attentive)
+            if config.protocol == "keras":
+                add_keras(job, row, encoder, data)
+            rows.append(row)
+        opened[shape] = train, test
 
-    left_out = say_left_out(console, (train, test))
-    train, test = splits
+    # ---- raw pixels at the first model's size, the floor under all of them ----
+    first = models[0][1].config
+    train, test = opened[first.size_hw, first.in_chans]
+    if config.baselines and pixels_fit(job, train, first.size_hw):
+        rows.append(measure_pixels(job, train, test))
+
+    # ---- what came out ----
+    left_out = [line for splits in opened.values() for split in splits for line in split.unreadable()]
+    say_left_out(console, left_out)
     count = len(test.ids)
-    rows = [
-        [s.source, s.pooling, str(s.width), with_interval(s.linear, count), with_interval(s.knn, count)] for s in scores
-    ]
     classes = len(torch.unique(train.labels))
     title = f"{data.name}: {classes} classes, {len(train.ids):,} training and {count:,} test images"
-    console.print(make_table(title, ["features", "pooling", "width", "linear probe %", "k-NN %"], rows))
-    console.print("[dim]test accuracy, +- 95 % interval; pooling and decay chosen on held-out training images[/dim]")
+    columns = columns_of(rows)
+    headings = ["features", "block", *(HEADINGS.get(column, column) for column in columns)]
+    console.print(make_table(title, headings, [line_of(row, columns, count) for row in rows]))
+    console.print(NOTE, style="dim", highlight=False)
     folder = card_folder(config, sources[0], data.name)
-    write_card(folder, sources, config, data, train, test, scores, left_out, device)
-    console.print(f"card: {folder / 'card.json'}")
+    card = {
+        "data": data.name,
+        "fingerprint": data.train.fingerprint,
+        "training_images": len(train.ids),
+        "test_images": count,
+        "heldout_images": max(1, round(evaluation.HELDOUT_SHARE * len(train.ids))),
+        "unreadable": len(left_out),
+        "classes": classes,
+        "most_frequent_class": float(torch.bincount(test.labels).max()) / len(test.labels),
+        "protocol": config.protocol,
+        "interval": "Wilson's score interval at 95 %, of the test sample",
+        "search": f"blocks and poolings in closed form on up to {evaluation.SEARCH_IMAGES:,} images; then on all",
+        "scores": [score_of(row, count) for row in rows],
+        "environment": environment(device),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    asked = {"sources": sources} | dataclasses.asdict(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(asked, indent=2) + "\n")
+    curves = [Curves(row.source, row.search, floor=row.source.endswith(", random weights")) for row in rows]
+    searched = f"searched on up to {evaluation.SEARCH_IMAGES:,} training images"
+    draw_card(curves, folder / "card.png", title=f"{data.name}: accuracy after each block", note=searched)
+    console.print(f"card: {folder / 'card.json'}, {folder / 'card.png'}")
     return 0
 
 
-def open_splits(
-    config: ProbeConfig, model: MaskedAutoencoder, device: torch.device, progress: Callable[[int, int], None]
-) -> tuple[Source, Split, Split]:
-    """The labelled images at the model's size: training split, and test split (or validation, or a fixed fifth)."""
-    data = open_source(
-        config.data,
-        in_chans=model.config.in_chans,
-        image_column=config.image_column,
-        label_column=config.label_column,
-    )
-    reading = PretrainConfig(data=config.data, img_size=model.config.size_hw, in_chans=model.config.in_chans)
+def measure_encoder(
+    job: Job, label: str, model: MaskedAutoencoder, train: Split, test: Split, attentive: bool
+) -> tuple[Row, Split, Split]:
+    """Features after every block, all choices, then the test split; and the splits without unreadable images."""
+    config, seconds = job.config, {}
+    kinds = kinds_of(config, model)
+    width, depth = int(model.encoder.embed_dim), len(model.encoder.blocks)
+    mirrored = wants_mirrored(config, model, len(train.ids), job.device)
+    blocks = blocks_of(config, label, model)
+    if config.protocol == "paper" and blocks is not None:
+        blocks = (*blocks, depth)
+    images = len(train.ids) * (1 + mirrored)
+    plan = plan_features(images, width, depth, kinds, blocks, free_bytes(job.device))
+    begun = time.perf_counter()
+    with counting(job.console, f"{label}: training images") as progress, job.arithmetic():
+        features = extract_blocks(model, train.pool, train.ids, config.batch_size, plan, mirrored, progress)
+    features, train = features.kept(train.readable_S), train.kept(train.readable_S)
+    seconds["training features"] = time.perf_counter() - begun
+    told = f"{plan.reason}; {'plain and mirrored' if mirrored else 'plain'} crops"
+    job.console.print(f"{label}: {told}", style="dim", markup=False)
 
-    def open_split(part: Part, ids: npt.NDArray[np.int64]) -> Split:
-        if part.labels is None:
-            raise UserError(
-                f"--data {config.data}: has no labels, and a probe needs them: one folder per class, or a Parquet "
-                "label column (--label-column)"
+    divided = evaluation.divide(features, train.labels, train.ids)
+    search, views, probes = choose(job, label, divided, seconds)
+    begun = time.perf_counter()
+    if attentive:
+        with counting(job.console, f"{label}: attentive probe") as progress, job.arithmetic():
+            chosen = choose_attentive(
+                model, train.pool, train.ids, divided, epochs=config.attentive_epochs, batch_size=config.batch_size,
+                free=free_bytes(job.device), seed=config.seed, on_progress=progress,
+            )  # fmt: skip
+            probes["attentive"] = [chosen]
+        seconds["attentive"] = time.perf_counter() - begun
+    begun = time.perf_counter()
+    if config.protocol == "paper":
+        with counting(job.console, f"{label}: the paper's probe, images anew") as progress, job.arithmetic():
+            pool, epochs = fitting_pool(train), config.lars_epochs
+            paper = choose_paper(
+                model, pool, divided, config.batch_size, epochs=epochs, seed=config.seed, on_progress=progress
             )
-        ids = ids[part.labels[ids] >= 0]
-        pool, _ = open_pool(part, reading, device, choose_workers(None, 1), progress)
-        return Split(part, pool, ids, torch.from_numpy(part.labels[ids]).to(device))
+            probes["paper"] = [paper]
+        seconds["paper"] = time.perf_counter() - begun
 
-    test_part = data.test or data.val
-    train_ids = np.arange(len(data.train), dtype=np.int64)
-    if test_part is not None:
-        test = open_split(test_part, np.arange(len(test_part), dtype=np.int64))
-    else:
-        test_ids = lowest_hash(train_ids, max(1, round(TEST_SHARE * len(train_ids))), Purpose.TEST_SPLIT)
-        train_ids = np.setdiff1d(train_ids, test_ids)
-        test = open_split(data.train, test_ids)
-    return data, open_split(data.train, train_ids), test
+    # Everything is chosen and fitted. Only now is the test split looked at.
+    begun = time.perf_counter()
+    used = tuple(sorted({one.setting["block"] for chosen in probes.values() for one in chosen}))
+    used_plan = Plan(used, kinds, torch.float32, "")
+    with counting(job.console, f"{label}: test images") as progress, job.arithmetic():
+        found = extract_blocks(model, test.pool, test.ids, config.batch_size, used_plan, on_progress=progress)
+    found, test = found.kept(test.readable_S), test.kept(test.readable_S)
+    ids = test.ids
 
+    def tokens() -> Iterator[torch.Tensor]:
+        with torch.no_grad(), job.arithmetic():
+            yield from (tokens_BND for tokens_BND, _ in tokens_of(model, test.pool, ids, config.batch_size))
 
-def is_readable(split: Split) -> npt.NDArray[np.bool_]:
-    """[S] False where another image stood in for an unreadable one, whose label is not its own."""
-    readable_S: npt.NDArray[np.bool_] = ~np.isin(split.ids, list(split.pool.unreadable))
-    return readable_S
-
-
-def readable(split: Split, features: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The features of readable images; to be asked after they were extracted, when it is known which they are."""
-    kept = torch.from_numpy(is_readable(split))
-    return {kind: rows[kept.to(rows.device)] for kind, rows in features.items()}
+    reached = score_test(probes, TestImages(found, tokens), test)
+    seconds["test"] = time.perf_counter() - begun
+    return Row(label, width, told, search, views, probes, reached, seconds), train, test
 
 
-def without_unreadable(split: Split) -> Split:
-    """The split without its unreadable images."""
-    kept = is_readable(split)
-    return Split(split.part, split.pool, split.ids[kept], split.labels[torch.from_numpy(kept).to(split.labels.device)])
+def add_keras(job: Job, row: Row, model: MaskedAutoencoder, data: Source) -> None:
+    """Measure by the Keras tutorial's own probe too, which chooses nothing; it reads the images in its own way."""
+    reading = keras_probe.reading(model.config, job.config.data, job.config.seed)
+    with counting(job.console, f"{row.source}: the tutorial's probe") as progress, job.arithmetic():
+        train, test = (
+            keras_probe.Labelled(s.pool, s.ids, s.labels) for s in open_splits(data, reading, job.device, progress)
+        )
+        classes = int(max(train.labels.max(), test.labels.max())) + 1
+        found = keras_probe.keras_probe(
+            model, train, test, num_classes=classes, seed=job.config.seed, epochs=keras_probe.EPOCHS,
+            on_progress=progress,
+        )  # fmt: skip
+    row.test["keras"] = [found.test]
+    row.keras.update({"test": found.test, "train": found.train})
 
 
-def say_left_out(console: Console, splits: Iterable[Split]) -> int:
-    """Name a few of the images that could not be read; returns how many there are."""
-    lines = [
-        f"{split.part.name(index)}: {reason}"
-        for split in splits
-        for index, reason in sorted(split.pool.unreadable.items())
-        if index in set(split.ids.tolist())
-    ]
-    for line in lines[:NAMED]:
-        console.print(f"[yellow]unreadable, left out:[/yellow] {escape(line)}", soft_wrap=True)
-    if len(lines) > NAMED:
-        console.print(f"[yellow]{len(lines)} in all are left out:[/yellow] maekit check-data names them")
-    return len(lines)
+def choose(
+    job: Job, label: str, train: TrainSet, seconds: dict[str, float]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, list[Chosen]]]:
+    """Where the best features are, by held-out accuracy, and each probe's setting there; k-NN has its own place."""
+    clock = time.perf_counter
+    begun = clock()
+    with counting(job.console, f"{label}: blocks and poolings") as progress:
+        search = evaluation.search_blocks(train, progress)
+    best, nearest = (max(search, key=lambda found, by=by: found[by]) for by in ("linear", "knn"))  # type: ignore[misc]
+    place = best["block"], best["pooling"]
+    views, tried = evaluation.choose_views(train, *place)
+    seconds["search"] = clock() - begun
+    probes: dict[str, list[Chosen]] = {}
+    begun = clock()
+    with counting(job.console, f"{label}: linear probe (L-BFGS)") as progress:
+        probes["linear"] = [evaluation.choose_linear(train, *place, views, progress)]
+    seconds["linear"], begun = clock() - begun, clock()
+    if "lars" in wanted(job.config) and place[0]:  # thousands of raw pixels would take it minutes
+        with counting(job.console, f"{label}: linear probe (LARS)") as progress:
+            epochs, seed = job.config.lars_epochs, job.config.seed
+            probes["lars"] = [evaluation.choose_lars(train, *place, views, epochs, seed, progress)]
+        seconds["lars"], begun = clock() - begun, clock()
+    probes["knn"] = [evaluation.choose_knn(train, nearest["block"], nearest["pooling"])]
+    seconds["knn"], begun = clock() - begun, clock()
+    shares = evaluation.label_shares(train.labels_S, job.config.few_labels)
+    for share in shares if "few-labels" in wanted(job.config) else ():
+        probes[f"{100 * share:g} % labels"] = evaluation.choose_few(train, *place, views, share)
+    seconds["few labels"] = clock() - begun
+    return search, tried, probes
 
 
-def poolings(config: ProbeConfig, model: MaskedAutoencoder) -> tuple[Literal["cls", "mean"], ...]:
-    """Which poolings to try: the one asked for, else all that the encoder has."""
+def measure_pixels(job: Job, train: Split, test: Split) -> Row:
+    """The pixels themselves as features: what an encoder must beat."""
+    seconds: dict[str, float] = {}
+    rows_SD = raw_pixels(train.pool, train.ids, job.config.batch_size)
+    divided = evaluation.divide(of_pixels(rows_SD), train.labels, train.ids)
+    search, views, probes = choose(job, "raw pixels", divided, seconds)
+    begun = time.perf_counter()
+    found = TestImages(of_pixels(raw_pixels(test.pool, test.ids, job.config.batch_size)), tuple)
+    reached = score_test(probes, found, test)
+    seconds["test"] = time.perf_counter() - begun
+    told = f"pixels at up to {PIXEL_SIDE} x {PIXEL_SIDE}"
+    return Row("raw pixels", rows_SD.shape[1], told, search, views, probes, reached, seconds)
+
+
+def pixels_fit(job: Job, train: Split, size_hw: tuple[int, int]) -> bool:
+    """Whether raw pixels can be probed in the memory that is free; says so where they cannot."""
+    height, width = (min(side, PIXEL_SIDE) for side in size_hw)
+    size = 4 * len(train.ids) * height * width * train.part.in_chans * WORKING_COPIES
+    fits = size <= RAM_SHARE * free_bytes(job.device)
+    if not fits:
+        job.console.print(f"no raw pixels: probing them takes {size / 2**30:.0f} GiB, which are not free", style="dim")
+    return fits
+
+
+def score_test(probes: dict[str, list[Chosen]], images: TestImages, test: Split) -> dict[str, list[float]]:
+    """Accuracy of every fitted probe on the test split: the one place where test labels are read."""
+    return {
+        name: [evaluation.share_right(one.predict(images), test.labels) for one in chosen]
+        for name, chosen in probes.items()
+    }
+
+
+def fitting_pool(train: Split) -> LabelledPool:
+    """The training images without the held-out ones, as a stream of random crops."""
+    assert train.part.labels is not None
+    ids = train.ids[~evaluation.held_out_S(train.ids)]
+    return LabelledPool(train.pool, ids, np.asarray(train.part.labels, np.int64), int(train.labels.max()) + 1)
+
+
+def check_settings(config: ProbeConfig) -> None:
+    """Refuse settings that cannot be, and an --out that is a file, before anything is computed."""
+    problems = config.problems()
+    if config.out is not None and Path(config.out).exists() and not Path(config.out).is_dir():
+        problems.append(f"--out {config.out}: is a file; name a folder for card.json")
+    if problems:
+        raise UserError(*problems)
+
+
+def wanted(config: ProbeConfig) -> tuple[str, ...]:
+    """The probes beside L-BFGS and k-NN."""
+    return ("lars", "few-labels") if config.probes is None else config.probes
+
+
+def kinds_of(config: ProbeConfig, model: MaskedAutoencoder) -> tuple[Literal["cls", "mean"], ...]:
+    """Which tokens to pool: those asked for, else all that the encoder has."""
     has_class = bool(model.encoder.has_class_token)
     if config.pool == "cls" and not has_class:
         raise UserError("--pool cls: this encoder has no class token; take --pool mean")
@@ -201,54 +346,45 @@ def poolings(config: ProbeConfig, model: MaskedAutoencoder) -> tuple[Literal["cl
     return ("mean", "cls") if has_class else ("mean",)
 
 
-def raw_pixels(split: Split, batch_size: int) -> Tensor:
-    """The pixels themselves as features [S, C*H*W]: what an encoder must beat."""
-    rows = []
-    for batch in split.pool.eval_batches(split.ids, batch_size):
-        pixels = batch.images.float() / 255 if batch.images.dtype == torch.uint8 else batch.images
-        rows.append(pixels.flatten(1))
-    return torch.cat(rows)
+def blocks_of(config: ProbeConfig, name: str, model: MaskedAutoencoder) -> tuple[int, ...] | None:
+    """The blocks that were asked for, counted from 1; None: all."""
+    depth = len(model.encoder.blocks)
+    if not config.blocks:
+        return None
+    if bad := [block for block in config.blocks if block == 0 or abs(block) > depth]:
+        raise UserError(f"--blocks {' '.join(map(str, bad))}: {name} has blocks 1 to {depth} (-1 is the last)")
+    return tuple(block if block > 0 else depth + 1 + block for block in config.blocks)
 
 
-def measure(
-    label: str, train_features: dict[str, Tensor], train: Split, test_features: dict[str, Tensor], test: Split
-) -> Score:
-    """Choose pooling and decay on a held-out tenth of the training images, refit on all, score the test split once."""
-    classes = int(max(train.labels.max(), test.labels.max())) + 1
-    places = np.arange(len(train.ids), dtype=np.int64)
-    held = lowest_hash(places, max(1, round(HELDOUT_SHARE * len(places))), Purpose.HELDOUT_SPLIT)
-    kept = torch.from_numpy(np.setdiff1d(places, held)).to(train.labels.device)
-    held_ids = torch.from_numpy(held).to(train.labels.device)
-    chosen: dict[str, tuple[float, float, float]] = {}
-    for kind, features in train_features.items():
-        fit, check = features[kept], features[held_ids]
-        fit_labels, check_labels = train.labels[kept], train.labels[held_ids]
-        probe, accuracy = best_linear(fit, fit_labels, check, check_labels, classes)
-        chosen[kind] = (accuracy, probe.decay, knn_accuracy(fit, fit_labels, check, check_labels))
-    linear_kind = max(chosen, key=lambda kind: chosen[kind][0])
-    knn_kind = max(chosen, key=lambda kind: chosen[kind][2])
-    accuracy, decay, _ = chosen[linear_kind]
-    final = fit_linear(train_features[linear_kind], train.labels, classes, decay)
-    return Score(
-        source=label,
-        pooling=linear_kind if linear_kind == knn_kind else f"{linear_kind}; k-NN {knn_kind}",
-        width=train_features[linear_kind].shape[1],
-        linear=final.accuracy(test_features[linear_kind], test.labels),
-        knn=knn_accuracy(train_features[knn_kind], train.labels, test_features[knn_kind], test.labels),
-        heldout_linear=accuracy,
-        decay=decay,
-    )
+def wants_mirrored(config: ProbeConfig, model: MaskedAutoencoder, images: int, device: torch.device) -> bool:
+    """Whether features of mirrored training images are taken: as asked for, else where they are cheap."""
+    if config.flip != "auto":
+        return config.flip == "yes"
+    plain = dataclasses.replace(model.config, decoder="self", decoder_depth=0)
+    forward = flops_per_image(plain, model.grid_hw[0] * model.grid_hw[1]) / 3
+    return device.type != "cpu" or images * forward <= MIRROR_FLOP
 
 
-def with_interval(share: float, count: int) -> str:
-    """A share in percent with half the width of its 95 % interval (normal approximation of the binomial)."""
-    return f"{100 * share:.1f} +- {196 * math.sqrt(max(share * (1 - share), 1e-12) / count):.1f}"
+def wants_attentive(job: Job, model: MaskedAutoencoder, images: int) -> bool:
+    """Whether the attentive probe is run: as asked for, else where it is cheap; says what was left out."""
+    if job.config.probes is not None:
+        return "attentive" in job.config.probes
+    size = tokens_bytes(model, images)
+    if size > ATTENTIVE_BYTES:
+        job.console.print(
+            f"no attentive probe: its tokens take {size / 2**30:.1f} GiB and the encoder runs once more; --probes lars "
+            "few-labels attentive measures it too",
+            style="dim",
+        )
+    return size <= ATTENTIVE_BYTES
 
 
-def check_out(config: ProbeConfig) -> None:
-    """Refuse an --out that is a file, before anything is computed."""
-    if config.out is not None and Path(config.out).exists() and not Path(config.out).is_dir():
-        raise UserError(f"--out {config.out}: is a file; name a folder for card.json")
+def say_left_out(console: Console, lines: list[str]) -> None:
+    """Name a few of the images that could not be read."""
+    for line in lines[:NAMED]:
+        console.print(f"[yellow]unreadable, left out:[/yellow] {escape(line)}", soft_wrap=True)
+    if len(lines) > NAMED:
+        console.print(f"[yellow]{len(lines)} in all are left out:[/yellow] maekit check-data names them")
 
 
 def card_folder(config: ProbeConfig, source: str, data_name: str) -> Path:
@@ -257,31 +393,3 @@ def card_folder(config: ProbeConfig, source: str, data_name: str) -> Path:
         return Path(config.out)
     base = Path(source) if Path(source).is_dir() else Path()
     return base / f"probe-{data_name}"
-
-
-def write_card(
-    folder: Path,
-    sources: list[str],
-    config: ProbeConfig,
-    data: Source,
-    train: Split,
-    test: Split,
-    scores: list[Score],
-    left_out: int,
-    device: torch.device,
-) -> None:
-    """card.json with every number of the table, and config.json with what was asked for."""
-    card = {
-        "data": data.name,
-        "fingerprint": data.train.fingerprint,
-        "training_images": len(train.ids),
-        "test_images": len(test.ids),
-        "unreadable": left_out,
-        "most_frequent_class": float(torch.bincount(test.labels).max()) / len(test.labels),
-        "scores": [dataclasses.asdict(score) for score in scores],
-        "environment": environment(device),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
-    asked = {"sources": sources} | dataclasses.asdict(config)
-    (folder / "config.json").write_text(json.dumps(asked, indent=2) + "\n")

@@ -19,7 +19,8 @@ from maekit.weights.passport import Passport
 from maekit.weights.sources import gather
 from maekit.weights.store import build
 
-ENCODER_FIELDS = ("embed_dim", "depth", "num_heads", "mlp_ratio", "class_token", "reg_tokens", "pos_embed")
+ENCODER_FIELDS = ("embed_dim", "depth", "num_heads", "mlp_ratio", "head_dim", "mlp_act", "class_token", "reg_tokens",
+                  "pos_embed")  # fmt: skip
 DECODER_FIELDS = ("decoder", "decoder_dim", "decoder_depth", "decoder_heads", "target")
 WARMUP_SHARE = 0.05
 """Share of a run in which a decoder that starts anew is trained alone, unless --decoder-warmup-epochs says another."""
@@ -37,8 +38,9 @@ def load_start(config: PretrainConfig) -> MaskedAutoencoder:
     )
     material = gather(config.init, wanted)
     if material.needs:  # what its file does not say is what the run's flags say
+        target = own.target if own.target == "pixels" or own.target == "norm-pixels" else None  # no others' is spectral
         said = dataclasses.replace(
-            wanted, model=own.model, num_heads=own.num_heads, decoder_heads=own.decoder_heads, target=own.target,
+            wanted, model=own.model, num_heads=own.num_heads, decoder_heads=own.decoder_heads, target=target,
             mean=config.mean, std=config.std,
         )  # fmt: skip
         material = gather(config.init, said)
@@ -47,10 +49,11 @@ def load_start(config: PretrainConfig) -> MaskedAutoencoder:
     model = build(material)
     theirs = model.config
     fields = ENCODER_FIELDS + (DECODER_FIELDS if has_decoder(model) else ())
+    fields += ("target_cut",) if has_decoder(model) and own.target == "norm-pixels-highpass" else ()
     problems = [
         f"--init {config.init}: has {name.replace('_', ' ')} {getattr(theirs, name)}, the run {getattr(own, name)}: "
         f"--{flag(name)} {getattr(theirs, name)}"
-        + (", or --no-init-decoder to start the decoder anew" if name in DECODER_FIELDS else "")
+        + (", or --no-init-decoder to start the decoder anew" if name not in ENCODER_FIELDS else "")
         for name in fields
         if getattr(theirs, name) != getattr(own, name)
     ]

@@ -66,7 +66,9 @@ def heldout_sums(
         sums[0] += float(model(images, keep, ids_masked=masked).loss) * count
         if with_trivial:
             patches = patchify(images, model.patch_size)
-            trivial = trivial_losses(patches, keep, masked, model.config.target, model.grid_hw, model.patch_size)
+            trivial = trivial_losses(
+                patches, keep, masked, model.config.target, model.grid_hw, model.patch_size, model.spectrum
+            )
             sums[1:3] += trivial.cpu().double() * count
         sums[3] += count
     return sums
@@ -86,6 +88,7 @@ def training_trivial(model: MaskedAutoencoder, batches: Iterator[Batch], seed: i
             model.config.target,
             model.grid_hw,
             model.patch_size,
+            model.spectrum,
         )
         sums += losses.cpu().double() * len(images)
         count += len(images)
@@ -163,8 +166,9 @@ def reconstruct(
     pred_BMP = model(normal, ids_keep_BV, ids_masked=ids_masked_BM).pred_BMP.float()
     patches = patchify(normal, model.patch_size)
     pred_BMP = undo_target(
-        pred_BMP, model.config.target, statistics, patches, ids_keep_BV, ids_masked_BM, model.grid_hw
-    )
+        pred_BMP, model.config.target, statistics, patches, ids_keep_BV, ids_masked_BM, model.grid_hw, model.patch_size,
+        model.spectrum,
+    )  # fmt: skip
     repeat = model.patch_size**2  # channels are the fastest axis of a patch
     pixels_BMP = pred_BMP * model.std.flatten().repeat(repeat) + model.mean.flatten().repeat(repeat)
     shown = images_BCHW.float() / 255 if images_BCHW.dtype == torch.uint8 else images_BCHW
@@ -179,8 +183,16 @@ STATISTICS_NOTE = {
     "visible": "normalised target: un-normalised by statistics interpolated from the nearest visible patches",
     "none": "normalised target, shown as predicted (no patch statistics)",
 }
+LEFT_OUT_NOTE = {
+    "true-patch": ", and has its frequencies that the target leaves out",
+    "visible": "; frequencies that the target leaves out come from a bilinear fill of the visible patches",
+    "none": "; the frequencies that the target leaves out are missing",
+}
+"""What is added for a spectral target."""
 
 
 def statistics_note(model: MaskedAutoencoder, statistics: str) -> str:
     """The line under a panel that says whose statistics it shows; empty for pixel targets, which need none."""
-    return STATISTICS_NOTE[statistics] if model.config.target == "norm-pixels" else ""
+    if model.config.target == "pixels":
+        return ""
+    return STATISTICS_NOTE[statistics] + (LEFT_OUT_NOTE[statistics] if model.spectrum is not None else "")

@@ -11,7 +11,14 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from maekit.config import PretrainConfig, UserError
-from maekit.data.loader import Quarantine, SampleOrder, channel_statistics, open_pool, split_heldout
+from maekit.data.loader import (
+    Quarantine,
+    SampleOrder,
+    channel_statistics,
+    choose_training,
+    open_pool,
+    split_heldout,
+)
 from maekit.data.sources import open_source
 from maekit.data.speed import worker_images_per_second
 from maekit.data.workers import choose_workers
@@ -49,6 +56,7 @@ def prepare(config: PretrainConfig, resume_from: Path | None, console: Console, 
     )
     part = source.train
     train_ids, heldout_ids = split_heldout(len(part), config.heldout_share)
+    train_ids = choose_training(train_ids, config.train_images)
     order = SampleOrder(train_ids, config.batch_size, config.seed)
     with counting(console, "reading images") as progress:
         pool, choices["in memory"] = open_pool(part, config, accelerator.device, choices["workers"], progress)

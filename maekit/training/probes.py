@@ -1,11 +1,11 @@
 """How good frozen features are: k-NN, linear classifiers, effective rank. All read features; none trains an encoder.
 
-Shapes: S samples, D features, K classes, L regularisation strengths.
+Shapes: S samples, D features, K or C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 
 KNN_NEIGHBOURS, KNN_TEMPERATURE = 20, 0.07
 """Wu et al. 2018 (arXiv 1805.01978) use 200 and 0.07 on ImageNet; 20 suits sets of some thousand images."""
+KNN_BLOCK = 2**26
+"""Similarities that are in memory at once: 256 MiB."""
 
 
 def knn_accuracy(
@@ -25,22 +27,40 @@ def knn_accuracy(
     neighbours: int = KNN_NEIGHBOURS,
     temperature: float = KNN_TEMPERATURE,
 ) -> float:
-    """Share of test samples whose nearest training samples vote for the right class.
+    """Share of test samples whose nearest training samples vote for the right class, as `knn_predict` has it."""
+    voted = knn_predict(train_SD, train_labels_S, test_SD, (neighbours,), (temperature,))[neighbours, temperature]
+    return int((voted == test_labels_S).sum()) / len(test_labels_S)
+
+
+def knn_predict(
+    train_SD: Tensor,
+    train_labels_S: Tensor,
+    test_SD: Tensor,
+    neighbours: Sequence[int],
+    temperatures: Sequence[float],
+) -> dict[tuple[int, float], Tensor]:
+    """The classes [S] that the nearest training samples vote for, by (neighbours, temperature), from one search.
 
     Cosine similarity of the features, centred on the training mean; votes weighted by exp(similarity / temperature)
-    (arXiv 1805.01978, section 3.4). Ties go to the smaller class.
+    (arXiv 1805.01978, section 3.4). Ties go to the smaller class. More neighbours than there are: all vote.
     """
     centre = train_SD.mean(dim=0)
     train, test = F.normalize(train_SD - centre, dim=1), F.normalize(test_SD - centre, dim=1)
-    neighbours = min(neighbours, len(train))
-    classes = int(max(train_labels_S.max(), test_labels_S.max())) + 1
-    hits = 0
-    for part, labels in zip(test.split(1024), test_labels_S.split(1024), strict=True):
-        similarity, nearest = (part @ train.T).topk(neighbours, dim=1)
-        votes = torch.zeros(len(part), classes, device=part.device, dtype=part.dtype)
-        votes.scatter_add_(1, train_labels_S[nearest], (similarity / temperature).exp())
-        hits += int((votes.argmax(dim=1) == labels).sum())
-    return hits / len(test)
+    classes, most = int(train_labels_S.max()) + 1, min(max(neighbours), len(train))
+    found: dict[tuple[int, float], list[Tensor]] = {(k, t): [] for k in neighbours for t in temperatures}
+    for part in test.split(max(1, min(1024, KNN_BLOCK // len(train)))):
+        similarity, nearest = (part @ train.T).topk(most, dim=1)
+        labels = train_labels_S[nearest]
+        for temperature in temperatures:
+            # Against the nearest one's: the order of the classes stays, and exp does not overflow.
+            weights = ((similarity - similarity[:, :1]) / temperature).exp()
+            votes = torch.zeros(len(part), classes, device=part.device, dtype=part.dtype)
+            counted = 0
+            for k in sorted(set(neighbours)):
+                votes.scatter_add_(1, labels[:, counted:k], weights[:, counted:k])
+                counted = min(k, most)
+                found[k, temperature].append(votes.argmax(dim=1))
+    return {key: torch.cat(voted) for key, voted in found.items()}
 
 
 def ridge_accuracy(train_SD: Tensor, train_labels_S: Tensor, test_SD: Tensor, test_labels_S: Tensor) -> float:
@@ -51,6 +71,30 @@ def ridge_accuracy(train_SD: Tensor, train_labels_S: Tensor, test_SD: Tensor, te
     classifier = RidgeClassifier(alpha=0.01 * len(train_SD))
     classifier.fit(((train_SD - mean) / deviation).cpu().numpy(), train_labels_S.cpu().numpy())
     return float(classifier.score(((test_SD - mean) / deviation).cpu().numpy(), test_labels_S.cpu().numpy()))
+
+
+def ridge_predict(
+    train_SD: Tensor, train_labels_S: Tensor, num_classes: int, test_SD: Tensor, strengths: Sequence[float]
+) -> dict[float, Tensor]:
+    """Classes [S] by least squares on one-hot labels and standardised features, for each strength of the penalty.
+
+    One decomposition of the features' covariance serves all: milliseconds where L-BFGS takes seconds. A strength s
+    stands for a penalty of s x |w|^2 beside the mean of the squared errors. float64, on the CPU where others lack it.
+    """
+    mean, deviation = train_SD.mean(dim=0), train_SD.std(dim=0).clamp_min(1e-6)
+    precise = torch.device("cpu") if train_SD.device.type == "mps" else train_SD.device
+    train = ((train_SD - mean) / deviation).to(precise)
+    targets_SC = F.one_hot(train_labels_S, num_classes).to(precise, train.dtype)
+    prior_C = targets_SC.mean(dim=0)
+    # Products in the features' own precision, which is where the time goes; the decomposition in float64.
+    values_D, vectors_DD = torch.linalg.eigh((train.T @ train).double() / len(train))
+    along_DC = vectors_DD.T @ (train.T @ (targets_SC - prior_C)).double() / len(train)
+    test = ((test_SD - mean) / deviation).to(precise)
+    found = {}
+    for strength in strengths:
+        weight_DC = vectors_DD @ (along_DC / (values_D.clamp_min(0) + strength)[:, None])
+        found[strength] = (test @ weight_DC.to(test.dtype) + prior_C).argmax(dim=1).to(test_SD.device)
+    return found
 
 
 def rankme(features_SD: Tensor) -> float:

@@ -34,10 +34,10 @@ ENLARGED_PX = 160
 DPI = 128.0
 """A power of two, so that pixels / DPI x DPI is exact; it changes nothing in the picture."""
 
-_MARGIN_PX, _GAP_PX, _LABEL_PX, _COLUMN_PX = 12, 6, 18, 120
-_TITLE_PX, _HEADING_PX, _NOTE_PX = 16.0, 13.0, 11.0
-_LINE = 1.35
-_INK, _PALE = "#222222", "#666666"
+MARGIN_PX, GAP_PX, LABEL_PX, COLUMN_PX = 12, 6, 18, 120
+TITLE_PX, HEADING_PX, NOTE_PX = 16.0, 13.0, 11.0
+LINE = 1.35
+INK, PALE = "#222222", "#666666"
 
 
 @dataclass(frozen=True)
@@ -112,28 +112,28 @@ def draw(
     """
     assert rows, "a panel needs at least one row"
     assert row_labels is None or len(row_labels) == len(rows), (row_labels, len(rows))
-    tiles = [[_display(picture) for picture in row.pictures] for row in rows]
-    pitch = max(_COLUMN_PX, max(line[0].shape[1] for line in tiles)) + _GAP_PX
-    left = _MARGIN_PX + (_LABEL_PX if row_labels else 0)
-    width = left + 4 * pitch - _GAP_PX + _MARGIN_PX
+    tiles = [[display(picture) for picture in row.pictures] for row in rows]
+    pitch = max(COLUMN_PX, max(line[0].shape[1] for line in tiles)) + GAP_PX
+    left = MARGIN_PX + (LABEL_PX if row_labels else 0)
+    width = left + 4 * pitch - GAP_PX + MARGIN_PX
 
     with matplotlib.style.context("default"):  # a user's matplotlibrc must not change a run's pictures
-        words = _Words(width)
-        y = words.paragraph(title, _MARGIN_PX, _MARGIN_PX, _TITLE_PX, _INK, weight="bold")
+        words = Words(width)
+        y = words.paragraph(title, MARGIN_PX, MARGIN_PX, TITLE_PX, INK, weight="bold")
         y += 4 if title else 0
         for column, heading in enumerate(("original", _masked_heading(rows), "reconstruction", "pasted")):
-            words.centred(heading, left + column * pitch + (pitch - _GAP_PX) / 2, y, _HEADING_PX)
-        y += math.ceil(_HEADING_PX * _LINE) + 2
+            words.centred(heading, left + column * pitch + (pitch - GAP_PX) / 2, y, HEADING_PX)
+        y += math.ceil(HEADING_PX * LINE) + 2
         places: list[tuple[int, int, npt.NDArray[np.uint8]]] = []
         for index, line in enumerate(tiles):
             tile_height, tile_width = line[0].shape[:2]
             for column, tile in enumerate(line):
-                places.append((y, left + column * pitch + (pitch - _GAP_PX - tile_width) // 2, tile))
+                places.append((y, left + column * pitch + (pitch - GAP_PX - tile_width) // 2, tile))
             if row_labels:
-                words.upright(row_labels[index], _MARGIN_PX + _LABEL_PX / 2 - 3, y + tile_height / 2, tile_height)
-            y += tile_height + _GAP_PX
-        bottom = words.paragraph(note, left, y + 2, _NOTE_PX, _PALE) if note else y
-        sheet_HW3 = words.render(bottom + _MARGIN_PX - (0 if note else _GAP_PX))
+                words.upright(row_labels[index], MARGIN_PX + LABEL_PX / 2 - 3, y + tile_height / 2, tile_height)
+            y += tile_height + GAP_PX
+        bottom = words.paragraph(note, left, y + 2, NOTE_PX, PALE) if note else y
+        sheet_HW3 = words.render(bottom + MARGIN_PX - (0 if note else GAP_PX))
     for top, start, tile in places:
         sheet_HW3[top : top + tile.shape[0], start : start + tile.shape[1]] = tile
     write_png(sheet_HW3, path)
@@ -162,16 +162,25 @@ def write_png(picture_HW3: npt.NDArray[np.uint8], path: Path) -> None:
     Raises:
         OSError: the file cannot be written; the temporary file is removed.
     """
+    save_png(Image.fromarray(picture_HW3), path)
+
+
+def save_png(image: Image.Image, path: Path, *, smallest: bool = True) -> None:
+    """Write a Pillow image of any mode, as `write_png` does; the smallest file takes seconds for large photographs.
+
+    Raises:
+        OSError: the file cannot be written; the temporary file is removed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # mkstemp would make it unreadable for others
     try:
-        Image.fromarray(picture_HW3).save(temporary, format="PNG", optimize=True)
+        image.save(temporary, format="PNG", optimize=smallest)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _display(picture_HWC: FloatArray) -> npt.NDArray[np.uint8]:
+def display(picture_HWC: FloatArray) -> npt.NDArray[np.uint8]:
     """uint8 [H, W, 3] as shown: one channel replicated, two padded by zeros, three of more; enlarged when small."""
     height, width, chans = picture_HWC.shape
     if chans == 1:
@@ -194,7 +203,7 @@ def _masked_heading(rows: Sequence[PanelRow]) -> str:
     return f"masked {low} %" if low == high else f"masked {low}-{high} %"
 
 
-class _Words:
+class Words:
     """The words of a sheet, placed in pixels from the top left, before its height is known."""
 
     def __init__(self, width: int) -> None:
@@ -205,7 +214,7 @@ class _Words:
 
     def paragraph(self, text: str, x: float, y: int, size: float, color: str, **style: Any) -> int:
         """Write text from (x, y) on, wrapped at the right margin; returns the y under it."""
-        room = self._width - _MARGIN_PX - x
+        room = self._width - MARGIN_PX - x
         for line in text.splitlines():
             rest = line
             while rest:
@@ -218,12 +227,20 @@ class _Words:
                 end = fits if fits == len(rest) else rest.rfind(" ", 0, fits + 1) + 1 or fits
                 self._put(rest[:end].rstrip(), x, y, size, color=color, ha="left", va="baseline", **style)
                 rest = rest[end:]
-                y += math.ceil(size * _LINE)
+                y += math.ceil(size * LINE)
         return y
 
     def centred(self, text: str, x: float, y: float, size: float) -> None:
         """Write one line under y, centred on x."""
-        self._put(text, x, y, size, color=_INK, ha="center", va="baseline")
+        self._put(text, x, y, size, color=INK, ha="center", va="baseline")
+
+    def beside(self, text: str, x: float, y: float, size: float) -> None:
+        """Write one line that starts at x, centred on y."""
+        self._put(text, x, y, size, color=INK, ha="left", va="center_baseline")
+
+    def length(self, text: str, size: float) -> float:
+        """How long a line is, in pixels."""
+        return self._length(text, size, {})
 
     def upright(self, text: str, x: float, y: float, room: float) -> None:
         """Write one line upwards, centred on (x, y), its middle left out where it is longer than the room."""
@@ -231,9 +248,9 @@ class _Words:
         def shortened(kept: int) -> str:
             return f"{text[: (kept + 1) // 2]}...{text[len(text) - kept // 2 :]}"
 
-        if self._length(text, _NOTE_PX, {}) > room:
-            text = shortened(max(2, self._most(len(text), room, _NOTE_PX, shortened, {})))
-        self._put(text, x, y, _NOTE_PX, color=_PALE, ha="center", va="center", rotation=90)
+        if self._length(text, NOTE_PX, {}) > room:
+            text = shortened(max(2, self._most(len(text), room, NOTE_PX, shortened, {})))
+        self._put(text, x, y, NOTE_PX, color=PALE, ha="center", va="center", rotation=90)
 
     def render(self, height: int) -> npt.NDArray[np.uint8]:
         """The sheet with its words, uint8 [H, W, 3]; its pictures are still white."""

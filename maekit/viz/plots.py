@@ -19,11 +19,11 @@ MAX_POINTS = 1000
 """A longer curve is drawn as the means of this many bins in a band from their smallest to their largest value."""
 
 _TRAIN, _HELDOUT, _KNN, _LINEAR, _RANK = "#8fb3d9", "#1f4e79", "#2a7f62", "#c4622d", "#777777"
-_INK, _PALE, _GRID = "#222222", "#666666", "#e6e6e6"
+_INK, PALE, _GRID = "#222222", "#666666", "#e6e6e6"
 LOOK = {
     "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.edgecolor": "#bbbbbb", "axes.grid": True, "grid.color": _GRID, "grid.linewidth": 0.8, "axes.axisbelow": True,
-    "axes.spines.top": False, "axes.spines.right": False, "xtick.color": _PALE, "ytick.color": _PALE,
+    "axes.spines.top": False, "axes.spines.right": False, "xtick.color": PALE, "ytick.color": PALE,
     "text.color": _INK, "legend.frameon": False, "legend.fontsize": 9, "agg.path.chunksize": 10_000,
 }  # fmt: skip
 
@@ -77,7 +77,7 @@ def figure_of(curves: Curves, *, title: str) -> Figure:
     for axes in (loss, skill, rate, probes):
         axes.set_xlim(0.0, 1.03 * last if last > 0 else 1.0)
     for axes in (rate, probes):
-        axes.set_xlabel("epochs", color=_PALE)
+        axes.set_xlabel("epochs", color=PALE)
     _draw_loss(loss, curves)
     _draw_skill(skill, curves)
     _draw_rate(rate, curves)
@@ -115,10 +115,10 @@ def _draw_skill(axes: Axes, curves: Curves) -> None:
     _line(axes, train, "train", _TRAIN)
     _points(axes, heldout, f"held-out {_last(heldout):.4f}", _HELDOUT)
     if train.values or heldout.values:
-        axes.axhline(0.0, color=_PALE, linestyle=(0, (5, 3)), linewidth=1.0)
+        axes.axhline(0.0, color=PALE, linestyle=(0, (5, 3)), linewidth=1.0)
         # At the right end, where a run that learns is far above it.
         axes.annotate("the trivial predictor; skill = 1 - loss / its loss", (0.995, 0.0), xytext=(0, 3), ha="right",
-                      xycoords=("axes fraction", "data"), textcoords="offset points", color=_PALE,
+                      xycoords=("axes fraction", "data"), textcoords="offset points", color=PALE,
                       fontsize=8)  # fmt: skip
     _limit(axes, train, heldout, keep=0.0)
     _finish(axes, train, heldout)
@@ -143,7 +143,7 @@ def _draw_probes(axes: Axes, curves: Curves) -> None:
         percent = Curve(curve.epochs, [100.0 * value for value in curve.values])
         _points(axes, percent, f"{name} {_last(percent):.1f} %", color, marker=marker)
     if knn.values or linear.values:
-        axes.set_ylabel("accuracy, %", color=_PALE)
+        axes.set_ylabel("accuracy, %", color=PALE)
     elif rank.values:
         _say(axes, "no labels: k-NN and linear probe are not measured", y=0.08)
     else:
@@ -223,7 +223,7 @@ def _legend(axes: Axes, handles: list[Any], labels: list[str]) -> None:
 def _say(axes: Axes, words: str, y: float = 0.5) -> None:
     """Words in place of an absent curve; y in shares of the axes' height."""
     axes.set_yticks([])
-    axes.text(0.5, y, words, transform=axes.transAxes, ha="center", va="center", color=_PALE)
+    axes.text(0.5, y, words, transform=axes.transAxes, ha="center", va="center", color=PALE)
 
 
 def _say_left_out(axes: Axes, *curves: Curve) -> None:

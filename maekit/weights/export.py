@@ -45,11 +45,17 @@ def tool_class(to: Target, with_decoder: bool) -> str:
 
 def obstacles(model: MaskedAutoencoder, to: Target, with_decoder: bool) -> list[str]:
     """Everything in this model that the target cannot express, one reason a line; empty where it can be written."""
-    if to not in ("hf", "official"):
+    if to in ("onnx", "torch-export"):
         return []
     tool, config = tool_class(to, with_decoder), model.config
     encoder: Any = model.encoder
     found = []
+    if config.head_dim is not None:
+        found.append(f"--head-dim {config.head_dim}, and its heads share the width among them")
+    if config.mlp_act != "between":
+        found.append("GELU after both layers of the MLP, and it has one between them")
+    if to == "timm":
+        return [f"{tool} cannot hold this model: {reason}" for reason in found]
     if not config.class_token:
         found.append("no class token, and it always has one")
     if config.reg_tokens:

@@ -15,7 +15,8 @@ _KEY = "maekit"
 
 LIMITS = {
     "img_size": 65_536, "in_chans": 4_096, "patch_size": 4_096, "embed_dim": 65_536, "depth": 1_000, "num_heads": 4_096,
-    "mlp_ratio": 64, "reg_tokens": 4_096, "decoder_dim": 65_536, "decoder_depth": 1_000, "decoder_heads": 4_096,
+    "head_dim": 65_536, "mlp_ratio": 64, "reg_tokens": 4_096, "decoder_dim": 65_536, "decoder_depth": 1_000,
+    "decoder_heads": 4_096, "target_cut": 8_192,
 }  # fmt: skip
 """Largest values of a model's sizes: ten times the largest model known, and small enough to be refused or built."""
 MAX_PATCHES = 1 << 20
@@ -146,7 +147,12 @@ def size_problems(config: ModelConfig) -> list[str]:
     if patches > MAX_PATCHES:
         found.append(f"--img-size with --patch-size {patch}: {patches:,} patches, at most {MAX_PATCHES:,}")
     width, ratio = config.embed_dim or 0, config.mlp_ratio or 4.0
-    parameters = (config.depth or 0) * (4 + 2 * ratio) * width**2 + config.decoder_depth * 12 * config.decoder_dim**2
+    heads, narrow = (config.num_heads or 0) * (config.head_dim or 0), config.decoder_dim
+    parameters = (config.depth or 0) * (4 * max(width, heads) * width + 2 * ratio * width**2)
+    parameters += config.decoder_depth * 12 * narrow**2
+    if config.decoder == "flat":  # its heads are as wide as it is, and one layer goes from all tokens to all pixels
+        parameters += config.decoder_depth * 4 * config.decoder_heads * narrow**2
+        parameters += patches**2 * patch**2 * narrow * config.in_chans
     if config.decoder == "cross":  # keys and values come from the encoder's width
         parameters += config.decoder_depth * 2 * width * config.decoder_dim
     parameters += (width + config.decoder_dim) * (patches + patch**2 * config.in_chans)

@@ -3,7 +3,8 @@
 Rules. Positions: bicubic with antialiasing on their 2-D grid, prefix tokens untouched (timm). Patch size: the
 pseudo-inverse of the pixels' resize (FlexiViT, arXiv 2212.08013; timm). Channels: to one, the sum over the old ones; to
 more or fewer, repeated in order and scaled by old / new (timm); mean and deviation follow their channels. The
-decoder's prediction layer cannot follow a new patch size or number of channels: it starts anew, which is `missing`.
+decoder's prediction layer cannot follow a new patch size or number of channels: it starts anew, which is `missing`. Nor
+can a flat decoder follow a new grid, since its weights belong to places: all of it starts anew.
 
 Shapes: L positions (T prefix tokens and the patches of a grid), D width.
 """
@@ -103,6 +104,8 @@ def adapt(
             changes[name] = said_values if is_new else channel_values(own, new.in_chans)
     if new.patch_size != old.patch_size or new.in_chans != old.in_chans:
         anew = [name for name in PREDICTION if state.pop(name, None) is not None]
+    if old.decoder == "flat":
+        anew += [name for name in list(state) if name.startswith("decoder.") and state.pop(name) is not None]
     state = {name: value.contiguous() for name, value in state.items()}
     return state, dataclasses.replace(passport, **changes), said, anew
 

@@ -166,12 +166,13 @@ def check_claims(passport: Passport, shapes: Shapes, source: str) -> None:
     }
     patch = shapes.get("encoder.patch_embed.proj.weight", ())
     if has_decoder:
-        claims["--decoder-dim"] = (config.decoder_dim, math.prod(shapes.get("decoder.mask_token", (0,))))
+        wide = "decoder.norm.weight" if config.decoder == "flat" else "decoder.mask_token"
+        claims["--decoder-dim"] = (config.decoder_dim, math.prod(shapes.get(wide, (0,))))
     if config.patch_size is not None and config.embed_dim is not None:
         kernel = (config.embed_dim, config.in_chans, config.patch_size, config.patch_size)
         claims["--embed-dim, --in-chans, --patch-size"] = (kernel, patch)
         grid = tuple(side // config.patch_size for side in config.size_hw)
-        table = "decoder.pos_embed" if has_decoder else "encoder.pos_embed"
+        table = "decoder.pos_embed" if has_decoder and config.decoder != "flat" else "encoder.pos_embed"
         places = shapes.get(table, (0, 0))[1:2]
         if not places or not math.prod(grid) <= places[0] <= math.prod(grid) + 1 + (config.reg_tokens or 0):
             raise UserError(

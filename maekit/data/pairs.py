@@ -1,0 +1,384 @@
+"""Every form of data for segmentation: images with annotations in ADE20K's layout, in Parquet, or paired by pattern.
+
+- A folder with images/ and annotations/, whose names differ in the suffix only; both may hold training/ and validation/
+  (or train/, val/), with any folders below.
+- Parquet in the hub's image schema with two columns of images; parts by file name.
+- Two patterns with one {} each, which stands for the name that both share, slashes included:
+  "leftImg8bit/{}_leftImg8bit.png" and "gtFine/{}_gtFine_labelIds.png". Parts by the name's first folder (train, val).
+
+Numbers on disk and class ids in memory (annotations.py): with `void` 0, the value 1 is class 0 and the first line of
+the class file; with another void, such as 255, or none, the value 0 is class 0 and the first line.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from maekit.config import UserError, did_you_mean
+from maekit.data.annotations import (
+    SUFFIXES,
+    VOID,
+    Numbering,
+    check_numbering,
+    counted_class_names,
+    find_class_file,
+    read_class_names,
+)
+from maekit.data.folders import walk
+from maekit.data.images import IMAGE_SUFFIXES
+from maekit.data.pair_parts import PairPart, PartCheck, Progress, check_parts, complain, count_values
+from maekit.data.parquet import TablePart, by_part, described, find_files, holds_encoded, image_columns
+from maekit.data.parts import SPLITS, FilePart, is_folder, printable
+from maekit.data.pixels import BadImage
+from maekit.data.sources import short_name
+
+__all__ = ["VOID", "BadImage", "Numbering", "PairPart", "Pairs", "PartCheck", "check_pairs", "open_pairs"]
+
+_ANNOTATION_COLUMNS = ("annotation", "annotations", "label", "labels", "mask", "masks", "segmentation", "semantic_mask")
+_PATTERNS = 'give --image-pattern "...{}..." and --annotation-pattern "...{}...", where {} is the name that both share'
+_IMAGE_SUFFIXES = frozenset(suffix.encode() for suffix in IMAGE_SUFFIXES)
+_ANNOTATION_SUFFIXES = frozenset(suffix.encode() for suffix in SUFFIXES)
+
+
+@dataclass
+class Pairs:
+    """What `--data` stands for. `name` is short and fit for folder names."""
+
+    name: str
+    train: PairPart
+    val: PairPart | None
+    class_names: list[str]
+    """K names; a class's id in memory is its place here."""
+    void: int | None = 0
+    """The value on disk of pixels without a class; None: every value is a class."""
+    notes: list[str] = field(default_factory=list)
+    """What the user should know: where the names come from, annotations that belong to no image."""
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def parts(self) -> dict[str, PairPart]:
+        """'train', and 'val' where there is one."""
+        return {"train": self.train, **({} if self.val is None else {"val": self.val})}
+
+
+def open_pairs(
+    spec: str,
+    *,
+    in_chans: int = 3,
+    classes: str | None = None,
+    void: int | None = 0,
+    image_pattern: str | None = None,
+    annotation_pattern: str | None = None,
+    image_column: str | None = None,
+    annotation_column: str | None = None,
+    workers: int = 0,
+    on_progress: Progress = lambda _done, _total: None,
+) -> Pairs:
+    """Images and annotations, listed; no image is decoded, and annotations only where classes must be counted.
+
+    The class names come from the text file `classes`, or classes.txt in the folder; where there is none, all
+    annotations are read (by `workers` processes) and the classes are called 'class 1', 'class 2', ...
+
+    Raises:
+        UserError: nothing of that name, no pairs in it, an image without an annotation, a bad class file or void.
+    """
+    shown = printable(spec)
+    root = os.path.expanduser(spec)
+    if not spec or not os.path.exists(root):
+        raise UserError(f"--data {shown}: no such file or folder")
+    notes: list[str] = []
+    patterns = (image_pattern, annotation_pattern)
+    columns = (image_column, annotation_column)
+    if any(pattern is not None for pattern in patterns):
+        found = _by_pattern(root, shown, patterns, in_chans, notes)
+        _refuse_columns(columns, shown)
+    elif os.path.isdir(root) and _below(root, "images") and _below(root, "annotations"):
+        found = _in_layout(root, shown, in_chans, notes)
+        _refuse_columns(columns, shown)
+    else:
+        found = _in_tables(root, shown, columns, in_chans)
+    names = _names(root, shown, classes, void, list(found.values()), workers, on_progress, notes)
+    numbering = check_numbering(void, names)
+    for part in found.values():
+        part.numbering = numbering
+    return Pairs(short_name(root), found["train"], found.get("val"), names, void, notes)
+
+
+def check_pairs(
+    pairs: Pairs, *, workers: int = 0, on_progress: Progress = lambda _done, _total: None
+) -> dict[str, PartCheck]:
+    """Read every annotation and every image's header before training; pixels of each class for 'train' and 'val'.
+
+    Images whose header cannot be read are no error here: `bad_images` names them.
+
+    Raises:
+        UserError: annotations that cannot be read, are coded by colours, differ in size from their image, or hold a
+            value that stands for no class, each with its file, and values with their pixels.
+    """
+    found = check_parts(pairs.parts, workers, on_progress)
+    complain(found, pairs.name)
+    return found
+
+
+def _names(
+    root: str,
+    shown: str,
+    classes: str | None,
+    void: int | None,
+    parts: list[PairPart],
+    workers: int,
+    on_progress: Progress,
+    notes: list[str],
+) -> list[str]:
+    file = find_class_file(root if os.path.isdir(root) else os.path.dirname(root), classes)
+    if file is not None:
+        return read_class_names(file[0], void, file[1])
+    names = counted_class_names(count_values(parts, workers, on_progress), void, f"--data {shown}")
+    notes.append(f"no classes.txt beside the data: {len(names)} classes, counted from the annotations (--classes FILE)")
+    return names
+
+
+# ---- files ----
+
+
+@dataclass
+class _Listing:
+    """Files by the name that image and annotation share; `where` speaks of them in messages."""
+
+    where: str
+    files: dict[bytes, bytes]
+
+    def example(self) -> str:
+        return printable(min(self.files.values(), default=b"no file"))
+
+
+def _below(root: str, name: str) -> bool:
+    return os.path.isdir(os.path.join(root, name))
+
+
+def _in_layout(root: str, shown: str, in_chans: int, notes: list[str]) -> dict[str, PairPart]:
+    """Parts of a folder with images/ and annotations/."""
+    folders = {kind: _part_folders(root, shown, kind) for kind in ("images", "annotations")}
+    wanted: list[str] = [part for part in ("train", "val") if part in folders["images"]]
+    if folders["images"] and "train" not in wanted:
+        raise UserError(f"--data {shown}: images/ has {_listed(folders['images'])} but no training/")
+    parts: dict[str, PairPart] = {}
+    for part in wanted or [""]:
+        image_folder = f"images/{folders['images'].get(part, '')}".rstrip("/")
+        if part and part not in folders["annotations"]:
+            has = _listed(folders["annotations"]) or "no folders of parts"
+            raise UserError(f"--data {shown}: no annotations for {image_folder}: annotations/ has {has}")
+        annotation_folder = f"annotations/{folders['annotations'].get(part, '')}".rstrip("/")
+        if not part and folders["annotations"]:
+            has = _listed(folders["annotations"])
+            raise UserError(f"--data {shown}: annotations/ has {has} but images/ has no folders of parts")
+        images = _list_folder(root, image_folder, shown, _IMAGE_SUFFIXES, "image")
+        annotations = _list_folder(root, annotation_folder, shown, _ANNOTATION_SUFFIXES, "annotation")
+        parts[part or "train"] = _matched(root, shown, images, annotations, in_chans, notes)
+    return parts
+
+
+def _listed(folders: dict[str, str]) -> str:
+    return ", ".join(f"{printable(folder)}/" for folder in sorted(folders.values()))
+
+
+def _part_folders(root: str, shown: str, kind: str) -> dict[str, str]:
+    """Part -> its folder below images/ or annotations/; empty where none is named like a part."""
+    found: dict[str, str] = {}
+    try:
+        entries = sorted(os.scandir(os.path.join(root, kind)), key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"--data {shown}: cannot read the folder {kind} ({error.strerror})") from None
+    for entry in entries:
+        part = SPLITS.get(entry.name.lower())
+        if part is None or not is_folder(entry):
+            continue
+        if part in found:
+            raise UserError(f"--data {shown}: {kind}/ has {found[part]}/ and {entry.name}/, both the {part} part")
+        found[part] = entry.name
+    return found
+
+
+def _list_folder(root: str, folder: str, shown: str, suffixes: frozenset[bytes], what: str) -> _Listing:
+    files: dict[bytes, bytes] = {}
+    seen = 0
+    for path, _ in walk(os.fsencode(os.path.join(root, folder))):
+        seen += 1
+        stem, dot, suffix = path.rpartition(b".")
+        if dot and dot + suffix.lower() in suffixes:
+            _keep(files, stem, os.fsencode(folder) + b"/" + path, shown)
+    if not files:
+        read = " ".join(sorted(suffix.decode() for suffix in suffixes))
+        raise UserError(f"--data {shown}: no {what} among {seen} files in {folder}; these suffixes are read: {read}")
+    return _Listing(folder, files)
+
+
+def _keep(files: dict[bytes, bytes], name: bytes, path: bytes, shown: str) -> None:
+    if name in files:
+        raise UserError(f"--data {shown}: {printable(files[name])} and {printable(path)} have one name; keep one there")
+    files[name] = path
+
+
+def _matched(
+    root: str, shown: str, images: _Listing, annotations: _Listing, in_chans: int, notes: list[str]
+) -> PairPart:
+    """The pairs by their common name, in the byte order of the images' paths.
+
+    Raises:
+        UserError: nothing in common, or an image without an annotation.
+    """
+    missing = sorted(path for name, path in images.files.items() if name not in annotations.files)
+    if len(missing) == len(images.files):
+        raise UserError(
+            f"--data {shown}: no common names: {images.where} has {images.example()}, {annotations.where} has "
+            f"{annotations.example()}; if names differ by more than the suffix, {_PATTERNS}"
+        )
+    if missing:
+        such = ", ".join(printable(path) for path in missing[:4])
+        raise UserError(
+            f"--data {shown}: {len(missing):,} of {len(images.files):,} images have no annotation in "
+            f"{annotations.where}, such as {such}; add the annotations, or move these images away"
+        )
+    extra = sorted(path for name, path in annotations.files.items() if name not in images.files)
+    if extra:
+        notes.append(f"{len(extra):,} annotations have no image and are left out, such as {printable(extra[0])}")
+    pairs = sorted((path, annotations.files[name]) for name, path in images.files.items())
+    folder = os.fsencode(root)
+    return PairPart(
+        FilePart(folder, [image for image, _ in pairs], in_chans), FilePart(folder, [other for _, other in pairs], 1)
+    )
+
+
+def _by_pattern(
+    root: str, shown: str, patterns: tuple[str | None, str | None], in_chans: int, notes: list[str]
+) -> dict[str, PairPart]:
+    """Parts of a folder by two patterns of paths relative to it."""
+    image_pattern, annotation_pattern = patterns
+    if image_pattern is None or annotation_pattern is None:
+        raise UserError(f"--image-pattern and --annotation-pattern: only one of them is given; {_PATTERNS}")
+    if not os.path.isdir(root):
+        raise UserError(f"--data {shown}: patterns are relative to a folder, and this is none")
+    found = {
+        "--image-pattern": _list_pattern(root, "--image-pattern", image_pattern, shown),
+        "--annotation-pattern": _list_pattern(root, "--annotation-pattern", annotation_pattern, shown),
+    }
+    images, annotations = found.values()
+    # One pattern may match the other's files too, as {}.png does {}_mask.png's: they are the more exact one's.
+    general, exact = (images, annotations) if len(image_pattern) <= len(annotation_pattern) else (annotations, images)
+    general.files = {n: path for n, path in general.files.items() if path not in set(exact.files.values())}
+    for flag, listing in found.items():
+        if not listing.files:
+            raise UserError(f"{flag} {printable(listing.where)}: no file below {shown} matches it")
+    if _has_parts(images):
+        sides = {part: (_of_part(images, part), _of_part(annotations, part)) for part in ("train", "val")}
+        return {
+            part: _matched(root, shown, some, others, in_chans, notes)
+            for part, (some, others) in sides.items()
+            if some.files
+        }
+    return {"train": _matched(root, shown, images, annotations, in_chans, notes)}
+
+
+def _list_pattern(root: str, flag: str, pattern: str, shown: str) -> _Listing:
+    """The files that a pattern matches: {} is the name, * any characters but a slash."""
+    if pattern.count("{}") != 1:
+        raise UserError(f"{flag} {printable(pattern)}: needs one {{}}, which stands for the name that both files share")
+    raw = os.fsencode(os.path.normpath(pattern))
+    folder = re.split(rb"[*{]", raw)[0].rpartition(b"/")[0]
+    pieces = {b"{}": b"(.+)", b"*": b"[^/]*"}
+    expression = b"".join(pieces.get(piece, re.escape(piece)) for piece in re.split(rb"(\{\}|\*)", raw))
+    matcher = re.compile(expression, re.DOTALL)
+    files: dict[bytes, bytes] = {}
+    start = os.path.join(os.fsencode(root), folder)
+    if not os.path.isdir(start):
+        raise UserError(f"{flag} {printable(pattern)}: no folder {printable(folder)} in {shown}")
+    for below, _ in walk(start):
+        path = folder + b"/" + below if folder else below
+        match = matcher.fullmatch(path)
+        if match is not None:
+            _keep(files, match[1], path, shown)
+    return _Listing(pattern, files)
+
+
+def _has_parts(listing: _Listing) -> bool:
+    """Whether every name begins with the folder of a part, and some with the training part's."""
+    firsts = {SPLITS.get(os.fsdecode(name.partition(b"/")[0]).lower()) for name in listing.files}
+    return None not in firsts and "train" in firsts
+
+
+def _of_part(listing: _Listing, part: str) -> _Listing:
+    def mine(name: bytes) -> bool:
+        return SPLITS.get(os.fsdecode(name.partition(b"/")[0]).lower()) == part
+
+    some = {name: path for name, path in listing.files.items() if mine(name)}
+    return _Listing(f"{printable(listing.where)} ({part})", some)
+
+
+# ---- tables ----
+
+
+def _refuse_columns(columns: Iterable[str | None], shown: str) -> None:
+    flags = ("--image-column", "--annotation-column")
+    given = [flag for flag, value in zip(flags, columns, strict=True) if value is not None]
+    if given:
+        raise UserError(f"{' and '.join(given)}: only for Parquet, which --data {shown} is not")
+
+
+def _in_tables(root: str, shown: str, columns: tuple[str | None, str | None], in_chans: int) -> dict[str, PairPart]:
+    """Parts of Parquet files with a column of images and a column of annotations."""
+    files = find_files(root, shown) if os.path.isdir(root) else [root] if root.lower().endswith(".parquet") else []
+    if not files:
+        raise UserError(
+            f"--data {shown}: neither images/ and annotations/ nor Parquet in it; for another layout, {_PATTERNS}"
+        )
+    parts = {"train": files} if len(files) == 1 else by_part(files, shown)
+    try:
+        image, annotation = _two_columns(pq.ParquetFile(parts["train"][0]).schema_arrow, columns, shown)
+        opened = {
+            part: PairPart(
+                TablePart(parts[part], image, in_chans, None, None), TablePart(parts[part], annotation, 1, None, None)
+            )
+            for part in ("train", "val")
+            if part in parts
+        }
+    except UserError:
+        raise
+    except (OSError, KeyError, ValueError, TypeError, OverflowError, MemoryError, pa.ArrowException) as error:
+        reason = printable(" ".join(str(error).split())[:200])
+        raise UserError(f"--data {shown}: cannot be read as Parquet ({reason})") from None
+    if not len(opened["train"]):
+        raise UserError(f"--data {shown}: the training part has no rows")
+    return {part: pairs for part, pairs in opened.items() if len(pairs)}
+
+
+def _two_columns(schema: Any, columns: tuple[str | None, str | None], shown: str) -> tuple[str, str]:
+    """The columns of images and of annotations: those asked for, or by kind and name."""
+    for flag, wanted in zip(("--image-column", "--annotation-column"), columns, strict=True):
+        if wanted is not None and wanted not in schema.names:
+            raise UserError(f"{flag} {wanted}: not in {shown}; {did_you_mean(wanted, schema.names)}")
+        if wanted is not None and not holds_encoded(schema.field(wanted).type):
+            raise UserError(f"{flag} {wanted}: not encoded images; the columns of {shown}: {described(schema)}")
+    image, annotation = columns
+    if image is not None and image == annotation:
+        raise UserError(f"--image-column and --annotation-column are both {image}")
+    others = [name for name in image_columns(schema) if name not in columns]
+    if annotation is None:
+        named = [name for name in others if name.lower() in _ANNOTATION_COLUMNS]
+        # where no name tells, the images come first
+        annotation = next(iter(named or others[0 if image else 1 :]), None)
+    if image is None:
+        image = next((name for name in others if name != annotation), None)
+    if image is None or annotation is None:
+        flags = "--image-column and --annotation-column"
+        raise UserError(f"--data {shown}: two image columns are needed; name them by {flags}: {described(schema)}")
+    return image, annotation

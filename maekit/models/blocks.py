@@ -1,0 +1,39 @@
+"""Parts of timm's blocks that differ from ViT's, for the encoder and for the decoder of the Keras tutorial.
+
+Parameters keep timm's names, so a block made of them is read and written like any other.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from timm.layers import Attention, Mlp
+from torch import Tensor
+
+FLAT_MLP_RATIO = 2.0
+"""Width of the MLP over its own width in the blocks of the flat decoder, as in the tutorial (64, 128, 64)."""
+
+
+@functools.cache
+def attention_of_width(head_dim: int) -> type[Attention]:
+    """timm's attention with heads of this width, so that all heads together may be wider than the tokens.
+
+    A class, since a block of timm's takes no instance and passes no width on.
+    """
+
+    class WideAttention(Attention):
+        def __init__(self, dim: int, num_heads: int = 8, **options: Any) -> None:
+            super().__init__(dim, num_heads, attn_head_dim=head_dim, **options)
+
+    return WideAttention
+
+
+class TwiceActivatedMlp(Mlp):
+    """timm's MLP with its activation after the second layer too; each is followed by dropout, as in the tutorial."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens [B, N, D] to [B, N, D]."""
+        hidden = self.norm(self.drop1(self.act(self.fc1(x))))
+        out: Tensor = self.drop2(self.act(self.fc2(hidden)))
+        return out

@@ -1,0 +1,83 @@
+"""Score the weights of a segmentation run again: with windows, mirrored images or scales, or on other data.
+
+    maekit segment RUN --eval --flip-test --scales 0.75 1 1.25
+
+Cost: one forward pass for each image and view. Choices belong on --part heldout; validation is for the report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+
+from maekit.config import UserError
+from maekit.config.segmentation import SegmentConfig, SegmentScoreConfig
+from maekit.configfile import read
+from maekit.models.encoder import use_fused_attention
+from maekit.runtime import environment
+from maekit.terminal import counting, make_console, print_settings
+from maekit.training.saving import write_whole
+from maekit.training.segmentation_job import confusion_over
+from maekit.training.segmentation_metrics import score, score_table
+from maekit.training.segmentation_prepare import choose_machine, open_data, split, view_of
+from maekit.training.supervised import BEST_FILE
+from maekit.weights.segmenters import load_segmenter
+from maekit.weights.store import WEIGHTS_FILE
+
+
+def main(source: str, config: SegmentScoreConfig) -> int:
+    """Print the table of one part and write it as JSON.
+
+    Raises:
+        UserError: flags, a run or data that cannot be used.
+    """
+    console = make_console()
+    if problems := config.view_problems() + config.pair_problems():
+        raise UserError(*problems)
+    run_file = Path(source) / "config.json"
+    if not run_file.is_file():
+        raise UserError(f"{source}: holds no run (no config.json); --eval scores what maekit segment has trained")
+    run = read(SegmentConfig, run_file)
+    choices = choose_machine(config)
+    file = Path(source) / (BEST_FILE if config.score == "best" else WEIGHTS_FILE)
+    model, passport = load_segmenter(file, choices["device"].value)
+    use_fused_attention(model, choices["attention"].value)
+    workers = choices["workers"].value
+    of_run = config.data is None
+    pairs, _ = open_data(run if of_run else config, passport.model.in_chans, workers, console, config.data or run.data)
+    if tuple(pairs.class_names) != passport.classes:
+        raise UserError(
+            f"--data {pairs.name}: has {len(pairs.class_names)} classes ({', '.join(pairs.class_names[:6])} ...), the "
+            f"weights {len(passport.classes)} ({', '.join(passport.classes[:6])} ...): give --classes FILE of the same"
+        )
+    if config.part == "heldout":
+        if pairs.train.fingerprint != passport.fingerprint:
+            raise UserError("--part heldout: these are not the data of the run, which held out images of its own")
+        part, ids = pairs.train, split(len(pairs.train), run.heldout_share)[1]
+    else:
+        part = pairs.val or pairs.train
+        if pairs.val is None and of_run:
+            raise UserError("--part validation: the data have no validation part; take --part heldout")
+        ids = np.arange(len(part))
+    view = view_of(config, passport.model.size_hw, run)
+    with counting(console, f"scoring {config.part} images") as progress:
+        matrix_KK, unreadable = confusion_over(model, part, ids, view, choices["precision"].value, workers, progress)
+    result = score(matrix_KK)
+    out = Path(config.out) if config.out else Path(source) / "score.json"
+    card = {
+        "data": pairs.name, "part": config.part, "images": len(ids), "unreadable": unreadable, "weights": str(file),
+        "view": dataclasses.asdict(view), "score": result.to_json(pairs.class_names), "confusion": matrix_KK.tolist(),
+        "environment": environment(choices["device"].value),
+    }  # fmt: skip
+    write_whole(out, json.dumps(card, indent=1) + "\n")
+    title = f"{Path(source).name}: {config.part} images, {config.score} weights"
+    console.print(score_table(result, pairs.class_names, title))
+    seen = "whole images" if view.window is None else f"windows of {view.window} px every {view.stride or 'two thirds'}"
+    scales = " ".join(f"{scale:g}" for scale in view.scales)
+    print_settings(console, "done", {
+        "seen": f"{seen}, scales {scales}{', mirrored too' if view.flip else ''}", "scores": str(out),
+    })  # fmt: skip
+    return 0

@@ -1,0 +1,279 @@
+"""What an evaluation card measures of one set of features. Every choice is made here, and no test image is seen here.
+
+A choice comes with a function that predicts, fitted on all training images under the chosen setting; whoever has the
+test split scores that once. Settings are chosen on held-out training images: the lowest hashes of the sample ids.
+
+Shapes: S images, R rows of features (a view of an image each), D width, C classes, V views.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from maekit.config import UserError
+from maekit.data.loader import lowest_hash
+from maekit.rng import Purpose, random_bits
+from maekit.training.features import BlockFeatures, Pooling
+from maekit.training.linear_probe import RATES, LarsSweep, scaled_batch, train_sweep
+from maekit.training.probes import LinearProbe, fit_linear, knn_predict, ridge_predict
+
+LEAST_IMAGES = 8
+HELDOUT_SHARE = 0.1
+"""Share of the training split on which everything is chosen."""
+SEARCH_IMAGES, SEARCH_STRENGTHS = 10_000, (1e-4, 1e-3, 1e-2, 1e-1)
+"""Block and pooling are searched by closed-form linear probes on at most so many training images."""
+DECAYS = (1e-5, 1e-4, 1e-3, 1e-2)
+"""Of the L-BFGS probe: factor of the squared weights."""
+FEW_DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)
+"""Of the probes with few labels, which need more."""
+NEIGHBOURS, TEMPERATURES = (5, 10, 20, 50, 200), (0.02, 0.07, 0.2)
+KNN_QUERIES = 2000
+"""Held-out images, at most, that choose for k-NN."""
+FEW_LABELS, DRAWS = (0.01, 0.1), 3
+"""Shares of the labels for the probes with few, and draws of each."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class TrainSet:
+    """Features and labels [S] of the training split, and which images (places in it) fit, choose and search."""
+
+    features: BlockFeatures
+    labels_S: Tensor
+    classes: int
+    fit_S: Tensor
+    held_S: Tensor
+    search_S: Tensor
+
+    def rows(self, block: int, pooling: Pooling, images_S: Tensor, views: int = 1) -> tuple[Tensor, Tensor]:
+        """Features [R, D] and labels [R] of some images: all plain views, then all mirrored ones."""
+        features_VSD = self.features.get(block, pooling, images_S)[:views]
+        return features_VSD.flatten(0, 1), self.labels_S[images_S].repeat(views)
+
+    @property
+    def all_S(self) -> Tensor:
+        return torch.arange(len(self.labels_S), device=self.labels_S.device)
+
+
+@dataclass(frozen=True)
+class TestImages:
+    """What a fitted probe may see of the test split: features of the chosen blocks, and tokens anew; no label."""
+
+    features: BlockFeatures
+    tokens: Callable[[], Iterable[Tensor]]
+    """Batches of the last block's tokens [B, T + N, D]."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A probe's setting, its held-out accuracy, all that was tried, and what predicts test features under it."""
+
+    setting: dict[str, Any]
+    heldout: float
+    sweep: list[dict[str, Any]]
+    predict: Callable[[TestImages], Tensor] = field(repr=False)
+
+
+def divide(features: BlockFeatures, labels_S: Tensor, ids: npt.NDArray[np.int64]) -> TrainSet:
+    """The training split with its held-out part and the images that blocks are searched on."""
+    held = held_out_S(ids)
+    kept = np.flatnonzero(~held)
+    search = np.isin(ids, lowest_hash(ids[kept], SEARCH_IMAGES, Purpose.SUBSET))
+    places = (torch.from_numpy(np.flatnonzero(rows)).to(labels_S.device) for rows in (~held, held, search))
+    return TrainSet(features, labels_S, int(labels_S.max()) + 1, *places)
+
+
+def held_out_S(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """[S] True for the training images on which everything is chosen: the tenth with the lowest hashes."""
+    lowest = lowest_hash(ids, max(1, round(HELDOUT_SHARE * len(ids))), Purpose.HELDOUT_SPLIT)
+    held_S: npt.NDArray[np.bool_] = np.isin(ids, lowest)
+    return held_S
+
+
+def share_right(predicted_S: Tensor, labels_S: Tensor) -> float:
+    """Accuracy in 0..1."""
+    return float((predicted_S == labels_S).double().mean())
+
+
+def best_of(sweep: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The entry with the highest held-out accuracy; the first of equals."""
+    return max(sweep, key=lambda entry: entry["heldout"])
+
+
+def search_blocks(train: TrainSet, on_progress: Progress | None = None) -> list[dict[str, Any]]:
+    """Held-out accuracies of a closed-form linear probe and of k-NN, after every block with every pooling.
+
+    On plain views of at most SEARCH_IMAGES images: it ranks, and the chosen ones are fitted anew on all.
+    """
+    places = [(block, pooling) for block in train.features.blocks for pooling in train.features.poolings]
+    found = []
+    for block, pooling in places:
+        fit, labels = train.rows(block, pooling, train.search_S)
+        check, check_labels = train.rows(block, pooling, train.held_S)
+        ridge = ridge_predict(fit, labels, train.classes, check, SEARCH_STRENGTHS)
+        linear = max(share_right(predicted, check_labels) for predicted in ridge.values())
+        voted = knn_predict(fit, labels, check[:KNN_QUERIES], (20,), (0.07,))[20, 0.07]
+        knn = share_right(voted, check_labels[:KNN_QUERIES])
+        found.append({"block": block, "pooling": pooling, "linear": linear, "knn": knn})
+        if on_progress is not None:
+            on_progress(len(found), len(places))
+    return found
+
+
+def choose_views(train: TrainSet, block: int, pooling: Pooling) -> tuple[int, list[dict[str, Any]]]:
+    """Whether mirrored images help a linear probe (2) or not (1): where left and right differ they may harm."""
+    check, check_labels = train.rows(block, pooling, train.held_S)
+    sweep = []
+    for views in range(1, train.features.views + 1):
+        rows, labels = train.rows(block, pooling, train.search_S, views)
+        for strength, predicted in ridge_predict(rows, labels, train.classes, check, SEARCH_STRENGTHS).items():
+            sweep.append({"views": views, "strength": strength, "heldout": share_right(predicted, check_labels)})
+    return best_of(sweep)["views"], sweep
+
+
+def choose_linear(
+    train: TrainSet, block: int, pooling: Pooling, views: int, on_progress: Progress | None = None
+) -> Chosen:
+    """The L-BFGS probe: its weight decay chosen, then fitted on all training images."""
+    fit, check = train.rows(block, pooling, train.fit_S, views), train.rows(block, pooling, train.held_S)
+    sweep = []
+    for done, decay in enumerate(DECAYS):
+        sweep.append({"decay": decay, "heldout": fit_linear(*fit, train.classes, decay).accuracy(*check)})
+        if on_progress is not None:
+            on_progress(done + 1, len(DECAYS) + 1)
+    best = best_of(sweep)
+    final = fit_linear(*train.rows(block, pooling, train.all_S, views), train.classes, best["decay"])
+    setting = {"block": block, "pooling": pooling, "views": views, "decay": best["decay"]}
+    return Chosen(setting, best["heldout"], sweep, _by(final, block, pooling))
+
+
+def _by(probe: LinearProbe, block: int, pooling: Pooling) -> Callable[[TestImages], Tensor]:
+    return lambda test: probe.predict(test.features.get(block, pooling)[0])
+
+
+def choose_lars(
+    train: TrainSet,
+    block: int,
+    pooling: Pooling,
+    views: int,
+    epochs: int,
+    seed: int,
+    on_progress: Progress | None = None,
+) -> Chosen:
+    """The paper's probe: all learning rates in one pass over the features, then the best one on all images."""
+
+    def trained(images_S: Tensor, rates: Sequence[float]) -> LarsSweep:
+        rows = train.rows(block, pooling, images_S, views)
+        return train_sweep(
+            *rows, train.classes, rates, images=len(images_S), epochs=epochs, seed=seed, on_progress=on_progress
+        )
+
+    right = trained(train.fit_S, RATES).accuracies(*train.rows(block, pooling, train.held_S))
+    tried = [{"lr": rate, "heldout": share} for rate, share in zip(RATES, right, strict=True)]
+    best = best_of(tried)
+    final = trained(train.all_S, (best["lr"],))
+    setting = {"block": block, "pooling": pooling, "views": views, "lr": best["lr"], "epochs": epochs}
+    # At the edge of those tried, a better rate may lie beyond.
+    setting |= {"batch": scaled_batch(len(train.all_S)), "at_the_edge": best["lr"] in (RATES[0], RATES[-1])}
+    return Chosen(setting, best["heldout"], tried, lambda test: final.predict(test.features.get(block, pooling)[0])[0])
+
+
+def choose_knn(train: TrainSet, block: int, pooling: Pooling) -> Chosen:
+    """k-NN: neighbours and temperature chosen among the fitting images, then voted by all; plain views only."""
+    check, check_labels = train.rows(block, pooling, train.held_S[:KNN_QUERIES])
+    voted = knn_predict(*train.rows(block, pooling, train.fit_S), check, NEIGHBOURS, TEMPERATURES)
+    sweep = [
+        {"neighbours": k, "temperature": temperature, "heldout": share_right(classes, check_labels)}
+        for (k, temperature), classes in voted.items()
+    ]
+    best = best_of(sweep)
+    key = best["neighbours"], best["temperature"]
+    bank = train.rows(block, pooling, train.all_S)
+    setting = {"block": block, "pooling": pooling, "neighbours": key[0], "temperature": key[1]}
+    return Chosen(
+        setting,
+        best["heldout"],
+        sweep,
+        lambda test: knn_predict(*bank, test.features.get(block, pooling)[0], (key[0],), (key[1],))[key],
+    )
+
+
+def labels_per_class(images: int, classes: int, share: float) -> int:
+    """How many labels of each class a share of a split's labels gives, rounded; 0 where it is none."""
+    return round(share * images / classes)
+
+
+def check_labels(labels_S: Tensor, few: Sequence[float] | None) -> None:
+    """Refuse labels that nothing can be learnt from, and shares of them that leave a class out.
+
+    Raises:
+        UserError: one class only, hardly any image, or a share that gives a class no label.
+    """
+    images, classes = len(labels_S), len(labels_S.unique())
+    if classes < 2:
+        raise UserError(
+            f"--data: its {images:,} labelled training images are all of one class; a probe tells classes apart and "
+            "needs two at least"
+        )
+    if images < LEAST_IMAGES:
+        raise UserError(f"--data: {images} labelled training images are too few: {LEAST_IMAGES} at least are needed")
+    for share in few or ():
+        if not labels_per_class(images, classes, share):
+            raise UserError(
+                f"--few-labels {share:g}: {100 * share:g} % of {images:,} labels is less than one for each of "
+                f"{classes} classes: take at least {classes / images:.2g}"
+            )
+
+
+def label_shares(labels_S: Tensor, asked: Sequence[float] | None) -> list[float]:
+    """The shares of labels that were asked for, or those of FEW_LABELS, that give every class one."""
+    images, classes = len(labels_S), len(labels_S.unique())
+    return [share for share in asked or FEW_LABELS if labels_per_class(images, classes, share)]
+
+
+def draw_balanced(labels_S: Tensor, images_S: Tensor, per_class: int, draw: int) -> Tensor:
+    """As many images of each class, at random, the same in every run; a class with fewer gives all it has."""
+    images, labels = images_S.cpu().numpy(), labels_S[images_S].cpu().numpy()
+    keys = random_bits(images, 1, seed=draw + 1, purpose=Purpose.SUBSET)[:, 0]
+    order = np.lexsort((images, keys))
+    chosen = [images[order][labels[order] == one][:per_class] for one in np.unique(labels)]
+    return torch.from_numpy(np.sort(np.concatenate(chosen))).to(images_S.device)
+
+
+def choose_few(train: TrainSet, block: int, pooling: Pooling, views: int, share: float) -> list[Chosen]:
+    """L-BFGS probes with a share of the labels, one for each draw.
+
+    The decay is chosen on the same held-out images as everything: more labels than the probe itself has, for all
+    encoders alike.
+    """
+    per_class = labels_per_class(len(train.labels_S), len(train.labels_S.unique()), share)
+    check = train.rows(block, pooling, train.held_S)
+    found = []
+    for draw in range(DRAWS):
+        images = draw_balanced(train.labels_S, train.fit_S, per_class, draw)
+        rows = train.rows(block, pooling, images, views)
+        probes = [fit_linear(*rows, train.classes, decay) for decay in FEW_DECAYS]
+        sweep = [{"decay": probe.decay, "heldout": probe.accuracy(*check)} for probe in probes]
+        best = best_of(sweep)
+        setting = {"share": share, "labels": len(images), "draw": draw, "decay": best["decay"]}
+        setting |= {"block": block, "pooling": pooling, "views": views}
+        final = probes[sweep.index(best)]
+        found.append(Chosen(setting, best["heldout"], sweep, _by(final, block, pooling)))
+    return found
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a binomial share by Wilson's score: it stays within 0..1, and holds at 0 and at 1."""
+    z = 1.959964
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -1,0 +1,292 @@
+"""What a card is made of, against independent references: features by block, k-NN, ridge, draws, attention."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+from scipy.stats import binomtest
+from sklearn.linear_model import RidgeClassifier
+from sklearn.neighbors import KNeighborsClassifier
+from torch import Tensor, nn
+
+from maekit.config import PretrainConfig, UserError
+from maekit.data.loader import MemoryPool
+from maekit.data.parts import ArrayPart
+from maekit.models.mae import MaskedAutoencoder
+from maekit.training import evaluation
+from maekit.training.attentive import AttentivePool, choose_attentive
+from maekit.training.evaluation import TestImages as Images
+from maekit.training.evaluation import (
+    TrainSet,
+    choose_few,
+    divide,
+    draw_balanced,
+    labels_per_class,
+    search_blocks,
+    wilson,
+)
+from maekit.training.features import BlockFeatures, Plan, extract_blocks, of_pixels, plan_features, raw_pixels
+from maekit.training.probes import knn_predict, ridge_predict
+from maekit.viz.card import Curves, draw_card
+from maekit.weights.store import random_model
+
+
+def tiny(images: int = 10, depth: int = 3) -> tuple[MaskedAutoencoder, MemoryPool, np.ndarray]:
+    """A model, and random images of its size."""
+    model = random_model(tiny_config(depth=depth))
+    pixels = np.random.default_rng(0).integers(0, 256, (images, 16, 24, 3), np.uint8)
+    config = PretrainConfig(data="-", img_size=(16, 24), max_bad_share=1.0)
+    pool = MemoryPool(ArrayPart(pixels, None, None, 3), config, torch.device("cpu"), (16, 24))
+    return model, pool, pixels
+
+
+def toy_labels(count: int, classes: int, width: int, distance: float) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(count) % classes
+    return torch.randn(count, width, generator=generator) + distance * torch.eye(width)[labels], labels
+
+
+# ---- features ----
+
+
+def test_features_are_those_of_timms_own_forward_pass() -> None:
+    """After every block, plain and mirrored, in batches: what timm's encoder gives as intermediates."""
+    model, pool, pixels = tiny()
+    plan = Plan((1, 2, 3), ("mean", "cls"), torch.float32, "")
+    ids = np.array([7, 2, 9, 0, 1])
+    found = extract_blocks(model, pool, ids, 2, plan, mirrored=True)
+    images = torch.from_numpy(pixels[ids]).permute(0, 3, 1, 2).float() / 255
+    for view, shown in enumerate((images, images.flip(3))):
+        with torch.no_grad():
+            maps = model.encoder.forward_intermediates(
+                model.normalize(shown), return_prefix_tokens=True, norm=False, output_fmt="NLC", intermediates_only=True
+            )
+        for block, (patches, prefix) in enumerate(maps, start=1):
+            if block == 3:
+                patches, prefix = model.encoder.norm(patches), model.encoder.norm(prefix)
+            mean, cls = patches.mean(dim=1), prefix[:, 0]
+            torch.testing.assert_close(found.get(block, "mean")[view], mean, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found.get(block, "cls")[view], cls, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                found.get(block, "both", torch.tensor([3, 1]))[view], torch.cat([mean, cls], dim=1)[[3, 1]],
+                rtol=1e-4, atol=1e-5,
+            )  # fmt: skip
+    kept = found.kept(np.array([True, False, True, True, True]))
+    assert torch.equal(kept.get(2, "cls"), found.get(2, "cls")[:, [0, 2, 3, 4]])
+    assert not model.encoder.blocks[0]._forward_hooks, "no hook stays behind"
+
+
+def test_the_plan_fits_the_memory() -> None:
+    """1,000 views x 100 x 2 poolings are 0.8 MB a block in float32; classifiers are counted with six times as much."""
+    free = {"all": 1e9, "half": (4.8e6 + 12 * 0.6e6) / 0.8, "some": (4.8e6 + 4.3 * 0.4e6) / 0.8}
+    whole, half, some = (plan_features(1000, 100, 12, ("mean", "cls"), None, int(size)) for size in free.values())
+    assert (whole.blocks, whole.dtype) == (tuple(range(1, 13)), torch.float32)
+    assert (half.blocks, half.dtype) == (whole.blocks, torch.float16)
+    assert (some.blocks, some.dtype) == ((3, 6, 9, 12), torch.float16)
+    assert "do not fit" in some.reason
+    assert plan_features(1000, 100, 12, ("mean",), (12, 4, 4), 10**9).blocks == (4, 12)
+    with pytest.raises(UserError, match=r"take 0\.0 GB .* --flip no"):
+        plan_features(1000, 100, 12, ("mean", "cls"), None, 4_000_000)
+
+
+def test_float16_changes_little() -> None:
+    model, pool, _ = tiny()
+    ids = np.arange(10)
+    wide, narrow = (
+        extract_blocks(model, pool, ids, 4, Plan((2,), ("mean",), dtype, ""))
+        for dtype in (torch.float32, torch.float16)
+    )
+    assert narrow.stored_LPVSD.dtype == torch.float16
+    torch.testing.assert_close(narrow.get(2, "mean"), wide.get(2, "mean"), rtol=2e-3, atol=2e-3)
+
+
+def test_large_pixels_are_averaged() -> None:
+    """A 64 x 16 image gives 32 x 16 pixels, each the mean of two."""
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 64, 16, 3), np.uint8)
+    config = PretrainConfig(data="-", img_size=(64, 16), max_bad_share=1.0)
+    pool = MemoryPool(ArrayPart(pixels, None, None, 3), config, torch.device("cpu"), (64, 16))
+    rows = raw_pixels(pool, np.array([2, 0]), 1)
+    assert rows.shape == (2, 3 * 32 * 16)
+    expected = pixels[2].reshape(32, 2, 16, 3).mean(axis=1).transpose(2, 0, 1).ravel() / 255
+    np.testing.assert_allclose(rows[0].numpy(), expected, atol=1e-6)
+
+
+# ---- classifiers ----
+
+
+def test_knn_is_scikit_learns() -> None:
+    """Every neighbour count and temperature from one search, against brute force with the same weights."""
+    features, labels = toy_labels(400, 5, 8, 1.5)
+    train, test = features[:300], features[300:]
+    found = knn_predict(train, labels[:300], test, (50, 1, 7), (0.02, 0.5))
+    assert len(found) == 6
+    for (k, temperature), predicted in found.items():
+
+        def weights(distance: np.ndarray, temperature: float = temperature) -> np.ndarray:
+            return np.exp((1 - distance) / temperature)
+
+        theirs = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=weights)
+        theirs.fit((train - train.mean(dim=0)).double().numpy(), labels[:300].numpy())
+        expected = theirs.predict((test - train.mean(dim=0)).double().numpy())
+        assert (predicted.numpy() == expected).mean() >= 0.99, (k, temperature)
+    assert not torch.equal(found[50, 0.5], found[1, 0.5])
+
+
+def test_knn_by_a_slow_loop() -> None:
+    """Small temperatures, at which exp(1 / T) has no float32, and more neighbours than there are."""
+    features, labels = toy_labels(60, 3, 4, 1.0)
+    train, test = features[:40].double(), features[40:].double()
+    predicted = knn_predict(features[:40], labels[:40], features[40:], (100,), (0.01,))[100, 0.01]
+    centre = train.mean(dim=0)
+    for row, ours in zip(test - centre, predicted.tolist(), strict=True):
+        votes = [0.0, 0.0, 0.0]
+        for other, label in zip(train - centre, labels.tolist(), strict=False):
+            votes[label] += math.exp(float(row @ other / row.norm() / other.norm()) / 0.01)
+        assert votes.index(max(votes)) == ours
+
+
+def test_ridge_is_scikit_learns() -> None:
+    """A strength s is their alpha of s x samples, on standardised features."""
+    features, labels = toy_labels(500, 4, 10, 1.0)
+    features = features * torch.logspace(-2, 2, 10) + 3
+    train, test = features[:300], features[300:]
+    mean, deviation = train.mean(dim=0), train.std(dim=0)
+    for strength, predicted in ridge_predict(train, labels[:300], 4, test, (1e-3, 0.1, 10.0)).items():
+        theirs = RidgeClassifier(alpha=strength * 300)
+        theirs.fit(((train - mean) / deviation).numpy(), labels[:300].numpy())
+        expected = theirs.predict(((test - mean) / deviation).numpy())
+        assert (predicted.numpy() == expected).mean() >= 0.99
+        assert 0.5 < (predicted == labels[300:]).float().mean() < 0.95
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 10), (8, 10), (10, 10), (4433, 10_000)])
+def test_the_interval_is_wilsons(right: int, count: int) -> None:
+    expected = binomtest(right, count).proportion_ci(0.95, method="wilson")
+    assert wilson(right / count, count) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_attentive_pooling_is_torchs_attention() -> None:
+    """The folded query and values are multi-head attention with one learned query, on tokens that were normalised."""
+    torch.manual_seed(0)
+    width, heads, tokens = 12, 3, torch.randn(5, 7, 12)
+    theirs = nn.MultiheadAttention(width, heads, bias=False, batch_first=True)
+    query = torch.randn(1, 1, width)
+    to_query, to_key, to_value = theirs.in_proj_weight.detach().chunk(3)
+    asked_HE = (to_query @ query[0, 0]).view(heads, 4) / math.sqrt(4)
+    ours = AttentivePool(width, heads)
+    ours.query_HD.data = torch.einsum("he,hed->hd", asked_HE, to_key.view(heads, 4, width))
+    ours.value_HDE.data = to_value.view(heads, 4, width).transpose(1, 2)
+    normal = nn.functional.layer_norm(tokens, (width,))
+    expected, _ = theirs(query.expand(5, 1, width), normal, normal)
+    torch.testing.assert_close(theirs.out_proj(ours(tokens)), expected[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def bright_set(images: int = 160) -> tuple[MaskedAutoencoder, MemoryPool, TrainSet]:
+    """Two classes by the brightness of one corner; features of both blocks."""
+    model = random_model(tiny_config())
+    pixels = np.random.default_rng(0).integers(0, 100, (images, 16, 24, 3), np.uint8)
+    labels = torch.arange(images) % 2
+    pixels[labels.numpy() == 1, 4:8, 4:8] += 120
+    config = PretrainConfig(data="-", img_size=(16, 24), max_bad_share=1.0)
+    pool = MemoryPool(ArrayPart(pixels, None, None, 3), config, torch.device("cpu"), (16, 24))
+    ids = np.arange(images)
+    features = extract_blocks(model, pool, ids, 64, Plan((1, 2), ("mean", "cls"), torch.float32, ""), mirrored=True)
+    return model, pool, divide(features, labels, ids)
+
+
+def test_an_attentive_probe_finds_the_patch_that_counts(tmp_path: Path) -> None:
+    """With tokens in memory and with tokens computed anew: the same choice, up to float16, and nearly all right."""
+    model, pool, train = bright_set()
+    ids = np.arange(160)
+    kept, anew = (
+        choose_attentive(model, pool, ids, train, epochs=15, batch_size=64, free=free) for free in (10**9, 1000)
+    )
+    assert (kept.setting["tokens"], anew.setting["tokens"]) == ("kept in float16", "computed anew")
+    assert min(kept.heldout, anew.heldout) >= 0.9
+    for one, other in zip(kept.sweep, anew.sweep, strict=True):
+        assert one["lr"] == other["lr"]
+        assert abs(one["heldout"] - other["heldout"]) <= 0.2
+
+    def tokens() -> list[Tensor]:
+        with torch.no_grad():
+            return [model.encode(model.normalize(batch.images), "tokens") for batch in pool.eval_batches(ids, 50)]
+
+    assert (kept.predict(Images(train.features, tokens)) == train.labels_S).float().mean() > 0.9
+
+
+# ---- what is chosen on ----
+
+
+def test_draws_are_balanced_and_fixed() -> None:
+    """The same number of each class, the same in every call, others in another draw; a rare class gives all it has."""
+    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 3)
+    images = torch.arange(0, 83, 1)
+    draws = [draw_balanced(labels, images, 5, draw) for draw in (0, 1, 0)]
+    assert torch.bincount(labels[draws[0]]).tolist() == [5, 5, 3]
+    assert torch.equal(draws[0], draws[2])
+    assert not torch.equal(draws[0], draws[1])
+    fewer = draw_balanced(labels, images, 2, 0)
+    assert set(fewer.tolist()) <= set(draws[0].tolist())
+    some = images[::2]
+    assert set(draw_balanced(labels, some, 5, 0).tolist()) <= set(some.tolist())
+    assert [labels_per_class(50_000, 10, share) for share in (0.01, 0.1)] == [50, 500]
+    assert labels_per_class(100, 30, 0.01) == 0
+
+
+def test_few_labels_are_all_that_is_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scrambled labels of all other images change no probe; held-out images are never drawn."""
+    _, _, train = bright_set()
+    monkeypatch.setattr(evaluation, "FEW_DECAYS", (1e-3, 1e-1))
+    found = choose_few(train, 2, "mean", 1, 0.1)
+    assert [one.setting["labels"] for one in found] == [16, 16, 16]
+    drawn = draw_balanced(train.labels_S, train.fit_S, 8, 1)
+    assert not set(drawn.tolist()) & set(train.held_S.tolist())
+    other = train.labels_S.clone()
+    rest = torch.ones(160, dtype=torch.bool)
+    rest[drawn] = False
+    rest[train.held_S] = False
+    other[rest] = 1 - other[rest]
+    images = Images(train.features, list)
+    again = TrainSet(train.features, other, 2, train.fit_S, train.held_S, train.search_S)
+    monkeypatch.setattr(evaluation, "draw_balanced", lambda *_: drawn)
+    monkeypatch.setattr(evaluation, "DRAWS", 1)
+    one, two = (choose_few(data, 2, "mean", 1, 0.1)[0] for data in (train, again))
+    assert torch.equal(one.predict(images), two.predict(images))
+
+
+def test_the_parts_of_the_training_split() -> None:
+    """A tenth is held out, at most 10,000 others search; ids decide, not places."""
+    ids = np.arange(40_000, dtype=np.int64)
+    train = divide(of_pixels(torch.zeros(40_000, 1)), torch.arange(40_000) % 2, ids)
+    assert (len(train.held_S), len(train.fit_S), len(train.search_S)) == (4000, 36_000, 10_000)
+    assert not set(train.held_S.tolist()) & set(train.fit_S.tolist())
+    assert set(train.search_S.tolist()) <= set(train.fit_S.tolist())
+    back = divide(of_pixels(torch.zeros(40_000, 1)), torch.arange(40_000) % 2, ids[::-1].copy())
+    assert torch.equal(back.held_S, 39_999 - train.held_S.flip(0))
+
+
+def test_the_search_finds_the_good_block() -> None:
+    """Features that tell the classes only after block 2, in the class token."""
+    good, labels = toy_labels(300, 2, 6, 4.0)
+    noise = torch.randn(3, 300, 6, generator=torch.Generator().manual_seed(3))
+    stored = torch.stack([torch.stack([noise[0], noise[1]]), torch.stack([noise[2], good])])[:, :, None]
+    train = divide(BlockFeatures(stored, (1, 2), ("mean", "cls")), labels, np.arange(300))
+    found = {(entry["block"], entry["pooling"]): entry for entry in search_blocks(train)}
+    assert len(found) == 6
+    assert min(found[2, "cls"]["linear"], found[2, "both"]["linear"], found[2, "cls"]["knn"]) > 0.9
+    assert max(found[1, "both"]["linear"], found[2, "mean"]["linear"], found[1, "cls"]["knn"]) < 0.8
+
+
+def test_the_picture_takes_any_names(tmp_path: Path) -> None:
+    """Dollars and long paths; one block; and pixels alone."""
+    entries = [{"block": 1, "pooling": "mean", "linear": 0.5, "knn": 0.4}]
+    pixels = [{"block": 0, "pooling": "mean", "linear": 0.3, "knn": 0.2}]
+    curves = [Curves("a/$x$_" * 30, entries), Curves("random", entries, floor=True), Curves("pixels", pixels)]
+    draw_card(curves, tmp_path / "card.png", title="$data_", note="n")
+    draw_card(curves[2:], tmp_path / "pixels.png", title="t", note="")
+    assert (tmp_path / "card.png").stat().st_size > 10_000

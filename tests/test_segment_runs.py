@@ -1,0 +1,378 @@
+"""maekit segment through the command line, on tiny images: training, resume, scores, class maps, wrong input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.metrics import confusion_matrix, jaccard_score
+from tiny_runs import checkpoints, metrics, tensors
+
+from maekit import cli
+from maekit.config import UserError
+from maekit.config.segmentation import SegmentConfig, adapted, preset
+from maekit.data.loader import SampleOrder
+from maekit.data.pairs import PartCheck
+from maekit.models.segmentation import Scores, loss_denominator, pixel_loss
+from maekit.tasks import segment
+from maekit.terminal import make_console
+from maekit.training import segmentation_job, segmentation_prepare
+from maekit.training.segmentation_inference import View, predict_classes
+from maekit.training.segmentation_job import scheduled_rate
+from maekit.training.supervised import write_weights
+from maekit.weights.segmenters import load_segmenter
+from maekit.weights.store import random_model
+
+NAMES = ["ground", "disc", "bar"]
+TINY = (
+    "--crop 16 --batch-size 4 --steps 6 --head-width 8 --eval-every 3 --log-every 1 --workers 0 --device cpu "
+    "--precision fp32 --overlays 1 --lr 0.001 --drop-path 0.2"
+).split()
+
+
+def write_pairs(folder: Path, train: int = 10, val: int = 3) -> Path:
+    """Bright discs and dark bars on grey, 20 x 28 px (no multiple of the patch); a border is void."""
+    random = np.random.default_rng(0)
+    for part, count in (("training", train), ("validation", val)):
+        for kind in ("images", "annotations"):
+            (folder / kind / part).mkdir(parents=True)
+        for index in range(count):
+            rows, columns = np.mgrid[:20, :28]
+            truth = np.zeros((20, 28), np.uint8) + 1
+            truth[(rows - random.integers(5, 15)) ** 2 + (columns - random.integers(5, 23)) ** 2 < 20] = 2
+            truth[:, random.integers(2, 26) :][:, :2] = 3
+            truth[0] = 0
+            image = np.array([0, 120, 230, 20])[truth][..., None] + random.integers(-15, 16, (20, 28, 3))
+            Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / "images" / part / f"{index:02d}.png")
+            Image.fromarray(truth).save(folder / "annotations" / part / f"{index:02d}.png")
+    (folder / "classes.txt").write_text("\n".join(NAMES) + "\n")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _without_pictures(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take most of a tiny run's time and touch no number; the run of `place` has them."""
+    monkeypatch.setattr(segment, "draw_pictures", lambda job: True)
+    monkeypatch.setattr(segment, "draw_sheet", lambda *arguments: None)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the pairs, the weights of an encoder, and a run of 6 steps."""
+    folder = tmp_path_factory.mktemp("segment")
+    write_pairs(folder / "data")
+    torch.manual_seed(0)
+    model = random_model(tiny_config(depth=4))
+    write_weights(folder / "mae.safetensors", model, model.passport)
+    with warnings.catch_warnings():
+        assert train(folder, folder / "run") == 0
+    return folder
+
+
+def train(place: Path, out: Path, *more: str) -> int:
+    return cli.main(
+        ["segment", str(place / "mae.safetensors"), "--data", str(place / "data"), *TINY, "--out", str(out), *more]
+    )
+
+
+def card(run: Path, name: str = "card.json") -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / name).read_text())
+    return found
+
+
+def pairs_of(place: Path, part: str = "validation") -> list[tuple[np.ndarray, np.ndarray]]:
+    """Pixels and classes of each pair; void is -1."""
+    found = []
+    for file in sorted((place / "data" / "images" / part).iterdir()):
+        values = np.asarray(Image.open(place / "data" / "annotations" / part / file.name))
+        found.append((np.asarray(Image.open(file)), values.astype(int) - 1))
+    return found
+
+
+# ---- a run ----
+
+
+def test_a_run_leaves_what_it_should(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = place / "run"
+    assert {"config.json", "env.json", "metrics.jsonl", "model.safetensors", "best.safetensors", "card.json",
+            "overlays.png", "heldout.png", "curves.png"} <= {path.name for path in run.iterdir()}  # fmt: skip
+    kinds = [(line["kind"], line["step"]) for line in metrics(run)]
+    assert kinds == [("step", 1), ("step", 2), ("step", 3), ("heldout", 3), ("step", 4), ("step", 5), ("step", 6),
+                     ("heldout", 6)]  # fmt: skip
+    model, passport = load_segmenter(run / "model.safetensors")
+    assert (passport.kind, passport.classes, passport.head.kind) == ("segmenter", tuple(NAMES), "upernet")
+    assert (passport.head.width, passport.head.blocks, passport.steps) == (8, (0, 1, 2, 3), 6)
+    assert passport.model.size_hw == (16, 16) and passport.grid == (4, 4)
+    assert passport.origin.endswith("mae.safetensors")
+    assert not model.training and model.auxiliary is None
+    config = json.loads((run / "config.json").read_text())
+    assert (config["task"], config["preset"], config["steps"]) == ("segment", "small", 6)
+
+
+def test_the_card_is_what_scikit_learn_says_of_the_weights(place: Path) -> None:
+    """Every validation image through the weights that the run left, at its own size of 20 x 28 px, void left out."""
+    model, _ = load_segmenter(place / "run" / "model.safetensors")
+    true, predicted = [], []
+    for image, truth in pairs_of(place):
+        padded = np.zeros((3, 20, 28), np.float32)
+        padded[:] = (image.transpose(2, 0, 1) / 255 - model.mean[0].numpy()) / model.std[0].numpy()
+        with torch.no_grad():
+            classes = model(torch.from_numpy(padded)[None]).main[0].argmax(0).numpy()
+        true.append(truth[truth >= 0])
+        predicted.append(classes[truth >= 0])
+    found = card(place / "run")
+    y_true, y_pred = np.concatenate(true), np.concatenate(predicted)
+    assert found["confusion"] == confusion_matrix(y_true, y_pred, labels=range(3)).tolist()
+    seen = sorted(set(y_true) | set(y_pred))
+    assert found["score"]["miou"] == pytest.approx(jaccard_score(y_true, y_pred, labels=seen, average="macro"))
+    assert found["score"]["pixels"] == 3 * 19 * 28
+    assert found["images"] == {"train": 6, "heldout": 4, "validation": 3} and found["part"] == "validation"
+
+
+def test_the_same_command_gives_the_same_weights_and_workers_change_nothing(place: Path, tmp_path: Path) -> None:
+    assert train(place, tmp_path / "again", "--workers", "1") == 0
+    mine, other = tensors(place / "run"), tensors(tmp_path / "again")
+    assert all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+def test_a_stopped_run_continues_exactly(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal in the fourth step; the resumed run is bit-equal to the one left alone, metrics too."""
+    real = segmentation_job.scheduled_rate
+
+    def rate(config: SegmentConfig, step: int) -> float:
+        if step == 3 and not (tmp_path / "told").exists():
+            (tmp_path / "told").touch()
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(config, step)
+
+    monkeypatch.setattr(segment, "scheduled_rate", rate)
+    assert train(place, tmp_path / "run") == 128 + signal.SIGINT
+    assert not (tmp_path / "run" / "card.json").exists() and len(metrics(tmp_path / "run")) < 8
+    assert cli.main(["resume", str(tmp_path / "run"), "--log-every", "1"]) == 0
+    for name in ("model", "optimizer"):
+        mine, other = tensors(place / "run", name), tensors(tmp_path / "run", name)
+        assert mine.keys() == other.keys() and all(torch.equal(mine[key], other[key]) for key in mine), name
+    assert metrics(place / "run") == metrics(tmp_path / "run")
+    assert card(place / "run")["confusion"] == card(tmp_path / "run")["confusion"]
+    for file in ("model.safetensors", "best.safetensors"):
+        one, two = (load_segmenter(folder / file)[0].state_dict() for folder in (place / "run", tmp_path / "run"))
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_finished_run_is_not_trained_on(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (place / "run" / "card.json").read_bytes()
+    assert cli.main(["resume", str(place / "run")]) == 0
+    assert "the run is finished" in capsys.readouterr().out
+    assert (place / "run" / "card.json").read_bytes() == before and checkpoints(place / "run") == ["step-000006"]
+    assert cli.main(["resume", str(place / "run"), "--steps", "9"]) == 2
+
+
+def test_accumulation_changes_neither_length_nor_images(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2 parts of 2 images: 6 steps still, on the images of 6 batches of 4, at the rates of the run without parts."""
+    parts: list[list[int]] = []
+    real = segmentation_job.train_batches
+
+    def batches(*arguments: Any, **named: Any) -> Any:
+        for batch in real(*arguments, **named):
+            parts.append(batch.sample_ids.tolist())
+            yield batch
+
+    monkeypatch.setattr(segmentation_job, "train_batches", batches)
+    assert train(place, tmp_path / "run", "--accum", "2") == 0
+    order = SampleOrder(segmentation_prepare.split(10, 0.1)[0], 4, seed=0)
+    assert [len(part) for part in parts] == [2] * 12
+    assert [i for part in parts for i in part] == [i for step in range(6) for i in order.step_ids(step)[1]]
+    rates = [[(line["step"], line["lr"]) for line in metrics(run) if line["kind"] == "step"]
+             for run in (place / "run", tmp_path / "run")]  # fmt: skip
+    assert rates[0] == rates[1] and len(rates[0]) == 6
+
+
+def test_accumulated_parts_weigh_by_their_pixels() -> None:
+    """Two parts with 16 x 16 and with half as many known pixels lose together what they lose as one batch."""
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 16, 16)
+    labels = torch.randint(0, 3, (2, 16, 16))
+    labels[1, :8] = -1
+    whole = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-1)
+    denominator = sum(loss_denominator(one[None], -1, None) for one in labels)
+    parts = [
+        pixel_loss(Scores(one[None], None), truth[None], -1, None, torch.as_tensor(denominator), 0.0)
+        for one, truth in zip(logits, labels, strict=True)
+    ]
+    assert float(sum(parts)) == pytest.approx(float(whole), rel=1e-6)
+
+
+def test_random_init_has_other_weights_and_one_rate(place: Path) -> None:
+    config = preset("small")
+    config.source, config.crop = str(place / "mae.safetensors"), (16,)
+    same, _ = segmentation_prepare.start_encoder(config, make_console())
+    config.random_init = True
+    random, passport = segmentation_prepare.start_encoder(config, make_console())
+    name = "blocks.0.mlp.fc1.weight"
+    start = tensors_of(place / "mae.safetensors")[f"encoder.{name}"]
+    assert torch.equal(same.state_dict()[name], start) and not torch.equal(random.state_dict()[name], start)
+    assert random.state_dict()[name].shape == start.shape and passport.model.embed_dim == 32
+    assert config.layer_decay < 1 and adapted(config, {"--random-init"}).layer_decay == 1.0
+    config.layer_decay = 0.5
+    assert adapted(config, {"--random-init", "--layer-decay"}).layer_decay == 0.5
+
+
+def test_linear_head_does_not_move_the_encoder_and_its_best_weights_are_scored(place: Path, tmp_path: Path) -> None:
+    assert train(place, tmp_path / "linear", "--head", "linear", "--score", "best") == 0
+    start, end = tensors_of(place / "mae.safetensors"), tensors(tmp_path / "linear")
+    moved = [name for name, value in end.items()
+             if name.startswith("encoder.blocks.") and not torch.equal(value, start[name])]  # fmt: skip
+    assert not moved
+    best, passport = load_segmenter(tmp_path / "linear" / "best.safetensors")
+    assert (passport.head.kind, passport.head.width, passport.head.blocks) == ("linear", 0, (3,))
+    total = np.zeros((3, 3), int)
+    for image, truth in pairs_of(place):
+        found = predict_classes(best, torch.from_numpy(image.copy()).permute(2, 0, 1), View()).numpy()
+        total += confusion_matrix(truth[truth >= 0], found[truth >= 0], labels=range(3))
+    assert card(tmp_path / "linear")["confusion"] == total.tolist()
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path)
+
+
+# ---- after a run ----
+
+
+def test_predictions_are_class_numbers_that_read_back(place: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    (images / "deep").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for name, size in (("a", (20, 28)), ("deep/b", (5, 3)), ("c", (64, 17))):
+        Image.fromarray(random.integers(0, 256, (*size, 3), np.uint8)).save(images / f"{name}.png")
+    command = ["segment", str(place / "run"), "--predict", str(images), "--out", str(tmp_path / "masks")]
+    assert cli.main([*command, "--device", "cpu"]) == 0
+    model, _ = load_segmenter(place / "run" / "model.safetensors")
+    for name in ("a", "deep/b", "c"):
+        pixels = np.asarray(Image.open(images / f"{name}.png"))
+        picture = Image.open(tmp_path / "masks" / f"{name}.png")
+        expected = predict_classes(model, torch.from_numpy(pixels.copy()).permute(2, 0, 1), View()).numpy()
+        assert picture.mode == "P" and picture.size == pixels.shape[1::-1]
+        np.testing.assert_array_equal(np.asarray(picture), expected + 1)
+        assert (tmp_path / "masks" / f"{name}-overlay.png").is_file()
+    assert cli.main(command) == 2  # the folder is not empty now
+
+
+def test_unreadable_images_are_named_and_the_others_predicted(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "in" / "good.png")
+    (tmp_path / "in" / "bad.png").write_bytes(b"no image")
+    command = ["segment", str(place / "run"), "--predict", str(tmp_path / "in"), "--no-overlays", "--out"]
+    assert cli.main([*command, str(tmp_path / "out")]) == 1
+    assert "bad.png" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["good.png"]
+
+
+def test_eval_scores_again(place: Path, tmp_path: Path) -> None:
+    command = ["segment", str(place / "run"), "--eval", "--device", "cpu"]
+    assert cli.main([*command, "--out", str(tmp_path / "same.json")]) == 0
+    assert card(tmp_path, "same.json")["confusion"] == card(place / "run")["confusion"]
+    views = ["--inference", "slide", "--window", "16", "--stride", "8", "--flip-test", "--scales", "0.8", "1"]
+    assert cli.main([*command, *views, "--part", "heldout", "--out", str(tmp_path / "more.json")]) == 0
+    found = card(tmp_path, "more.json")
+    assert found["images"] == 4
+    assert found["view"] == {"window": 16, "stride": 8, "short_side": None, "scales": [0.8, 1.0], "flip": True}
+    assert found["confusion"] != card(place / "run")["confusion"]
+
+
+# ---- schedule and presets ----
+
+
+def test_poly_by_hand() -> None:
+    config = SegmentConfig(data="-", steps=10, warmup_steps=2, lr=1.0)
+    expected = [0.0, 0.5, 1.0, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
+    assert [scheduled_rate(config, step) for step in range(10)] == pytest.approx(expected)
+    cosine = SegmentConfig(data="-", steps=10, warmup_steps=2, lr=1.0, schedule="cosine")
+    assert scheduled_rate(cosine, 6) == pytest.approx(0.5)
+
+
+def test_presets_and_flags() -> None:
+    paper = preset("ade20k")
+    paper.data = "-"
+    assert not paper.problems()
+    assert (paper.crop_hw, paper.steps, paper.batch_size) == ((512, 512), 160_000, 16)
+    assert (paper.lr, paper.layer_decay) == (1e-4, 0.65)
+    assert (paper.warmup_steps, paper.drop_path, paper.weight_decay, paper.schedule) == (1500, 0.1, 0.05, "poly")
+    small = preset("small")
+    small.data, small.steps = "-", small.steps // 10
+    share = small.warmup_steps / preset("small").steps
+    assert adapted(small, {"--steps"}).warmup_steps == int(share * small.steps)
+    assert max(small.crop_hw) <= 240 and small.head_width == 128
+    with pytest.raises(UserError, match="--preset huge: no such preset"):
+        preset("huge")
+
+
+def test_class_weights_have_mean_one() -> None:
+    config, check = SegmentConfig(data="-", class_weights="sqrt"), PartCheck(np.array([900, 100, 0]), np.ones(3))
+    weights = segmentation_prepare.class_weights(config, check, torch.device("cpu"))
+    assert weights is not None
+    assert float(weights[1] / weights[0]) == pytest.approx(3.0) and float(weights[2]) == 1.0
+    assert float(0.9 * weights[0] + 0.1 * weights[1]) == pytest.approx(1.0)
+
+
+# ---- wrong input ----
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--crop", "18"], ["--crop 18: not a multiple of the patch of 4 px: take --crop 16"]),
+        (["--batch-size", "3", "--accum", "2", "--lr", "-1"], ["--lr -1: must be above 0", "divisible by --accum 2"]),
+        (["--blocks", "1", "2"], ["--blocks 1 2: --head upernet reads 4 blocks"]),
+        (["--inference", "whole", "--window", "16"], ["--window and --stride belong to --inference slide"]),
+        (["--void", "x", "--scales", "0"], ["--void x: give a pixel value", "--scales 0: give one or more numbers"]),
+        (["--steps", "5", "--warmup-steps", "6"], ["--warmup-steps 6 is longer than the run (--steps 5)"]),
+        (["--batch-size", "1", "--crop", "8"], ["with one image on a process, batch norm needs a larger crop"]),
+        (["--heldout-share", "0.99"], ["10 training images are too few"]),
+        (["--void", "255"], ["values that stand for no class: 3 ("]),
+    ],
+)
+def test_wrong_flags(place: Path, tmp_path: Path, more: list[str], words: list[str], capsys: Any) -> None:
+    assert train(place, tmp_path / "run", *more) == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in words), said
+    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
+
+
+def test_wrong_folders_and_files(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(place, place / "run") == 2
+    assert "maekit resume" in capsys.readouterr().err
+    for source in (str(place / "mae.safetensors"), str(tmp_path)):
+        assert cli.main(["segment", source, "--predict", str(place), "--out", str(tmp_path / "x")]) == 2
+    assert "maekit segment" in capsys.readouterr().err
+    with pytest.raises(UserError, match="holds a 'mae', not a segmenter"):
+        load_segmenter(place / "mae.safetensors")
+    nothing = ["--predict", str(tmp_path / "none"), "--out", str(tmp_path / "x")]
+    assert cli.main(["segment", str(place / "run"), *nothing]) == 2
+    assert "no such file or folder" in capsys.readouterr().err
+
+
+def test_annotations_are_checked_before_training(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_pairs(tmp_path / "data")
+    Image.new("RGB", (28, 20), (1, 2, 3)).save(data / "annotations" / "training" / "00.png")
+    Image.new("L", (9, 9), 1).save(data / "annotations" / "training" / "01.png")
+    words = ["segment", str(place / "mae.safetensors"), "--data", str(data), *TINY, "--out", str(tmp_path / "run")]
+    assert cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert "00.png" in said and "01.png" in said and "convert an annotation from colours" in said
