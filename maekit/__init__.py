@@ -3,6 +3,7 @@
     import maekit
     mae = maekit.load("runs/c10")
     features = mae.encode(images)
+    names = maekit.load("runs/c10/finetune-cifar10").predict(images).names
 
 Importing the package loads no torch and has no side effect; its functions load what they need.
 """
@@ -12,12 +13,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from maekit.models.classifier import Classifier
     from maekit.models.mae import MaskedAutoencoder
     from maekit.weights.store import load
 
-__all__ = ["MaskedAutoencoder", "__version__", "load"]
+__all__ = ["Classifier", "MaskedAutoencoder", "__version__", "load"]
 
-_PLACES = {"load": "maekit.weights.store", "MaskedAutoencoder": "maekit.models.mae"}
+_PLACES = {
+    "load": "maekit.weights.store",
+    "Classifier": "maekit.models.classifier",
+    "MaskedAutoencoder": "maekit.models.mae",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from maekit.config import (
+    PRESETS,
     AttendConfig,
     CheckDataConfig,
     ConvertConfig,
     DemoConfig,
     EmbedConfig,
+    FinetuneConfig,
     InfoConfig,
     PackConfig,
     PlanConfig,
+    PredictConfig,
     PretrainConfig,
     ProbeConfig,
     PushConfig,
@@ -26,6 +33,7 @@ from maekit.config import (
     SelftestConfig,
     UserError,
     did_you_mean,
+    preset_for,
 )
 from maekit.configfile import MAX_BYTES, read
 
@@ -40,8 +48,10 @@ usage: maekit COMMAND ...
   recipes                             the named configs, with cost and expected result
   pretrain RECIPE --data D --out RUN  pretrain; any field of the recipe is a flag
   plan RECIPE --data D                a dry run: speed, memory, batch that fits, time of the whole run
-  resume RUN                          continue a run exactly where its last checkpoint stands
+  resume RUN                          continue any run exactly where its last checkpoint stands
   probe SRC [SRC ...] --data D        the evaluation card: linear probes, k-NN, few labels, beside random weights
+  finetune SRC --data D               train a classifier from the encoder, with labels; test accuracy at the end
+  predict SRC --data D --out F        a classifier's classes of every image, to .parquet or .csv
   segment SRC --data D                train semantic segmentation on images with class maps; mIoU
   segment RUN --predict I --out DIR   class maps and overlays of images of any size
   reconstruct SRC --image I --out P   draw original | masked | reconstruction | pasted
@@ -155,7 +165,7 @@ def recipe_or_file(word: str, command: str) -> PretrainConfig:
     return base
 
 
-def adapt_durations(config: PretrainConfig, base: PretrainConfig) -> None:
+def adapt_durations(config: PretrainConfig | FinetuneConfig, base: PretrainConfig | FinetuneConfig) -> None:
     """What a flag for one duration means for the recipe's others.
 
     A length in steps replaces the recipe's length in epochs. A shorter run keeps the share of its warm-up, unless a
@@ -178,13 +188,18 @@ def resume(words: list[str]) -> int:
     """maekit resume RUN --flags"""
     folder, rest = positional(words, "maekit resume RUN", "a run's folder")
     changes = parse(ResumeConfig, "maekit resume RUN", rest)
-    if written_by(folder[0]) == "segment":
+    task = written_by(folder[0])
+    if task == "segment":
         from maekit.tasks import segment as segmentation
 
         return segmentation.resume(folder[0], changes)
-    from maekit.tasks import pretrain as task
+    if task == "finetune":
+        from maekit.tasks import finetune
 
-    return task.resume(folder[0], changes)
+        return finetune.resume(folder[0], changes)
+    from maekit.tasks import pretrain
+
+    return pretrain.resume(folder[0], changes)
 
 
 def written_by(folder: str) -> str:
@@ -198,6 +213,33 @@ def written_by(folder: str) -> str:
     return task if isinstance(task, str) else ""
 
 
+def finetune(words: list[str]) -> int:
+    """maekit finetune SRC --data D"""
+    source, rest = positional(words, "maekit finetune SRC --data D", "a source of weights")
+    base = finetune_defaults(source[0] if source else "", rest)
+    config = parse(FinetuneConfig, "maekit finetune SRC", rest, base)
+    adapt_durations(config, base)
+    from maekit.tasks import finetune as task
+
+    return task.main(source[0], config)
+
+
+def finetune_defaults(source: str, words: list[str]) -> FinetuneConfig:
+    """The preset that is asked for, or that suits a run's image size; mirrored images where the run had them too."""
+    path = Path(source).expanduser() / "config.json"
+    run = None
+    if source and path.is_file() and not written_by(str(path.parent)):
+        with contextlib.suppress(UserError):  # whatever is wrong there is told when the weights are read
+            run = read(PretrainConfig, path)
+    name = preset_for(run.img_size) if run is not None and run.img_size else "paper"
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        if word.partition("=")[0] == "--preset":
+            name = word.partition("=")[2] or following
+    if name not in PRESETS:
+        raise UserError(f"--preset {name}: {did_you_mean(name, PRESETS)}")
+    return dataclasses.replace(PRESETS[name], flip=True if run is None else run.flip)
+
+
 def probe(words: list[str]) -> int:
     """maekit probe SRC [SRC ...] --data D"""
     sources, rest = positional(words, "maekit probe SRC [SRC ...] --data D", "a source of weights", several=True)
@@ -209,8 +251,6 @@ def probe(words: list[str]) -> int:
 
 def segment(words: list[str]) -> int:
     """maekit segment SRC --data D, or RUN --predict IMAGES --out DIR, or RUN --eval"""
-    from importlib import import_module
-
     from maekit.config import segmentation as configs
 
     usage = "maekit segment SRC --data D"
@@ -229,49 +269,11 @@ def segment(words: list[str]) -> int:
     return task.main(config)
 
 
-def reconstruct(words: list[str]) -> int:
-    """maekit reconstruct SRC --image I --out P"""
-    source, rest = positional(words, "maekit reconstruct SRC --image I", "a source of weights")
-    config = parse(ReconstructConfig, "maekit reconstruct SRC", rest)
-    from maekit.tasks import reconstruct as task
-
-    return task.main(source[0], config)
-
-
-def info(words: list[str]) -> int:
-    """maekit info SRC"""
-    source, rest = positional(words, "maekit info SRC", "a source of weights")
-    config = parse(InfoConfig, "maekit info SRC", rest)
-    from maekit.tasks import info as task
-
-    return task.main(source[0], config)
-
-
-def embed(words: list[str]) -> int:
-    """maekit embed SRC --data D --out F"""
-    source, rest = positional(words, "maekit embed SRC --data D --out F", "a source of weights")
-    config = parse(EmbedConfig, "maekit embed SRC", rest)
-    from maekit.tasks import embed as task
-
-    return task.main(source[0], config)
-
-
-def convert(words: list[str]) -> int:
-    """maekit convert SRC --to T --out DIR"""
-    source, rest = positional(words, "maekit convert SRC --to T --out DIR", "a source of weights")
-    config = parse(ConvertConfig, "maekit convert SRC", rest)
-    from maekit.tasks import convert as task
-
-    return task.main(source[0], config)
-
-
-def attend(words: list[str]) -> int:
-    """maekit attend SRC --image I --out P"""
-    source, rest = positional(words, "maekit attend SRC --image I", "a source of weights")
-    config = parse(AttendConfig, "maekit attend SRC", rest)
-    from maekit.tasks import attend as task
-
-    return task.main(source[0], config)
+def on_source(words: list[str], task: str, kind: type[Any], usage: str) -> int:
+    """maekit TASK SRC --flags, of the tasks that take one source of weights and a config."""
+    source, rest = positional(words, usage, "a source of weights")
+    config = parse(kind, f"maekit {task} SRC", rest)
+    return int(import_module(f"maekit.tasks.{task}").main(source[0], config))
 
 
 def push(words: list[str]) -> int:
@@ -368,13 +370,17 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": plan,
     "resume": resume,
     "probe": probe,
+    "finetune": finetune,
+    "predict": partial(on_source, task="predict", kind=PredictConfig, usage="maekit predict SRC --data D --out F"),
     "segment": segment,
-    "reconstruct": reconstruct,
-    "embed": embed,
-    "convert": convert,
-    "attend": attend,
+    "reconstruct": partial(
+        on_source, task="reconstruct", kind=ReconstructConfig, usage="maekit reconstruct SRC --image I"
+    ),
+    "embed": partial(on_source, task="embed", kind=EmbedConfig, usage="maekit embed SRC --data D --out F"),
+    "convert": partial(on_source, task="convert", kind=ConvertConfig, usage="maekit convert SRC --to T --out DIR"),
+    "attend": partial(on_source, task="attend", kind=AttendConfig, usage="maekit attend SRC --image I"),
     "push": push,
-    "info": info,
+    "info": partial(on_source, task="info", kind=InfoConfig, usage="maekit info SRC"),
     "check-data": check_data,
     "pack": pack,
     "selftest": selftest,

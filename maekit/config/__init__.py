@@ -7,6 +7,7 @@ A recipe is a complete value of `PretrainConfig`; the resolved value is saved as
 from maekit.config.base import UserError, did_you_mean, flag
 from maekit.config.datasets import CheckDataConfig, PackConfig
 from maekit.config.evaluation import ProbeConfig, ReconstructConfig
+from maekit.config.finetuning import PRESETS, FinetuneConfig, PredictConfig, preset_for
 from maekit.config.planning import PlanConfig
 from maekit.config.pretraining import (
     MAX_MASK_RATIO,
@@ -23,16 +24,19 @@ from maekit.config.weights import InfoConfig, SourceConfig
 
 __all__ = [
     "MAX_MASK_RATIO",
+    "PRESETS",
     "AttendConfig",
     "CheckDataConfig",
     "ConvertConfig",
     "DataConfig",
     "DemoConfig",
     "EmbedConfig",
+    "FinetuneConfig",
     "InfoConfig",
     "ModelConfig",
     "PackConfig",
     "PlanConfig",
+    "PredictConfig",
     "PretrainConfig",
     "ProbeConfig",
     "PushConfig",
@@ -44,4 +48,5 @@ __all__ = [
     "UserError",
     "did_you_mean",
     "flag",
+    "preset_for",
 ]

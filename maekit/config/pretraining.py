@@ -125,13 +125,15 @@ class PretrainConfig(ModelConfig, DataConfig):
     """Licence that comes with --init; no flag."""
 
     # ---- augmentation ----
-    crop: Literal["random-resized", "resize-crop", "none"] = "random-resized"
-    """random-resized: the paper's (bicubic); resize-crop: resize to --resize-to, then a random crop; none: the
-    centre, resized."""
+    crop: Literal["random-resized", "resize-crop", "pad-crop", "none"] = "random-resized"
+    """random-resized: the paper's (bicubic); resize-crop: resize to --resize-to, then a random crop; pad-crop: the
+    whole image, shifted by up to --pad pixels, its edge mirrored (usual at 32 px); none: the centre, resized."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """random-resized: smallest and largest share of the image's area in a crop."""
     resize_to: int | None = None
     """resize-crop: the shorter side before the crop. Default: the longer side of the input x 9/8."""
+    pad: int = 4
+    """pad-crop: the largest shift in pixels, each way."""
     flip: bool = True
     """Mirror half of the images."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
@@ -223,7 +225,8 @@ class PretrainConfig(ModelConfig, DataConfig):
         found += [
             f"--{flag(name)} {value:g}: must not be negative"
             for name in ("warmup_epochs", "warmup_steps", "workers", "weight_decay", "min_lr", "drop_path",
-                         "decoder_depth", "reg_tokens", "decoder_warmup_epochs", "probe_every", "panel_every", "seed")
+                         "decoder_depth", "reg_tokens", "decoder_warmup_epochs", "probe_every", "panel_every", "seed",
+                         "pad")
             if (value := getattr(self, name)) is not None and not value >= 0
         ]  # fmt: skip
         found += self._choice_problems() + self._duration_problems() + self._decoder_problems()
@@ -256,6 +259,8 @@ class PretrainConfig(ModelConfig, DataConfig):
             found.append(f"--batch-size {self.batch_size} is not divisible by --accum {self.accum}")
         if self.crop == "resize-crop" and self.resize_to is not None and self.resize_to < max(self.img_size):
             found.append(f"--resize-to {self.resize_to} is smaller than --img-size {spaced(self.img_size)}")
+        if self.crop == "pad-crop" and self.pad >= min(self.img_size, default=1) > 0:
+            found.append(f"--pad {self.pad}: must be smaller than --img-size {spaced(self.img_size)}")
         return found
 
     def _duration_problems(self) -> list[str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from maekit.config import PretrainConfig, UserError
+from maekit.data.augment import Augment, own_generators
 from maekit.data.images import BadImage
 from maekit.data.order import Batch, Ids, sides
 from maekit.data.parts import Part
@@ -30,8 +31,16 @@ _REPLACEMENTS = 100
 class StreamPool:
     """Images decoded, cropped and flipped by worker processes, in order, a few batches ahead."""
 
-    def __init__(self, part: Part, config: PretrainConfig, device: torch.device, workers: int) -> None:
-        self.part, self.config, self.device, self.workers = part, config, device, workers
+    def __init__(
+        self,
+        part: Part,
+        config: PretrainConfig,
+        device: torch.device,
+        workers: int,
+        augment: Augment | None = None,
+    ) -> None:
+        """augment: what is done to the training images after crop and flip."""
+        self.part, self.config, self.device, self.workers, self.augment = part, config, device, workers, augment
         self.heldout_N = sides(len(part), config)
         self.bad: dict[int, str] = {}
 
@@ -51,7 +60,7 @@ class StreamPool:
 
     def _batches(self, keys: Iterable[list[tuple[int | None, int]]]) -> Iterator[Batch]:
         loader: DataLoader[Any] = DataLoader(
-            Decoder(self.part, self.config, self.heldout_N),
+            Decoder(self.part, self.config, self.heldout_N, self.augment),
             batch_sampler=_Once(keys),
             num_workers=self.workers,
             collate_fn=collate,
@@ -90,8 +99,10 @@ Decoded = tuple[Tensor | None, int, list[tuple[int, str]]]
 class Decoder(Dataset[Decoded]):
     """(epoch or None for evaluation, sample id) -> image [C, S, T], its slot's id, and what could not be read."""
 
-    def __init__(self, part: Part, config: PretrainConfig, heldout_N: npt.NDArray[np.bool_]) -> None:
-        self.part, self.config, self.heldout_N = part, config, heldout_N
+    def __init__(
+        self, part: Part, config: PretrainConfig, heldout_N: npt.NDArray[np.bool_], augment: Augment | None = None
+    ) -> None:
+        self.part, self.config, self.heldout_N, self.augment = part, config, heldout_N, augment
         # More than the allowed share in a row is too much whatever the others are.
         self.attempts = max(_REPLACEMENTS, int(config.max_bad_share * len(part)) + 1)
 
@@ -100,7 +111,15 @@ class Decoder(Dataset[Decoded]):
         epoch = keys[0][0]
         slots = [slot for _, slot in keys]
         draws = None if epoch is None else draw_crops(self.config, slots, epoch=epoch)
-        return [self._decode(slot, draws, row) for row, slot in enumerate(slots)]
+        decoded = [self._decode(slot, draws, row) for row, slot in enumerate(slots)]
+        if self.augment is None or epoch is None:
+            return decoded
+        keys_B3 = self.augment.keys(slots, epoch)
+        with own_generators():
+            return [
+                (None if image is None else self.augment(image, key), slot, bad)
+                for (image, slot, bad), key in zip(decoded, keys_B3, strict=True)
+            ]
 
     def _decode(self, slot: int, draws: Draws | None, row: int) -> Decoded:
         bad: list[tuple[int, str]] = []

@@ -36,7 +36,8 @@ class Crops:
     """Where B images are cut and how they are scaled; all arrays are [B] or [B, 2] (vertical, horizontal).
 
     Output pixel i of an axis is centred at start + (i + offset + 1/2) x scale in the image, and only the pixels
-    start .. start + length take part: `start`, `length` are the box, `offset` a shift in output pixels.
+    start .. start + length take part: `start`, `length` are the box, `offset` a shift in output pixels. Where a shift
+    leads out of the scaled box, its edge is a mirror: -1 is 1.
     """
 
     start: npt.NDArray[np.int64]
@@ -86,6 +87,9 @@ def place_crops(config: PretrainConfig, sizes_B2: npt.NDArray[np.int64], draws: 
     elif config.crop == "resize-crop":
         short = config.resize_to or math.ceil(max(config.size_hw) * 9 / 8)
         crops = _resized(sizes_B2, config.size_hw, short, draws.place_BA2[:, 0])
+    elif config.crop == "pad-crop":
+        crops = centre_crops(sizes_B2, config.size_hw)
+        crops.offset[:] += np.floor(draws.place_BA2[:, 0] * (2 * config.pad + 1)).astype(np.int64) - config.pad
     else:
         crops = centre_crops(sizes_B2, config.size_hw)
     crops.flip[:] = draws.flip
@@ -204,7 +208,8 @@ def _weights(crops: Crops, axis: int, size_in: int, size_out: int, device: torch
     start, length, scale, offset = (column(v) for v in (crops.start, crops.length, crops.scale, crops.offset))
     out = torch.arange(size_out, device=device, dtype=torch.float32)[None, :, None]
     source = torch.arange(size_in, device=device, dtype=torch.float32)[None, None, :] - start
-    distance = ((source + 0.5 - (out + offset + 0.5) * scale) / scale.clamp_min(1.0)).abs()
+    place = _mirrored(out + offset, (length / scale).round())
+    distance = ((source + 0.5 - (place + 0.5) * scale) / scale.clamp_min(1.0)).abs()
     if crops.interpolation == "bilinear":
         weights = (1 - distance).clamp_min(0)
     else:
@@ -216,6 +221,23 @@ def _weights(crops: Crops, axis: int, size_in: int, size_out: int, device: torch
     inside = (source >= 0) & (source < length) & (distance < 2)
     weights = torch.where(inside, weights, torch.zeros((), device=device))
     return weights / weights.sum(dim=2, keepdim=True)
+
+
+def _cut(image_CHW: Tensor, y: int, x: int, size_hw: tuple[int, int]) -> Tensor:
+    """The output's pixels [C, S, T] of a scaled image, from row y and column x on, which may lie outside of it."""
+    height, width = image_CHW.shape[1:]
+    if y >= 0 and x >= 0 and y + size_hw[0] <= height and x + size_hw[1] <= width:
+        return image_CHW[:, y : y + size_hw[0], x : x + size_hw[1]]
+    rows = _mirrored(torch.arange(y, y + size_hw[0]), height)
+    columns = _mirrored(torch.arange(x, x + size_hw[1]), width)
+    return image_CHW[:, rows][:, :, columns]
+
+
+def _mirrored(place: Tensor, size: Tensor | int) -> Tensor:
+    """Pixel numbers, of which some may lie beyond 0 .. size - 1, as those that a mirror at the edge pixel shows."""
+    last = size - 1
+    inside = last - (last - place.abs()).abs()
+    return inside.clamp_min(0)  # a box of one pixel has nothing to show but it
 
 
 def wanted(crops: Crops, index: int, size_hw: tuple[int, int], *, shrink: bool) -> Window:
@@ -273,7 +295,7 @@ def apply_to_window(
         how = crops.interpolation
         box_1CHW = F.interpolate(box_1CHW, size=resized_hw, mode=how, align_corners=False, antialias=True)
     y, x = crops.offset[index]
-    cut = box_1CHW[0, :, y : y + size_hw[0], x : x + size_hw[1]]
+    cut = _cut(box_1CHW[0], int(y), int(x), size_hw)
     return cut.flip(2) if crops.flip[index] else cut
 
 
@@ -291,8 +313,8 @@ def _scale_shrunken(
     gray = box_HWC.shape[2] == 1
     image = Image.fromarray(box_HWC[..., 0] if gray else box_HWC)
     scaled = np.array(image.resize((wide, tall), _PILLOW[crops.interpolation], (left, top, right, bottom)))
-    cut_HWC = (scaled[..., None] if gray else scaled)[y : y + size_hw[0], x : x + size_hw[1]]
-    cut = torch.from_numpy(cut_HWC).permute(2, 0, 1)
+    whole = torch.from_numpy(scaled[..., None] if gray else scaled).permute(2, 0, 1)
+    cut = _cut(whole, int(y), int(x), size_hw)
     return cut.flip(2) if crops.flip[index] else cut
 
 

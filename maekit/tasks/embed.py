@@ -31,14 +31,13 @@ import pyarrow.compute as pc
 import torch
 from rich.markup import escape
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from maekit.config import EmbedConfig, UserError
+from maekit.data.centres import Centres, collate_centres
 from maekit.data.features import Chunk, is_done, make_schema, merge, read_chunks, write_chunk
-from maekit.data.images import BadImage
 from maekit.data.parts import Part
 from maekit.data.sources import Source, open_source
-from maekit.data.transforms import apply_to_image, centre_crops
 from maekit.data.workers import WorkerStart, choose_workers
 from maekit.models.encoder import use_fused_attention
 from maekit.models.mae import MaskedAutoencoder
@@ -240,37 +239,6 @@ def open_partial(folder: Path, description: dict[str, Any]) -> None:
         )
 
 
-Decoded = tuple[Tensor | None, str]
-
-
-class _Centres(Dataset[Decoded]):
-    """Sample id -> the image's centre at the model's size [C, H, W], or None and why it cannot be read."""
-
-    def __init__(self, part: Part, size_hw: tuple[int, int]) -> None:
-        self.part, self.size_hw = part, size_hw
-
-    def __getitem__(self, index: int) -> Decoded:
-        try:
-            image = self.part.read(index)
-        except BadImage as error:
-            return None, str(error)
-        crops = centre_crops(np.array([image.shape[:2]], np.int64), self.size_hw)
-        return apply_to_image(image, crops, 0, self.size_hw), ""
-
-
-def _collate(samples: list[Decoded]) -> tuple[Tensor | None, list[str]]:
-    """Images [B, C, H, W], zeros for those that cannot be read (None where all are), and the reasons."""
-    images = [image for image, _ in samples if image is not None]
-    if any(image.dtype != torch.uint8 for image in images):
-        images = [image / 255 if image.dtype == torch.uint8 else image for image in images]
-    reasons = [reason for _, reason in samples]
-    if not images:
-        return None, reasons
-    readable = iter(images)
-    blank = torch.zeros_like(images[0])
-    return torch.stack([blank if image is None else next(readable) for image, _ in samples]), reasons
-
-
 def write_chunks(
     folder: Path, part: Part, chunks: list[Chunk], encoder: Encoder, schema: Any, progress: Callable[[int, int], None]
 ) -> None:
@@ -284,10 +252,10 @@ def write_chunks(
     ]
     workers = choose_workers(encoder.config.workers, 1).value
     loader: DataLoader[Any] = DataLoader(
-        _Centres(part, encoder.model.config.size_hw),
+        Centres(part, encoder.model.config.size_hw),
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=collate_centres,
         worker_init_fn=WorkerStart(os.getpid()),
         pin_memory=encoder.device.type == "cuda",
     )

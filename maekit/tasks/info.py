@@ -63,35 +63,42 @@ def main(source: str, config: InfoConfig) -> int:
 
 def collect(source: str, config: InfoConfig) -> dict[str, Any]:
     """All facts of a source, in plain values."""
+    labelled: Passport | None = None
     if source.startswith("random:"):
         passport, sizes, report, what, needs = random_source(source, config)
     else:
         material = gather(source, config)
         passport, report, what, needs = material.passport, material.report, material.what, material.needs
+        labelled = material.labelled
         sizes = {room: count(material.state, room) for room in ("encoder", "decoder")}
         report.loaded = report.loaded or [name for name in material.state if name not in report.missing]
     is_random = report.layout == "random"
     has_decoder = passport.kind == "mae"
     can_reconstruct = has_decoder and not is_random
+    classifies = labelled is not None and labelled.kind == "classifier"
     model = dataclasses.asdict(passport.model)
     model |= {"img_size": list(passport.model.size_hw)}
     cannot = [] if can_reconstruct else [f"reconstruct: it has no trained decoder; {decoder_hint(passport)}"]
     shown = shlex.quote(source) + given_flags(config) + "".join(f" {placeholder(need)}" for need in needs)
     return {
-        "source": source, "kind": passport.kind, "layout": report.layout, "what": what, "model": model,
+        "source": source, "kind": labelled.kind if labelled else passport.kind, "layout": report.layout,
+        "what": what, "model": model,
         "grid": list(passport.grid), "eps": passport.eps, "parameters": sizes,
         "target": passport.model.target if has_decoder and not any("--target" in need for need in needs) else None,
         "mask_ratio": passport.model.mask_ratio, "epochs": passport.epochs, "steps": passport.steps,
         "mean": list(passport.mean), "std": list(passport.std), "data": passport.data,
         "fingerprint": passport.fingerprint, "recipe": passport.recipe, "license": passport.weights_license,
         "origin": passport.origin, "versions": passport.versions,
-        "can": {"probe": True, "fine-tune": True, "start a pretraining": not is_random, "reconstruct": can_reconstruct},
+        "classes": list(labelled.classes) if labelled else [],
+        "can": {"classify": classifies, "probe": True, "fine-tune": True, "start a pretraining": not is_random,
+                "reconstruct": can_reconstruct},
         "cannot": cannot, "needs": needs,
         "keys": {"loaded": len(report.loaded), "renamed": len(report.renamed), "resized": report.resized,
                  "missing": report.missing, "unused": report.unused, "notes": report.notes,
                  "summary": report.summary()},
         "next": (
-            f"maekit reconstruct {shown} --image photo.jpg" if can_reconstruct
+            f"maekit predict {shown} --data FOLDER" if classifies
+            else f"maekit reconstruct {shown} --image photo.jpg" if can_reconstruct
             else f"maekit probe {shown} --data FOLDER"
         ),
     }  # fmt: skip

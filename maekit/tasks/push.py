@@ -18,6 +18,7 @@ from rich.markup import escape
 from safetensors.torch import save_file
 
 from maekit.config import PushConfig, UserError
+from maekit.models.classifier import Classifier
 from maekit.models.mae import MaskedAutoencoder
 from maekit.terminal import make_console
 from maekit.weights.card import find_cards, model_card
@@ -44,10 +45,10 @@ def main(source: str, name: str, config: PushConfig) -> int:
     model = load(path)
     license_it(model, source, config)
     cards = find_cards(given) if given.is_dir() else {}
-    usage = (
-        f'import maekit\n\nmae = maekit.load("hub:{name}")\n'
-        "features = mae.encode(images)  # uint8 [batch, channel, row, column]"
-    )
+    word, call = ("classifier", "names = classifier.predict(images).names") if isinstance(model, Classifier) else (
+        "mae", "features = mae.encode(images)"
+    )  # fmt: skip
+    usage = f'import maekit\n\n{word} = maekit.load("hub:{name}")\n{call}  # uint8 [batch, channel, row, column]'
     card = model_card(name.split("/")[1], model.passport, usage, cards, "maekit")
     size = path.stat().st_size
     console.print(f"{WEIGHTS_FILE} ({size / 1e6:,.1f} MB) and README.md to {name}:\n")
@@ -68,7 +69,7 @@ def main(source: str, name: str, config: PushConfig) -> int:
     return 0
 
 
-def license_it(model: MaskedAutoencoder, source: str, config: PushConfig) -> None:
+def license_it(model: MaskedAutoencoder | Classifier, source: str, config: PushConfig) -> None:
     """State the owner's licence in the passport; one that is there already is not ours to change."""
     held = model.passport.weights_license
     if config.license is None or config.license == held:

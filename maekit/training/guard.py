@@ -20,14 +20,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from maekit.config import PretrainConfig, UserError
+from maekit.config import PretrainConfig, SourceConfig, UserError
 from maekit.configfile import read, to_json
 from maekit.data.loader import Ids, Pool, open_pool
 from maekit.data.sources import open_source
 from maekit.models.mae import MaskedAutoencoder
 from maekit.runtime import Choice
 from maekit.training.step import part_loss
-from maekit.weights.store import WEIGHTS_FILE, load
+from maekit.weights.store import WEIGHTS_FILE, load_as
 
 RECORD_FILE, CONFIG_FILE = "step.json", "config.json"
 SPIKE_HISTORY, SPIKE_MINIMUM, SPIKE_DEVIATIONS = 50, 10, 6.0
@@ -177,7 +177,7 @@ def replay(folder: str | Path, device: str = "cpu") -> Replay:
     if part.fingerprint != record.get("fingerprint"):
         raise UserError(f"{config.data}: not the images that the run of {folder} was trained on")
     pool, _ = open_pool(part, config, torch.device(device), Choice(0, "one step only"))
-    model = load(folder, device).train()
+    model = load_as(folder, SourceConfig(), device).train()
     total, bad_ids = 0.0, []
     for start in range(0, len(ids), _PART):
         some = ids[start : start + _PART]

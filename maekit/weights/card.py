@@ -36,7 +36,9 @@ def model_card(title: str, passport: Passport, usage: str, cards: Mapping[str, A
     model = passport.model
     head = [f"{key}: {value}" for key, value in hub_license(passport.weights_license).items()]
     head += [f"library_name: {library}"] if library else []
-    head += ["pipeline_tag: image-feature-extraction", "tags:", "- maekit", "- mae", "- self-supervised"]
+    classifies = passport.kind == "classifier"
+    head += [f"pipeline_tag: image-{'classification' if classifies else 'feature-extraction'}", "tags:", "- maekit",
+             "- mae", *([] if classifies else ["- self-supervised"])]  # fmt: skip
     size = " x ".join(str(side) for side in model.size_hw)
     extras = "".join(
         [" with a class token" if model.class_token else " without a class token",
@@ -47,9 +49,15 @@ def model_card(title: str, passport: Passport, usage: str, cards: Mapping[str, A
         "encoder": f"{model.model}, {model.depth} blocks, width {model.embed_dim}, {model.num_heads} heads{extras}",
         "input": f"{size} pixels, {model.in_chans} channels, patches of {model.patch_size} px",
         "normalisation": f"pixels in 0..1, minus mean ({mean}), over deviation ({std})",
-        "pretraining": f"{passport.epochs:.4g} epochs ({passport.steps:,} steps) on {passport.data or 'no data'}, "
-        f"{model.mask} masks over {model.mask_ratio:.0%} of the patches, target {model.target}",
+        "fine-tuning" if classifies else "pretraining": f"{passport.epochs:.4g} epochs ({passport.steps:,} steps) on "
+        f"{passport.data or 'no data'}, "
+        + (
+            f"{len(passport.classes)} classes"
+            if classifies
+            else f"{model.mask} masks over {model.mask_ratio:.0%} of the patches, target {model.target}"
+        ),
         "recipe": passport.recipe or "-",
+        **({"classes": ", ".join(passport.classes)} if classifies else {}),
         "licence of the weights": passport.weights_license,
     }
     lines = ["---", *head, "---", "", f"# {title}", ""]

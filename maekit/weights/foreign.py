@@ -55,6 +55,10 @@ class Material:
     """What the file is, in words."""
     needs: list[str] = field(default_factory=list)
     """What must be said before a model can be built, a sentence with its flag each."""
+    head: State = field(default_factory=dict)
+    """Where labels were learned: what stands on the encoder, in our names."""
+    labelled: Passport | None = None
+    """The passport of encoder and head together; `passport` speaks of the encoder alone."""
 
 
 def identify(raw: Raw, source: str, file_name: str, given: SourceConfig, hints: Hints) -> Material:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from maekit.config import SourceConfig, UserError, did_you_mean
 from maekit.models.encoder import EPS, plain_vit
-from maekit.weights import facts, hub
+from maekit.weights import facts, heads, hub
 from maekit.weights.files import PICKLES, Raw, is_pickle, one_line, open_once, read, read_json, weights_in
 from maekit.weights.foreign import Hints, Material, identify
 from maekit.weights.passport import Passport
@@ -65,7 +65,10 @@ def _from_path(path: Path, source: str, given: SourceConfig) -> Material:
             return _own_material(*own, KeyReport(source, "maekit"), given)
     folder = file.parent if file.name in ("model.safetensors", "pytorch_model.bin") else None
     hints = _hints(folder) if folder and (folder / "config.json").is_file() else Hints()
-    return identify(read(file), source, file.name if folder is None else folder.name, given, hints)
+    raw = read(file)
+    found = identify(raw, source, file.name if folder is None else folder.name, given, hints)
+    heads.find_foreign(found, raw.tensors)
+    return found
 
 
 def _own_material(passport: Passport, tensors: dict[str, Any], report: KeyReport, given: SourceConfig) -> Material:
@@ -86,6 +89,8 @@ def _own_material(passport: Passport, tensors: dict[str, Any], report: KeyReport
     ]
     if wrong:
         raise UserError(*wrong)
+    if passport.kind in heads.KINDS:
+        return heads.part(passport, tensors, report)
     if given.encoder_only and passport.kind == "mae":
         report.unused += [name for name in tensors if name.startswith("decoder.")]
         tensors = {name: value for name, value in tensors.items() if not name.startswith("decoder.")}
@@ -105,7 +110,7 @@ def read_own(path: Path) -> tuple[Passport, dict[str, Any]] | None:
             if "maekit" not in (file.metadata() or {}) and not any(name.startswith("decoder.embed.") for name in names):
                 return None
             passport, shapes = _header(file, path)
-            if passport.kind not in ("mae", "encoder"):
+            if passport.kind not in ("mae", "encoder", *heads.KINDS):
                 raise UserError(f"{path}: holds a {passport.kind!r}, not a masked autoencoder")
             check_claims(passport, shapes, str(path))
             return passport, {name: file.get_tensor(name) for name in names}

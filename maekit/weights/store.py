@@ -9,8 +9,10 @@ from typing import Any, Literal
 import torch
 
 from maekit.config import ModelConfig, SourceConfig, UserError
+from maekit.models.classifier import Classifier, Pool
 from maekit.models.encoder import EPS
 from maekit.models.mae import MaskedAutoencoder
+from maekit.weights import heads
 from maekit.weights.facts import IMAGENET_MEAN, IMAGENET_STD, files_with_decoder
 from maekit.weights.files import PICKLES
 from maekit.weights.foreign import Material
@@ -18,7 +20,8 @@ from maekit.weights.passport import Passport
 from maekit.weights.report import KeyReport
 from maekit.weights.sources import WEIGHTS_FILE, gather
 
-__all__ = ["PICKLES", "WEIGHTS_FILE", "check_names", "load", "load_as", "random_model", "require_decoder"]
+__all__ = ["PICKLES", "WEIGHTS_FILE", "check_names", "load", "load_any", "load_as", "load_classifier", "random_model",
+           "require_decoder"]  # fmt: skip
 
 
 def load(
@@ -36,8 +39,8 @@ def load(
     std: tuple[float, ...] | None = None,
     grid: tuple[int, int] | None = None,
     encoder_only: bool = False,
-) -> MaskedAutoencoder:
-    """A masked autoencoder from any source of weights.
+) -> MaskedAutoencoder | Classifier:
+    """A masked autoencoder from any source of weights, or a classifier from the weights of one.
 
     source: a run's folder, a maekit .safetensors file, a file or folder of any layout in `maekit.weights.layouts`,
         `timm:NAME`, `hub:OWNER/NAME`, or `random:MODEL`.
@@ -45,12 +48,13 @@ def load(
     The others say what a foreign file does not, and are asked for where it matters (`maekit.config.SourceConfig`).
 
     The model is in evaluation mode; its passport is `model.passport`, and what became of each tensor is
-    `model.key_report`. An encoder without a decoder gets an untrained one, and `passport.kind` is then "encoder".
+    `model.key_report`. An encoder without a decoder gets an untrained one, and `passport.kind` is then "encoder"; so it
+    is with a classifier where `encoder_only` leaves its head out.
 
     Raises:
         UserError: no such source, a file of another kind, something that must be said, or weights that do not fit.
     """
-    return load_as(
+    return load_any(
         source,
         SourceConfig(
             img_size=(img_size,) if isinstance(img_size, int) else img_size, patch_size=patch_size, in_chans=in_chans,
@@ -61,17 +65,56 @@ def load(
     )  # fmt: skip
 
 
-def load_as(
+def load_any(
     source: str | os.PathLike[str], given: SourceConfig, device: str | torch.device = "cpu"
-) -> MaskedAutoencoder:
+) -> MaskedAutoencoder | Classifier:
     """`load` with all that is said about the source in a config, as the commands have it."""
     text = os.fspath(source)
     if text.startswith("random:"):
         return random_as(text.removeprefix("random:"), given).to(device)
-    material = gather(text, given)
-    if material.needs:
-        raise UserError(*(f"{text}: this file does not say all that is needed: give {need}" for need in material.needs))
+    material = known_material(text, given)
+    if material.labelled is not None and material.labelled.kind == "classifier" and not given.encoder_only:
+        return build_classifier(material).to(device)
     return build(material).to(device).eval()
+
+
+def load_as(
+    source: str | os.PathLike[str], given: SourceConfig, device: str | torch.device = "cpu"
+) -> MaskedAutoencoder:
+    """A masked autoencoder from any source of weights; the head of one that learned labels is left out."""
+    text = os.fspath(source)
+    if text.startswith("random:"):
+        return random_as(text.removeprefix("random:"), given).to(device)
+    return build(known_material(text, given)).to(device).eval()
+
+
+def load_classifier(source: str, given: SourceConfig, device: str | torch.device = "cpu") -> Classifier:
+    """A classifier from weights that have a linear head.
+
+    Raises:
+        UserError: besides all that `load` refuses, weights without such a head.
+    """
+    text = os.fspath(source)
+    if text.startswith("random:"):
+        raise UserError(f"{text}: random weights are no classifier; train one: maekit finetune {text} --data D")
+    material = known_material(text, given)
+    if material.labelled is None or material.labelled.kind != "classifier":
+        raise UserError(f"{text}: {material.what}, no classifier; train one: maekit finetune {text} --data D")
+    return build_classifier(material).to(device)
+
+
+def known_material(source: str, given: SourceConfig) -> Material:
+    """The tensors of a source of which all is known that a model needs.
+
+    Raises:
+        UserError: no such source, one of no known kind, or what must be said of it.
+    """
+    material = gather(source, given)
+    if material.needs:
+        raise UserError(
+            *(f"{source}: this file does not say all that is needed: give {need}" for need in material.needs)
+        )
+    return material
 
 
 def build(material: Material) -> MaskedAutoencoder:
@@ -108,6 +151,50 @@ def build(material: Material) -> MaskedAutoencoder:
     report.loaded = [name for name in model.state_dict() if name in tensors and name not in report.missing]
     model.key_report = report
     return model
+
+
+def build_classifier(material: Material) -> Classifier:
+    """The classifier of weights that were read, in evaluation mode.
+
+    Raises:
+        UserError: tensors that are missing, unknown or of another shape, or a head of another kind.
+    """
+    labelled, report = material.labelled, material.report
+    assert labelled is not None
+    here = material.passport  # at the size that was asked for
+    pool: Pool | None = {"mean": "mean", "cls": "cls"}.get(labelled.head.pool)  # type: ignore[assignment]
+    if labelled.kind != "classifier" or labelled.head.kind != "linear" or pool is None or not labelled.classes:
+        raise UserError(f"{report.source}: its passport describes no classifier of images")
+    try:
+        with torch.device("meta"):
+            model = Classifier(here.model, labelled.classes, here.mean, here.std, pool)
+    except UserError as error:
+        raise UserError(*(f"{report.source}: {problem}" for problem in error.problems)) from None
+    tensors = {**material.state, **material.head}
+    if pool == "mean":
+        tensors = {
+            heads.POOLED_NORM + name[len(heads.NORM) :] if name.startswith(heads.NORM) else name: value
+            for name, value in tensors.items()
+        }
+    check_names(model, tensors, report.source)
+    model.load_state_dict({name: value.clone() for name, value in tensors.items()}, assign=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    for name, values in (("mean", here.mean), ("std", here.std)):
+        setattr(model, name, torch.tensor(values).view(1, -1, 1, 1))
+    if here.eps != EPS:
+        for module in model.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                module.eps = here.eps
+    model.passport = dataclasses.replace(labelled, model=model.config, mean=here.mean, std=here.std, grid=model.grid_hw)
+    model.key_report = dataclasses.replace(
+        report,
+        loaded=list(tensors),
+        unused=[name for name in report.unused if name not in tensors],
+        renamed={theirs: ours for theirs, ours in report.renamed.items() if theirs not in tensors},
+        notes=[note for note in report.notes if "fc_norm." not in note],
+    )
+    return model.eval()
 
 
 def _new_decoder(model: MaskedAutoencoder, passport: Passport) -> Any:

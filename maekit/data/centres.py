@@ -1,0 +1,45 @@
+"""The centre of every image of a part, in order, for tasks that say something of each; nothing stands in for bad ones.
+
+Shapes: B batch, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from maekit.data.images import BadImage
+from maekit.data.parts import Part
+from maekit.data.transforms import apply_to_image, centre_crops
+
+Centre = tuple[Tensor | None, str]
+
+
+class Centres(Dataset[Centre]):
+    """Sample id -> the image's centre at the model's size [C, H, W], or None and why it cannot be read."""
+
+    def __init__(self, part: Part, size_hw: tuple[int, int]) -> None:
+        self.part, self.size_hw = part, size_hw
+
+    def __getitem__(self, index: int) -> Centre:
+        try:
+            image = self.part.read(index)
+        except BadImage as error:
+            return None, str(error)
+        crops = centre_crops(np.array([image.shape[:2]], np.int64), self.size_hw)
+        return apply_to_image(image, crops, 0, self.size_hw), ""
+
+
+def collate_centres(samples: list[Centre]) -> tuple[Tensor | None, list[str]]:
+    """Images [B, C, H, W], zeros for those that cannot be read (None where all are), and the reasons."""
+    images = [image for image, _ in samples if image is not None]
+    if any(image.dtype != torch.uint8 for image in images):
+        images = [image / 255 if image.dtype == torch.uint8 else image for image in images]
+    reasons = [reason for _, reason in samples]
+    if not images:
+        return None, reasons
+    readable = iter(images)
+    blank = torch.zeros_like(images[0])
+    return torch.stack([blank if image is None else next(readable) for image, _ in samples]), reasons

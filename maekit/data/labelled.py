@@ -1,0 +1,211 @@
+"""Labelled images for training with labels: which of them may be used, and pools that also augment each by itself.
+
+Shapes: B batch, C channels, H x W pixels, N images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from maekit.config import PretrainConfig, UserError
+from maekit.data.augment import Augment
+from maekit.data.loader import open_pool
+from maekit.data.memory import MemoryPool
+from maekit.data.order import Batch, Ids, Pool, Progress, lowest_hash, split_heldout
+from maekit.data.parts import ArrayPart, Part
+from maekit.data.sources import Source
+from maekit.data.stream import StreamPool
+from maekit.rng import Purpose
+from maekit.runtime import Choice
+
+TEST_SHARE = 0.2
+"""Share of the images that are kept for the report where the data have no test or validation split: the same images
+that `maekit probe` keeps."""
+NAMED = 5
+"""Classes or files that a message names."""
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Which labelled images are trained on, which choose the best weights, and which are only for the report."""
+
+    classes: tuple[str, ...]
+    train: Part
+    train_ids: Ids
+    heldout_ids: Ids
+    test: Part
+    test_ids: Ids
+    test_what: str
+    """Where the images of the report come from, in words."""
+
+
+def labels_of(part: Part, data: str) -> npt.NDArray[np.int64]:
+    """Class ids [N] of a part, -1 for none.
+
+    Raises:
+        UserError: the data have no labels.
+    """
+    if part.labels is None or part.class_names is None:
+        raise UserError(
+            f"--data {data}: has no labels, and a classifier needs them: one folder per class, or a Parquet label "
+            "column (--label-column)"
+        )
+    return part.labels
+
+
+def test_images(source: Source, data: str) -> tuple[Part, Ids, str]:
+    """The labelled images that a report is about: part, sample ids, and what they are in words.
+
+    Raises:
+        UserError: no labels, or none on those images.
+    """
+    what, part = ("test split", source.test) if source.test is not None else ("validation split", source.val)
+    if part is None:
+        what, part = f"a fixed {TEST_SHARE:.0%} of the images, as the data have no test split", source.train
+        everyone = np.arange(len(part), dtype=np.int64)
+        ids = lowest_hash(everyone, max(1, round(TEST_SHARE * len(part))), Purpose.TEST_SPLIT)
+    else:
+        ids = np.arange(len(part), dtype=np.int64)
+    ids = ids[labels_of(part, data)[ids] >= 0]
+    if not len(ids):
+        raise UserError(f"--data {data}: no image of its {what} has a label")
+    return part, ids, what
+
+
+def split_labelled(source: Source, data: str, heldout_share: float, train_share: float = 1.0) -> Splits:
+    """The labelled images of a source, told apart; the held-out ones are those of every other maekit run on these data.
+
+    train_share: so much of the training images is used (those of lowest hash, so that a larger share holds a smaller).
+
+    Raises:
+        UserError: no labels, a split without any, or training images of one class only.
+    """
+    labels = labels_of(source.train, data)
+    assert source.train.class_names is not None
+    train_ids, heldout_ids = split_heldout(len(source.train), heldout_share)
+    part, test_ids, what = test_images(source, data)
+    if part is source.train:
+        train_ids, heldout_ids = np.setdiff1d(train_ids, test_ids), np.setdiff1d(heldout_ids, test_ids)
+    train_ids, heldout_ids = train_ids[labels[train_ids] >= 0], heldout_ids[labels[heldout_ids] >= 0]
+    for name, ids in (("training images", train_ids), ("held-out images", heldout_ids)):
+        if not len(ids):
+            raise UserError(f"--data {data}: none of the {name} has a label")
+    if train_share < 1:
+        train_ids = lowest_hash(train_ids, max(1, round(train_share * len(train_ids))), Purpose.SUBSET)
+    present = np.unique(labels[train_ids])
+    if len(present) < 2:
+        raise UserError(
+            f"--data {data}: all {len(train_ids)} training images are of one class "
+            f"({source.train.class_names[int(present[0])]}): there is nothing to tell apart"
+        )
+    return Splits(tuple(source.train.class_names), source.train, train_ids, heldout_ids, part, test_ids, what)
+
+
+def class_map(names: Iterable[str], classes: tuple[str, ...], data: str, source: str) -> npt.NDArray[np.int64]:
+    """A classifier's id of each class of the data, by name.
+
+    Raises:
+        UserError: a class that the classifier does not know.
+    """
+    names = list(names)
+    known = {name: index for index, name in enumerate(classes)}
+    strange = [name for name in names if name not in known]
+    if strange:
+        shown = ", ".join(strange[:NAMED]) + (f" and {len(strange) - NAMED} more" if len(strange) > NAMED else "")
+        own = ", ".join(classes[:NAMED]) + (f" and {len(classes) - NAMED} more" if len(classes) > NAMED else "")
+        raise UserError(f"--data {data}: labels of other classes ({shown}) than {source} was trained on ({own})")
+    return np.array([known[name] for name in names], np.int64)
+
+
+def check_augmentable(part: Part, ids: Ids, flags: str) -> None:
+    """Refuse per-image changes of pixels that the libraries cannot change.
+
+    Raises:
+        UserError: images of 16 bits or floats, or of neither one nor three channels.
+    """
+    if part.in_chans not in (1, 3):
+        raise UserError(f"{flags}: for images of 1 or 3 channels, and these have {part.in_chans}; switch it off")
+    for index in ids[:: max(1, len(ids) // 8)][:8].tolist():
+        try:
+            image = part.read(index)
+        except Exception:  # it will be met again, and named
+            continue
+        if image.dtype != np.uint8:
+            raise UserError(f"{flags}: for images of 8 bits, and {part.name(index)} has more; switch it off")
+
+
+def open_augmented(
+    part: Part,
+    config: PretrainConfig,
+    device: torch.device,
+    workers: Choice[int],
+    augment: Augment | None,
+    on_progress: Progress | None = None,
+) -> tuple[Pool, Choice[bool]]:
+    """As `open_pool`, with changes of each training image by itself where they are wanted.
+
+    Then small images are decoded once and kept in memory as they are, and loader processes take them from there.
+    """
+    if augment is None:
+        return open_pool(part, config, device, workers, on_progress)
+    pool, choice = open_pool(part, config, torch.device("cpu"), workers, on_progress)
+    if not isinstance(pool, MemoryPool):
+        return StreamPool(part, config, device, workers.value, augment), choice
+    reason = f"{choice.reason}; {workers.value} workers augment them"
+    return AugmentedMemory(pool, part, config, device, workers.value, augment), Choice(True, reason)
+
+
+class AugmentedMemory:
+    """Images in memory that loader processes crop and augment; evaluation needs no processes."""
+
+    def __init__(
+        self,
+        memory: MemoryPool,
+        part: Part,
+        config: PretrainConfig,
+        device: torch.device,
+        workers: int,
+        augment: Augment,
+    ) -> None:
+        self.memory, self.device = memory, device
+        pixels: npt.NDArray[Any] = memory.images_NCHW.permute(0, 2, 3, 1).numpy()
+        decoded = ArrayPart(pixels, part.labels, part.class_names, part.in_chans)
+        self.stream = StreamPool(decoded, config, device, workers, augment)
+
+    @property
+    def unreadable(self) -> dict[int, str]:
+        return self.memory.unreadable
+
+    def train_batches(self, shares: Iterable[tuple[int, Ids]]) -> Iterator[Batch]:
+        bad = list(self.unreadable.items())
+        for batch in self.stream.train_batches(shares):
+            yield batch._replace(bad=bad)
+            bad = []
+
+    def eval_batches(self, ids: Ids, batch_size: int) -> Iterator[Batch]:
+        for batch in self.memory.eval_batches(ids, batch_size):
+            yield batch._replace(images=batch.images.to(self.device, non_blocking=True))
+
+
+def take_good_slots(batch: Batch, unreadable: dict[int, str]) -> tuple[Tensor, Ids]:
+    """Images and sample ids of a batch in which the next good slot takes the place of one that cannot be read.
+
+    A stand-in of another sample would come with a label that is not its own. Which slots are bad shows in the batch
+    itself, so the result does not depend on what was met before.
+    """
+    bad_B = np.isin(batch.sample_ids, list(unreadable)) if unreadable else np.zeros(len(batch.sample_ids), np.bool_)
+    if not bad_B.any():
+        return batch.images, batch.sample_ids
+    good = np.flatnonzero(~bad_B)
+    if not len(good):
+        raise UserError("none of the images of a whole batch can be read; maekit check-data names them")
+    places = np.arange(len(bad_B))
+    places[bad_B] = good[np.searchsorted(good, places[bad_B]) % len(good)]
+    return batch.images[torch.from_numpy(places).to(batch.images.device)], batch.sample_ids[places]

@@ -1,0 +1,274 @@
+"""What a classifier says of every image: path, class, probability, and the likeliest classes, in a file.
+
+    maekit predict runs/c10/finetune-cifar10 --data photos/ --out predictions.csv
+
+One row for each image, in the order of the data: `part`, `path`, `class`, `probability`, then `top` (the likeliest
+classes, best first) with their `probabilities`, `label` where the data have labels, and `error` (why an image cannot be
+read; it then has no class). In a .csv the likeliest classes are columns of their own.
+Cost: one forward pass for each image; memory does not grow with their number.
+
+Shapes: B batch, C channels, H x W pixels, K classes, T likeliest ones.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from rich.markup import escape
+from torch.utils.data import DataLoader
+
+from maekit.config import PredictConfig, UserError
+from maekit.data.centres import Centres, collate_centres
+from maekit.data.labelled import class_map
+from maekit.data.parts import Part
+from maekit.data.sources import Source, open_source
+from maekit.data.workers import WorkerStart, choose_workers
+from maekit.models.classifier import Classifier
+from maekit.models.encoder import use_fused_attention
+from maekit.runtime import choose_attention, choose_device, choose_precision
+from maekit.terminal import counting, make_console, make_table
+from maekit.training.scoring import wilson
+from maekit.weights.store import load_classifier
+
+SHOWN = 15
+"""Classes, at most, that the summary counts by name."""
+NAMED = 5
+"""Unreadable images that are named."""
+
+
+@dataclass
+class Summary:
+    """What is counted while rows are written."""
+
+    said: Counter[str] = field(default_factory=Counter)
+    """Images by the class that was said."""
+    labelled: Counter[str] = field(default_factory=Counter)
+    """Images with a label, by the part that they are of."""
+    right: Counter[str] = field(default_factory=Counter)
+    bad: list[str] = field(default_factory=list)
+    """Images that cannot be read, with their reasons."""
+
+
+def main(source: str, config: PredictConfig) -> int:
+    """Write the classes of all images, and print how many are of each.
+
+    Returns: 0, also where some images cannot be read.
+
+    Raises:
+        UserError: no classifier, data or flags that cannot be used, or none of the images can be read.
+    """
+    console = make_console()
+    if problems := config.problems():
+        raise UserError(*problems)
+    device = choose_device(config.device).value
+    precision = choose_precision(config.precision, device).value
+    model = load_classifier(source, config, device)
+    for line in model.key_report.remarks():
+        console.print(line, style="dim", markup=False)
+    use_fused_attention(model, choose_attention(device, precision).value)
+    data = open_source(
+        config.data, in_chans=model.config.in_chans, image_column=config.image_column, label_column=config.label_column
+    )
+    parts = choose_parts(data, config)
+    mapping, why_not = label_ids(parts, model, config, source)
+    top, summary = min(config.top, len(model.classes)), Summary()
+    with writer(Path(config.out), top, mapping is not None) as write:
+        for name, part in parts.items():
+            with counting(console, f"images of {name}") as progress:
+                for rows in predictions(model, name, part, mapping, top, precision, config, summary):
+                    write.rows(rows)
+                    progress(write.count, sum(len(one) for one in parts.values()))
+        if not summary.said:
+            raise UserError(f"--data {config.data}: none of the images can be read; the first: {summary.bad[0]}")
+    common = summary.said.most_common(SHOWN)
+    total = sum(summary.said.values())
+    table = [[escape(name), f"{count:,}", f"{100 * count / total:.1f}"] for name, count in common]
+    more = f", the {SHOWN} commonest of {len(summary.said)}" if len(summary.said) > SHOWN else ""
+    console.print(make_table(f"{total:,} images by class{more}", ["class", "images", "%"], table))
+    for line in summary.bad[:NAMED]:
+        console.print(f"[yellow]unreadable:[/yellow] {escape(line)}", soft_wrap=True)
+    if len(summary.bad) > NAMED:
+        console.print(f"[yellow]{len(summary.bad)} in all are unreadable:[/yellow] the column `error` says why")
+    for name, count in summary.labelled.items():
+        low, high = wilson(summary.right[name], count)
+        console.print(
+            f"accuracy by the data's own labels, {name}: {summary.right[name] / count:.2%} (95 % interval "
+            f"{100 * low:.2f} to {100 * high:.2f}, {count:,} images)"
+        )
+    if why_not:
+        console.print(f"accuracy: not measured, {escape(why_not)}", style="dim")
+    console.print(f"predictions: {escape(config.out)} ({write.count:,} rows)", soft_wrap=True)
+    return 0
+
+
+def choose_parts(data: Source, config: PredictConfig) -> dict[str, Part]:
+    """The wanted parts that are there, by name."""
+    parts = {"train": data.train, "val": data.val, "test": data.test}
+    there = {name: part for name, part in parts.items() if part is not None}
+    if config.part == "all":
+        return there
+    if config.part not in there:
+        raise UserError(
+            f"--part {config.part}: --data {config.data} has no such part; choose {', '.join(there)} or all"
+        )
+    return {config.part: there[config.part]}
+
+
+def label_ids(
+    parts: dict[str, Part], model: Classifier, config: PredictConfig, source: str
+) -> tuple[np.ndarray[Any, Any] | None, str]:
+    """The classifier's id of each class of the data; None, and why, where its classes are others or none."""
+    part = next(iter(parts.values()))
+    if part.labels is None or part.class_names is None:
+        return None, ""
+    try:
+        return class_map(part.class_names, model.classes, config.data, source), ""
+    except UserError as error:
+        return None, error.problems[0]
+
+
+Row = tuple[str, str, str | None, float | None, list[str], list[float], str | None, str | None]
+"""Part, path, class, probability, likeliest classes, their probabilities, label, error."""
+
+
+@torch.no_grad()
+def predictions(
+    model: Classifier,
+    name: str,
+    part: Part,
+    mapping: np.ndarray[Any, Any] | None,
+    top: int,
+    precision: str,
+    config: PredictConfig,
+    summary: Summary,
+) -> Iterator[list[Row]]:
+    """The rows of a part, a batch at a time, counted in the summary."""
+    device = model.mean.device
+    starts = range(0, len(part), config.batch_size)
+    loader: DataLoader[Any] = DataLoader(
+        Centres(part, model.config.size_hw),
+        batch_sampler=[list(range(start, min(start + config.batch_size, len(part)))) for start in starts],
+        num_workers=choose_workers(config.workers, 1).value,
+        collate_fn=collate_centres,
+        worker_init_fn=WorkerStart(os.getpid()),
+        pin_memory=device.type == "cuda",
+    )
+    names = part.class_names or []
+    for start, (images, reasons) in zip(starts, loader, strict=True):
+        shares_BT: list[list[float]] = [[]] * len(reasons)
+        ids_BT: list[list[int]] = [[]] * len(reasons)
+        if images is not None:
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                said = model.predict(model.normalize(images.to(device, non_blocking=True)))
+            best = said.probabilities.topk(top, dim=1)
+            shares_BT, ids_BT = best.values.tolist(), best.indices.tolist()
+        rows: list[Row] = []
+        for index, (shares, ids, reason) in enumerate(zip(shares_BT, ids_BT, reasons, strict=True), start):
+            label = int(part.labels[index]) if part.labels is not None and mapping is not None else -1
+            word, path = names[label] if label >= 0 else None, part.name(index)
+            if reason:
+                summary.bad.append(f"{path}: {reason}")
+                rows.append((name, path, None, None, [], [], word, reason))
+                continue
+            classes = [model.classes[k] for k in ids]
+            summary.said[classes[0]] += 1
+            if label >= 0 and mapping is not None:
+                summary.labelled[name] += 1
+                summary.right[name] += ids[0] == int(mapping[label])
+            rows.append((name, path, classes[0], shares[0], classes, shares, word, None))
+        yield rows
+
+
+class Writer(Protocol):
+    """A file that takes rows."""
+
+    count: int
+
+    def rows(self, rows: list[Row]) -> None:
+        """Write some."""
+
+
+class ParquetRows:
+    """Rows to a Parquet file, a row group for each call."""
+
+    def __init__(self, path: Path, top: int, labelled: bool) -> None:
+        fields = [("part", pa.string()), ("path", pa.string()), ("class", pa.string()), ("probability", pa.float32()),
+                  ("top", pa.list_(pa.string())), ("probabilities", pa.list_(pa.float32()))]  # fmt: skip
+        self.labelled, self.count = labelled, 0
+        fields += [("label", pa.string())] if labelled else []
+        self.schema = pa.schema([*fields, ("error", pa.string())])
+        self.file = pq.ParquetWriter(path, self.schema, compression="zstd")
+
+    def rows(self, rows: list[Row]) -> None:
+        self.count += len(rows)
+        columns = [list(column) for column in zip(*rows, strict=True)]
+        if not self.labelled:
+            del columns[6]
+        self.file.write_table(pa.table(columns, schema=self.schema))
+
+    def close(self) -> None:
+        """Write the footer."""
+        self.file.close()
+
+
+class CsvRows:
+    """Rows to a .csv file, UTF-8; the likeliest classes have columns of their own."""
+
+    def __init__(self, path: Path, top: int, labelled: bool) -> None:
+        self.top, self.labelled, self.count = top, labelled, 0
+        self.file = path.open("w", newline="", encoding="utf-8")
+        self.csv = csv.writer(self.file)
+        likeliest = [word for place in range(1, top + 1) for word in (f"class_{place}", f"probability_{place}")]
+        self.csv.writerow(
+            ["part", "path", "class", "probability", *likeliest, *(["label"] if labelled else []), "error"]
+        )
+
+    def rows(self, rows: list[Row]) -> None:
+        self.count += len(rows)
+        for part, path, said, share, classes, shares, label, error in rows:
+            likeliest = [x for pair in zip(classes, map(_short, shares), strict=True) for x in pair] or [
+                ""
+            ] * 2 * self.top
+            own = [label or ""] if self.labelled else []
+            self.csv.writerow([part, path, said or "", _short(share), *likeliest, *own, error or ""])
+
+    def close(self) -> None:
+        """Write what is left."""
+        self.file.close()
+
+
+def _short(share: float | None) -> str:
+    return "" if share is None else f"{share:.6g}"
+
+
+@contextmanager
+def writer(out: Path, top: int, labelled: bool) -> Iterator[Writer]:
+    """A file of rows, which appears whole when the block ends well, or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        rows = (CsvRows if out.suffix.lower() == ".csv" else ParquetRows)(temporary, top, labelled)
+        try:
+            yield rows
+        finally:
+            rows.close()
+        os.replace(temporary, out)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror or error})") from None
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,70 @@
+"""A classifier's score as it is written down and shown: card.json, and a table of its classes.
+
+Shapes: K classes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from maekit.runtime import environment
+from maekit.terminal import make_table
+from maekit.training.saving import write_whole
+from maekit.training.scoring import Score, worst_confusions
+
+CARD = "card.json"
+SHOWN = 10
+"""Classes, at most, that the table names; beyond, the worst of them. And confusions half as many."""
+
+
+def with_interval(found: Score) -> str:
+    """The accuracy in percent with its 95 % interval."""
+    low, high = found.interval
+    return f"{found.top1:.2%} (95 % interval {100 * low:.2f} to {100 * high:.2f}, {found.images:,} images)"
+
+
+def write_card(
+    folder: Path,
+    facts: dict[str, Any],
+    found: Score,
+    classes: tuple[str, ...],
+    what: str,
+    unreadable: int,
+    device: torch.device,
+) -> None:
+    """card.json: every number of the score."""
+    card = facts | {
+        "classes": list(classes), "test": what, "test_images": found.images, "unreadable": unreadable,
+        "top1": found.top1, "top1_interval_95": list(found.interval), "top5": found.top5, "loss": found.loss,
+        "most_frequent_class": max(found.class_images) / found.images,
+        "per_class": dict(zip(classes, found.per_class, strict=True)),
+        "class_images": dict(zip(classes, found.class_images, strict=True)),
+        "confusion": None if found.confusion_KK is None else found.confusion_KK.tolist(),
+        "environment": environment(device),
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / CARD, json.dumps(card, indent=2) + "\n")
+
+
+def print_score(console: Console, found: Score, classes: tuple[str, ...], title: str) -> None:
+    """Accuracy of each class, and the commonest confusions."""
+    order = [k for k in range(len(classes)) if found.per_class[k] is not None]
+    worst = len(order) > SHOWN
+    if worst:
+        order = sorted(order, key=lambda k: found.per_class[k] or 0.0)[:SHOWN]
+    rows = [
+        [escape(classes[k]), f"{found.class_images[k]:,}", f"{100 * (found.per_class[k] or 0.0):.1f}"] for k in order
+    ]
+    heading = escape(title) + (f"; the {SHOWN} worst of {len(classes)} classes" if worst else "")
+    console.print(f"[bold]{heading}[/bold]")  # a table's own title is folded to its width
+    console.print(make_table("", ["class", "images", "top-1 %"], rows))
+    pairs = [] if found.confusion_KK is None else worst_confusions(found.confusion_KK, SHOWN // 2)
+    if pairs:
+        said = ", ".join(f"{classes[a]} as {classes[b]} ({count:,})" for a, b, count in pairs)
+        console.print(f"taken for another: {said}", markup=False)

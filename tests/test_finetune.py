@@ -1,0 +1,356 @@
+"""Fine-tuning: what a batch is trained on, what a score says, and whole runs that stop, go on and are scored."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_classes as tiny
+import tiny_runs
+import torch
+from safetensors.torch import load_file
+from scipy.stats import binomtest
+from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, top_k_accuracy_score
+
+import maekit
+from maekit import cli
+from maekit.config import PRESETS, FinetuneConfig, UserError
+from maekit.data.labelled import split_labelled
+from maekit.data.parts import ArrayPart, Source
+from maekit.data.sources import open_source
+from maekit.models import encoder as encoders
+from maekit.models.classifier import Classifier
+from maekit.tasks import finetune
+from maekit.training.mixing import Mixing, soft_loss
+from maekit.training.scoring import Answers, score, wilson
+from maekit.weights.sources import read_passport
+
+PLAIN = "--mixup 0 --cutmix 0 --erase 0 --smoothing 0 --drop-path 0 --auto-augment none --crop none --no-flip".split()
+"""Nothing is random but the order."""
+
+
+def run(source: Path, out: Path, *more: str) -> int:
+    return cli.main(["finetune", str(source), *tiny.TRAINING, "--out", str(out), *more])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick() -> Any:
+    """Pictures take half a second and touch no number; models that are built to be asked for sizes are kept."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(finetune, "draw_training", lambda *_, **__: None)
+    patch.setattr(finetune, "draw_confusion", lambda *_, **__: None)
+    patch.setattr(encoders, "plain_vit", tiny_runs._plain_vit)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_encoder(tmp_path_factory.mktemp("source") / "run")
+
+
+HARD = (
+    "--steps 10 --eval-every 0.2 --ema 0.8 --accum 2 --clip-grad 1 --auto-augment rand-m9-mstd0.5-inc1 --erase 0.5"
+).split()
+"""With everything that is random or has a state of its own; 22 steps an epoch, so an evaluation every 4."""
+
+
+@pytest.fixture(scope="module")
+def alone(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody stopped."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    assert run(source, out, *HARD) == 0
+    return out
+
+
+# ---- what a batch is trained on ----
+
+
+def test_mixup_with_smoothing_is_a_hand_calculations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two images, two classes, blend 1/4, smoothing 0.1: labels (0.95, 0.05) and (0.05, 0.95) before the blend."""
+    monkeypatch.setattr(np.random, "beta", lambda *_, **__: 0.25)
+    mixing = Mixing(FinetuneConfig(mixup=0.8, cutmix=0.0, smoothing=0.1, erase=0.0), 2, torch.device("cpu"))
+    images = torch.tensor([8.0, 4.0]).reshape(2, 1, 1, 1).repeat(1, 1, 2, 2)
+    mixed, targets = mixing(images, torch.tensor([0, 1]))
+    assert mixed[:, 0, 0, 0].tolist() == [0.25 * 8 + 0.75 * 4, 0.25 * 4 + 0.75 * 8]
+    torch.testing.assert_close(targets, torch.tensor([[0.275, 0.725], [0.725, 0.275]]))
+    # Logits (0, ln 3) are the probabilities 1/4 and 3/4.
+    loss = soft_loss(torch.tensor([[0.0, np.log(3)], [0.0, np.log(3)]]), targets)
+    by_hand = -np.mean([0.275 * np.log(1 / 4) + 0.725 * np.log(3 / 4), 0.725 * np.log(1 / 4) + 0.275 * np.log(3 / 4)])
+    assert float(loss) == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_without_mixing_labels_are_only_smoothed() -> None:
+    mixing = Mixing(FinetuneConfig(mixup=0.0, cutmix=0.0, smoothing=0.1, erase=0.0), 5, torch.device("cpu"))
+    images, targets = mixing(torch.ones(1, 1, 2, 2), torch.tensor([3]))
+    assert images.eq(1).all()
+    torch.testing.assert_close(targets, torch.tensor([[0.02, 0.02, 0.02, 0.92, 0.02]]))
+
+
+# ---- what a score says ----
+
+
+def test_scores_are_scikit_learns() -> None:
+    random = np.random.default_rng(0)
+    logits, labels = random.normal(size=(200, 7)), random.integers(0, 6, 200)  # nobody is of class 6
+    own = logits[np.arange(200), labels]
+    shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    ahead = (logits >= own[:, None]).sum(axis=1) - 1
+    found = score(Answers(labels, logits.argmax(axis=1), ahead, -np.log(shares[np.arange(200), labels])), 7)
+    assert found.top1 == pytest.approx(accuracy_score(labels, logits.argmax(axis=1)))
+    assert found.top5 == pytest.approx(top_k_accuracy_score(labels, shares, k=5, labels=range(7)))
+    assert found.loss == pytest.approx(log_loss(labels, shares, labels=range(7)))
+    table = confusion_matrix(labels, logits.argmax(axis=1), labels=range(7))
+    assert np.array_equal(found.confusion_KK, table)
+    assert found.per_class[:6] == pytest.approx(list(table.diagonal()[:6] / table.sum(axis=1)[:6]))
+    assert (found.per_class[6], found.class_images[6], found.images) == (None, 0, 200)
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 9), (9, 9), (88, 100), (4500, 10_000)])
+def test_intervals_are_scipys(right: int, count: int) -> None:
+    expected = binomtest(right, count).proportion_ci(0.95, method="wilson")
+    assert wilson(right, count) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_the_best_epoch_has_the_most_right_answers_and_then_the_lowest_loss() -> None:
+    def of(right: int, loss: float) -> float:
+        return score(
+            Answers(
+                np.zeros(4, np.int64), np.zeros(4, np.int64), (np.arange(4) >= right).astype(np.int64), np.full(4, loss)
+            ),
+            2,
+        ).rank
+
+    ranks = [of(1, 0.1), of(2, 99.0), of(2, 5.0), of(2, 0.01), of(3, float("inf")), of(4, 3.0)]
+    assert ranks == sorted(set(ranks))
+    assert -1 <= of(0, float("nan")) < of(0, 100.0)
+
+
+# ---- whole runs ----
+
+
+def test_the_card_is_what_the_saved_classifier_says_of_the_test_split(alone: Path) -> None:
+    card = json.loads((alone / "card.json").read_text())
+    model, test = maekit.load(alone), open_source("digits", in_chans=1).test
+    assert isinstance(model, Classifier)
+    assert test is not None
+    assert test.labels is not None
+    images = torch.from_numpy(np.stack([test.read(index) for index in range(len(test))])).permute(0, 3, 1, 2)
+    said = model.predict(images)
+    right = (said.class_ids.numpy() == test.labels).mean()
+    assert (card["top1"], card["test_images"], card["test"]) == (pytest.approx(right), 359, "test split")
+    assert card["top5"] == pytest.approx(top_k_accuracy_score(test.labels, said.probabilities.numpy(), k=5))
+    assert np.array_equal(card["confusion"], confusion_matrix(test.labels, said.class_ids.numpy(), labels=range(10)))
+    assert list(card["per_class"]) == list(tiny.DIGITS)
+    assert card["training_images"] + card["heldout_images"] == 1438
+
+
+def test_the_scored_weights_are_those_of_the_best_held_out_score(alone: Path) -> None:
+    lines = [line for line in tiny_runs.metrics(alone) if line["kind"] == "heldout"]
+    assert [line["step"] for line in lines] == [4, 8, 10]
+    best = max(lines, key=lambda line: (line["top1"], -line["loss"]))
+    card, passport = json.loads((alone / "card.json").read_text()), read_passport(alone / "model.safetensors")
+    assert (card["weights"], card["step"], passport.steps) == ("best", best["step"], best["step"])
+    assert (passport.kind, passport.classes, passport.weights_license) == ("classifier", tiny.DIGITS, "cc0-1.0")
+    chosen, kept = (load_file(alone / name) for name in ("model.safetensors", "best.safetensors"))
+    assert tiny_runs.equal(chosen, kept)
+    if best["step"] == 10:  # the average, not the weights that are stepped
+        averaged = {name.removeprefix("ema/"): value for name, value in tiny_runs.tensors(alone, "optimizer").items()}
+        assert all(torch.equal(value, averaged[name]) for name, value in kept.items())
+
+
+@pytest.mark.parametrize("at", [1, 6])
+def test_a_stopped_run_goes_on_to_the_last_bit(
+    at: int, alone: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, steps = tmp_path / "run", [0]
+    real: Callable[..., None] = finetune.set_scaled_rate
+
+    def interrupt(*arguments: Any) -> None:
+        steps[0] += 1
+        if steps[0] == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        real(*arguments)
+
+    moved = Path(shutil.copytree(source, tmp_path / "source"))
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "set_scaled_rate", interrupt)
+        assert run(moved, out, *HARD, "--workers", "0") == 130
+    assert tiny_runs.state(out)["step"] in (at - 1, at)
+    shutil.rmtree(moved)  # a run goes on without its source
+    assert cli.main(["resume", str(out)]) == 0
+    tiny_runs.assert_same_run(alone, out)
+    for name in ("model.safetensors", "best.safetensors"):
+        assert tiny_runs.equal(load_file(alone / name), load_file(out / name))
+    one, other = (json.loads((folder / "card.json").read_text()) for folder in (alone, out))
+    assert all(one[key] == other[key] for key in ("top1", "loss", "confusion", "step"))
+
+
+def test_a_finished_run_is_not_scored_again_and_can_be_made_longer(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert run(source, out, *PLAIN, "--steps", "2", "--score", "last") == 0
+    before = (out / "card.json").stat().st_mtime_ns
+    assert cli.main(["resume", str(out)]) == 0
+    assert "the run is finished" in capsys.readouterr().out
+    assert (out / "card.json").stat().st_mtime_ns == before
+    assert cli.main(["resume", str(out), "--steps", "4"]) == 0
+    assert (json.loads((out / "card.json").read_text())["step"], tiny_runs.state(out)["step"]) == (4, 4)
+    assert read_passport(out / "model.safetensors").steps == 4
+
+
+def test_accumulation_changes_neither_length_nor_rates_nor_updates(source: Path, tmp_path: Path) -> None:
+    for accum in ("1", "4"):
+        assert run(source, tmp_path / accum, *PLAIN, "--steps", "3", "--accum", accum) == 0
+    lines = [tiny_runs.metrics(tmp_path / accum) for accum in ("1", "4")]
+    rates = [[line["lr"] for line in some if line["kind"] == "step"] for some in lines]
+    assert rates[0] == rates[1]
+    assert len(rates[0]) == 3
+    for kind in ("step", "heldout"):
+        losses = [[line["loss"] for line in some if line["kind"] == kind] for some in lines]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_two_processes_train_as_one(source: Path, tmp_path: Path) -> None:
+    assert run(source, tmp_path / "one", *PLAIN, "--steps", "3") == 0
+    children = tiny_runs.fork_ranks(lambda rank: run(source, tmp_path / "two", *PLAIN, "--steps", "3"), tmp_path)
+    assert tiny_runs.ends(children) == [0, 0], (tmp_path / "rank1.log").read_text()
+    one, two = (tiny_runs.tensors(tmp_path / name) for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
+    cards = [json.loads((tmp_path / name / "card.json").read_text()) for name in ("one", "two")]
+    assert cards[0]["test_images"] == cards[1]["test_images"] == 359
+    assert cards[0]["loss"] == pytest.approx(cards[1]["loss"], rel=1e-4)
+
+
+def test_eval_gives_the_cards_numbers_again(alone: Path, tmp_path: Path) -> None:
+    words = ["finetune", str(alone), "--data", "digits", "--eval", "--out", str(tmp_path), "--device", "cpu"]
+    assert cli.main([*words, "--precision", "fp32"]) == 0
+    one, again = (json.loads((folder / "card.json").read_text()) for folder in (alone, tmp_path))
+    assert all(one[key] == again[key] for key in ("top1", "top5", "confusion", "per_class", "classes"))
+
+
+def test_from_scratch_takes_the_architecture_alone(source: Path, tmp_path: Path) -> None:
+    for name, more in (("scratch", ["--from-scratch"]), ("tuned", [])):
+        assert run(source, tmp_path / name, *PLAIN, "--steps", "1", "--warmup-steps", "1", *more) == 0
+    # The warm-up's first step has the rate 0.
+    theirs = load_file(source / "model.safetensors")
+    for name, same in (("scratch", False), ("tuned", True)):
+        weights = tiny_runs.tensors(tmp_path / name)
+        assert (
+            torch.equal(weights["encoder.blocks.0.attn.qkv.weight"], theirs["encoder.blocks.0.attn.qkv.weight"]) is same
+        )
+    assert read_passport(tmp_path / "scratch" / "model.safetensors").origin == ""
+    assert read_passport(tmp_path / "tuned" / "model.safetensors").origin == str(source)
+
+
+# ---- what is refused ----
+
+
+def part(labels: list[int]) -> ArrayPart:
+    return ArrayPart(np.zeros((len(labels), 8, 8, 1), np.uint8), np.array(labels, np.int64), ["cat", "dog"], 1)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (Source("x", ArrayPart(np.zeros((40, 8, 8, 1), np.uint8), None, None, 1)), "has no labels"),
+        (Source("x", part([0, 1] * 20), test=part([-1] * 9)), "no image of its test split has a label"),
+        (Source("x", part([-1] * 40), test=part([0, 1])), "none of the training images has a label"),
+        (Source("x", part([1] * 40), test=part([0, 1])), r"are of one class \(dog\)"),
+    ],
+)
+def test_labels_that_cannot_be_learned_from_are_refused(source: Source, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        split_labelled(source, "x", 0.1)
+
+
+def test_splits_do_not_overlap_and_leave_unlabelled_images_out() -> None:
+    splits = split_labelled(Source("x", part([0, 1, 1, -1] * 100)), "x", 0.1, train_share=0.5)
+    assert splits.test is splits.train
+    ids = [set(some.tolist()) for some in (splits.train_ids, splits.heldout_ids, splits.test_ids)]
+    assert not (ids[0] & ids[1] or ids[0] & ids[2] or ids[1] & ids[2])
+    assert not any(index % 4 == 3 for some in ids for index in some)
+    whole = split_labelled(Source("x", part([0, 1, 1, -1] * 100)), "x", 0.1)
+    assert ids[0] < set(whole.train_ids.tolist())
+    assert len(ids[0]) == round(len(whole.train_ids) / 2)
+
+
+def test_a_run_that_is_refused_leaves_no_folder(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tiny.write_images(tmp_path / "data", {"cat": 30})
+    assert run(source, tmp_path / "run", "--data", str(data), "--batch-size", "4", "--steps", "2") == 2
+    assert "has no labels" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_labels_of_other_classes_are_refused(alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tiny.write_images(tmp_path / "data", {"cat": 30, "dog": 30})
+    assert cli.main(["finetune", str(alone), "--data", str(data), "--eval", "--out", str(tmp_path / "card")]) == 2
+    assert "labels of other classes (cat, dog)" in capsys.readouterr().err
+
+
+def test_problems_are_told_together_before_anything_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--data nowhere --mixup -1 --smoothing 1 --auto-augment rand-q3 --ema 2 --batch-size 9 --epochs 1 --steps 2"
+    assert cli.main(["finetune", str(tmp_path / "nothing"), *words.split()]) == 2
+    told = capsys.readouterr().err
+    for word in (
+        "--mixup -1",
+        "--smoothing 1",
+        "rand-q3",
+        "--ema 2",
+        "the 9 images",
+        "either as --epochs or as --steps",
+    ):
+        assert word in told, word
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda run: None, "no such run or file"),
+        (lambda run: run.mkdir(), "not a run: no model.safetensors"),
+        (lambda run: tiny.write_encoder(run), "--model vit_base_patch16_224: the passport"),
+    ],
+)
+def test_a_source_that_cannot_be_tuned_is_refused(
+    make: Callable[[Path], Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "run")
+    assert run(tmp_path / "run", tmp_path / "out", "--model", "vit_base_patch16_224") == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert run(source, out, *PLAIN, "--steps", "2") == 0
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"pool": "cls"}))
+    assert cli.main(["resume", str(out), "--steps", "3"]) == 2
+    told = capsys.readouterr().err
+    assert "encoder.norm.weight is missing" in told
+    assert "fc_norm.weight is unknown" in told
+
+
+def test_presets_follow_the_runs_images_and_flips(tmp_path: Path) -> None:
+    def write(img_size: list[int], flip: bool) -> str:
+        (tmp_path / "config.json").write_text(json.dumps({"data": "x", "img_size": img_size, "flip": flip}))
+        return str(tmp_path)
+
+    assert cli.finetune_defaults(write([32], False), []) == FinetuneConfig(**vars(PRESETS["small"]) | {"flip": False})
+    assert cli.finetune_defaults(write([224], True), []) == PRESETS["paper"]
+    assert cli.finetune_defaults(write([224], True), ["--preset", "light"]) == PRESETS["light"]
+    assert cli.finetune_defaults("timm:x", ["--preset=official", "--data"]) == PRESETS["official"]
+    with pytest.raises(UserError, match="did you mean small"):
+        cli.finetune_defaults("x", ["--preset", "smal"])
