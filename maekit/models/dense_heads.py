@@ -32,7 +32,9 @@ AUXILIARY_LEVEL = 2
 def conv_norm(width_in: int, width_out: int, kernel: int) -> nn.Sequential:
     """Convolution that keeps the grid, batch norm, ReLU."""
     return nn.Sequential(
-        nn.Conv2d(width_in, width_out, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(width_out), nn.ReLU()
+        nn.Conv2d(width_in, width_out, kernel, padding=kernel // 2, bias=False),
+        nn.BatchNorm2d(width_out),
+        nn.ReLU(inplace=True),
     )
 
 
