@@ -231,7 +231,7 @@ def finetune_defaults(source: str, words: list[str]) -> FinetuneConfig:
     if source and path.is_file() and not written_by(str(path.parent)):
         with contextlib.suppress(UserError):  # whatever is wrong there is told when the weights are read
             run = read(PretrainConfig, path)
-    name = preset_for(run.img_size) if run is not None and run.img_size else "paper"
+    name: str = preset_for(run.img_size) if run is not None and run.img_size else "paper"
     for word, following in zip(words, [*words[1:], ""], strict=False):
         if word.partition("=")[0] == "--preset":
             name = word.partition("=")[2] or following
