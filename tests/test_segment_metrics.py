@@ -153,6 +153,13 @@ def test_windows_are_averaged_where_they_overlap() -> None:
             torch.testing.assert_close(found[0, :, row, column], expected)
 
 
+def test_a_stride_beyond_the_window_leaves_no_pixel_out() -> None:
+    model: nn.Module = Toy()
+    normal = (image()[None].float() / 255 - 0.4) / 0.3
+    found = image_scores(model, normal, View(window=8, stride=20))  # type: ignore[arg-type]
+    assert torch.equal(found, image_scores(model, normal, View(window=8, stride=8)))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("length", "window", "stride"), [(100, 32, 20), (96, 32, 32), (33, 32, 32), (32, 32, 5), (8, 8, 1)]
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -37,7 +38,7 @@ from maekit.weights.store import random_model
 NAMES = ["ground", "disc", "bar"]
 TINY = (
     "--crop 16 --batch-size 4 --steps 6 --head-width 8 --eval-every 3 --log-every 1 --workers 0 --device cpu "
-    "--precision fp32 --overlays 1 --lr 0.001 --drop-path 0.2"
+    "--precision fp32 --overlays 1 --lr 0.001 --drop-path 0.2 --inference whole"
 ).split()
 
 
@@ -190,7 +191,16 @@ def test_accumulation_changes_neither_length_nor_images(
             yield batch
 
     monkeypatch.setattr(segmentation_job, "train_batches", batches)
+    counted: list[int] = []
+    known = segmentation_job.step_denominator
+
+    def denominator(job: Any, labels: Any) -> torch.Tensor:
+        counted.append(sum(len(part) for part in labels))
+        return known(job, labels)
+
+    monkeypatch.setattr(segment, "step_denominator", denominator)
     assert train(place, tmp_path / "run", "--accum", "2") == 0
+    assert counted == [4] * 6  # a step is divided by the pixels of all its parts
     order = SampleOrder(segmentation_prepare.split(10, 0.1)[0], 4, seed=0)
     assert [len(part) for part in parts] == [2] * 12
     assert [i for part in parts for i in part] == [i for step in range(6) for i in order.step_ids(step)[1]]
@@ -229,13 +239,18 @@ def test_random_init_has_other_weights_and_one_rate(place: Path) -> None:
     assert adapted(config, {"--random-init", "--layer-decay"}).layer_decay == 0.5
 
 
-def test_linear_head_does_not_move_the_encoder_and_its_best_weights_are_scored(place: Path, tmp_path: Path) -> None:
+def test_linear_head_does_not_move_the_encoder_and_its_best_weights_are_scored(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, scores = segmentation_job.score, [0.5, 0.4]  # on held-out images: the first are the best
+    monkeypatch.setattr(segmentation_job, "score", lambda matrix: dataclasses.replace(real(matrix), miou=scores.pop(0)))
     assert train(place, tmp_path / "linear", "--head", "linear", "--score", "best") == 0
     start, end = tensors_of(place / "mae.safetensors"), tensors(tmp_path / "linear")
     moved = [name for name, value in end.items()
              if name.startswith("encoder.blocks.") and not torch.equal(value, start[name])]  # fmt: skip
     assert not moved
     best, passport = load_segmenter(tmp_path / "linear" / "best.safetensors")
+    assert card(tmp_path / "linear")["best_step"] == passport.steps == 3  # other weights than the last ones
     assert (passport.head.kind, passport.head.width, passport.head.blocks) == ("linear", 0, (3,))
     total = np.zeros((3, 3), int)
     for image, truth in pairs_of(place):
@@ -341,6 +356,7 @@ def test_class_weights_have_mean_one() -> None:
         (["--crop", "18"], ["--crop 18: not a multiple of the patch of 4 px: take --crop 16"]),
         (["--batch-size", "3", "--accum", "2", "--lr", "-1"], ["--lr -1: must be above 0", "divisible by --accum 2"]),
         (["--blocks", "1", "2"], ["--blocks 1 2: --head upernet reads 4 blocks"]),
+        (["--inference", "slide", "--window", "8", "--stride", "9"], ["--stride 9: is larger than --window 8"]),
         (["--inference", "whole", "--window", "16"], ["--window and --stride belong to --inference slide"]),
         (["--void", "x", "--scales", "0"], ["--void x: give a pixel value", "--scales 0: give one or more numbers"]),
         (["--steps", "5", "--warmup-steps", "6"], ["--warmup-steps 6 is longer than the run (--steps 5)"]),

@@ -217,13 +217,77 @@ def test_fusing_by_1_x_1_commutes_with_resizing() -> None:
     torch.testing.assert_close(head._fused(levels), head.fuse(joined), rtol=1e-4, atol=1e-5)
 
 
-def test_top_down_sums_reach_the_finest_level() -> None:
-    """Each of the four maps moves the scores: no level is left out of the fusion."""
-    head = segmenter().head
-    head.eval()
-    maps = [torch.randn(1, 32, 4, 6, requires_grad=True) for _ in range(4)]
-    head(maps).square().mean().backward()
-    assert all(one.grad is not None and bool(one.grad.any()) for one in maps)
+def conv(value: Tensor, block: Any) -> Tensor:
+    """Convolution, batch norm in evaluation, ReLU, written out; a layer norm over all values where that is the norm."""
+    convolution, norm, _ = block
+    value = F.conv2d(value, convolution.weight, padding=convolution.kernel_size[0] // 2)
+    if isinstance(norm, nn.GroupNorm):
+        mean, variance = value.mean((1, 2, 3), keepdim=True), value.var((1, 2, 3), keepdim=True, unbiased=False)
+    else:
+        mean, variance = norm.running_mean[:, None, None], norm.running_var[:, None, None]
+    normal = (value - mean) / (variance + norm.eps).sqrt()
+    return (normal * norm.weight[:, None, None] + norm.bias[:, None, None]).clamp_min(0)
+
+
+def to(value: Tensor, other: Tensor) -> Tensor:
+    return F.interpolate(value, size=other.shape[2:], mode="bilinear", align_corners=False)
+
+
+def doubled(value: Tensor, up: Any) -> Tensor:
+    """A transposed convolution of 2 x 2 at stride 2: each place becomes four, by a product for each."""
+    out = torch.zeros(len(value), up.weight.shape[1], 2 * value.shape[2], 2 * value.shape[3])
+    for row in range(2):
+        for column in range(2):
+            out[:, :, row::2, column::2] = torch.einsum("bihw,io->bohw", value, up.weight[:, :, row, column])
+    return out + up.bias[:, None, None]
+
+
+def settle(head: nn.Module) -> Any:
+    """The head in evaluation mode, with norms that do something."""
+    for module in head.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None and module.running_var is not None
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2.0)
+    return head.eval()
+
+
+def test_upernet_by_hand() -> None:
+    """The whole head from its description: pyramid, pooling, sums from coarse to fine, smoothing, fusion, classes."""
+    head = settle(segmenter().head)
+    maps = [torch.randn(2, 32, 4, 6) for _ in range(4)]
+    first, norm, _, second = head.pyramid.four
+    raised = doubled(maps[0], first)
+    raised = (raised - norm.running_mean[:, None, None]) / (norm.running_var[:, None, None] + norm.eps).sqrt()
+    levels = [doubled(F.gelu(raised), second), doubled(maps[1], head.pyramid.two), maps[2]]
+    half = maps[3].view(2, 32, 2, 2, 3, 2).amax(dim=(3, 5))
+    pooled = [to(conv(F.adaptive_avg_pool2d(half, n), branch), half)
+              for n, branch in zip((1, 2, 3, 6), head.pooling.branches, strict=True)]  # fmt: skip
+    merged = [conv(level, lateral) for level, lateral in zip(levels, head.laterals, strict=True)]
+    merged.append(conv(torch.cat([half, *pooled], 1), head.pooling.bottleneck))
+    merged[2] = merged[2] + to(merged[3], merged[2])
+    merged[1] = merged[1] + to(merged[2], merged[1])
+    merged[0] = merged[0] + to(merged[1], merged[0])
+    smooth = [conv(level, block) for level, block in zip(merged[:3], head.smooth, strict=True)]
+    fused = conv(torch.cat([to(level, smooth[0]) for level in (*smooth, merged[3])], 1), head.fuse)
+    expected = F.conv2d(fused, head.classifier[1].weight, head.classifier[1].bias)
+    torch.testing.assert_close(head(maps), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_light_fpn_by_hand() -> None:
+    head = settle(segmenter("fpn").head)
+    last = torch.randn(2, 32, 4, 6)
+    first, norm, _, second = head.four
+    raised = doubled(last, first)
+    raised = (raised - norm.running_mean[:, None, None]) / (norm.running_var[:, None, None] + norm.eps).sqrt()
+    levels = [doubled(F.gelu(raised), second), doubled(last, head.two), last, last.view(2, 32, 2, 2, 3, 2).amax((3, 5))]
+    sides = [conv(level, lateral) for level, lateral in zip(levels, head.laterals, strict=True)]
+    top = sides[3]
+    for side in (sides[2], sides[1], sides[0]):
+        top = side + to(top, side)
+    fused = conv(top, head.smooth)
+    expected = F.conv2d(fused, head.classifier[1].weight, head.classifier[1].bias)
+    torch.testing.assert_close(head(last[None]), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("depth", "expected"), [(12, (3, 5, 7, 11)), (24, (7, 11, 15, 23)), (4, (0, 1, 2, 3))])

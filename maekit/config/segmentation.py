@@ -52,6 +52,8 @@ class ViewConfig:
         ]
         if not self.scales or not all(0 < scale <= 16 for scale in self.scales):
             found.append(f"--scales {spaced(self.scales)}: give one or more numbers above 0, at most 16")
+        if self.window is not None and self.stride is not None and self.stride > self.window > 0:
+            found.append(f"--stride {self.stride}: is larger than --window {self.window}, so pixels would be left out")
         if self.inference == "whole" and (self.window is not None or self.stride is not None):
             found.append("--window and --stride belong to --inference slide")
         return found
@@ -193,7 +195,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # For 367 images of 360 x 480 and a ViT-Tiny of 6 blocks, under 10 minutes on two CPU cores (RESULTS.md, CamVid).
     "small": {
         "head_width": 128, "fuse_kernel": 1, "crop": (192,), "batch_size": 8, "steps": 600, "warmup_steps": 60,
-        "layer_decay": 0.8, "drop_path": 0.1, "inference": "whole", "eval_every": 300, "overlays": 6,
+        "layer_decay": 0.8, "drop_path": 0.1, "inference": "slide", "eval_every": 300, "overlays": 6,
     },
     # arXiv 2111.06377, appendix A.3 and table 5 (48.1 mIoU), with what its reproduction in MMSegmentation (48.13) adds:
     # width 768, layer decay 0.65, learning rate 1e-4, 1500 steps of warm-up, windows of 512 px every 341.

@@ -35,7 +35,7 @@ class View:
     window: int | None = None
     """Side of a square window in pixels, rounded up to a multiple of the patch; None: the whole image."""
     stride: int | None = None
-    """Pixels from window to window; None: two thirds of the window."""
+    """Pixels from window to window, at most the window itself; None: two thirds of it."""
     short_side: int | None = None
     """Resize the image to this shorter side first; None: as it is."""
     scales: tuple[float, ...] = (1.0,)
@@ -75,7 +75,7 @@ def image_scores(model: Segmenter, normal_1CHW: Tensor, view: View) -> Tensor:
         return whole
     patch = model.patch_size
     window = math.ceil(view.window / patch) * patch
-    stride = view.stride or max(1, window * 2 // 3)
+    stride = min(view.stride or max(1, window * 2 // 3), window)
     sides = (min(window, padded.shape[2]), min(window, padded.shape[3]))
     corners = [
         (top, left)
