@@ -29,8 +29,8 @@ class ProbeConfig(SourceConfig):
     probes: tuple[Literal["lars", "few-labels", "attentive"], ...] | None = None
     """What is measured beside an L-BFGS probe and k-NN. lars: the paper's linear probe, seven learning rates side by
     side; few-labels: with 1 % and 10 % of the labels, three draws; attentive: learned queries over the last block's
-    tokens, which are read again (5 minutes an encoder for CIFAR-10 on 2 cores). Default: all three, attentive only where
-    its tokens take up to 256 MiB. Without a name after it, none."""
+    tokens, which are read again (5 minutes an encoder for CIFAR-10 on 2 cores). Default: all three, but attentive
+    only where its tokens take up to 256 MiB. Without a name after it, none."""
     protocol: Literal["cached", "paper"] = "cached"
     """paper: one more probe, the paper's own way: crops and mirroring anew in each of --lars-epochs epochs, on the
     last block. The encoder runs over the data so many times: meant for an accelerator."""

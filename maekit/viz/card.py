@@ -57,7 +57,7 @@ def figure_of(curves: Sequence[Curves], *, title: str, note: str) -> Figure:
         shade = _COLOURS[colour % len(_COLOURS)]
         for axes, name in ((left, "linear"), (right, "knn")):
             _draw(axes, one, name, shade)
-        dash = (0, (4, 2)) if one.floor else "dotted" if _flat(one) else "solid"
+        dash: Any = (0, (4, 2)) if one.floor else "dotted" if _flat(one) else "solid"
         handles.append(Line2D([], [], color=shade, linestyle=dash, label=_short(one.name)))
     left.set_title("Linear probe")
     right.set_title("k-NN")
