@@ -204,8 +204,11 @@ def resume(words: list[str]) -> int:
 
 def written_by(folder: str) -> str:
     """The task that a run's config.json names; empty where there is none to read, which the task itself will say."""
+    path = Path(folder) / "config.json"
     try:
-        with (Path(folder) / "config.json").open("rb") as file:
+        if not path.is_file():  # a pipe would block whoever opens it
+            return ""
+        with path.open("rb") as file:
             values = json.loads(file.read(MAX_BYTES))
     except (OSError, ValueError, RecursionError):
         return ""
