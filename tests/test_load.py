@@ -158,7 +158,7 @@ def test_a_folder_that_timm_would_read(name: str, changes: dict[str, Any], tmp_p
         tmp_path / "config.json",
         {"architecture": f"{name}.some_tag", "pretrained_cfg": cfg, "model_args": {"num_heads": 4, "embed_dim": 32}},
     )
-    mae = load(tmp_path, encoder_only=True)  # these models have a head too
+    mae = load(tmp_path)
     assert mae.key_report.layout == "timm"
     assert_close(mae.encode(IMAGES, pool="tokens"), timm_tokens(model, IMAGES))
     assert mae.passport.kind == "encoder"
@@ -339,7 +339,7 @@ def test_classifiers_and_linear_probes_give_their_encoder(tmp_path: Path) -> Non
     state = files.official_encoder()
     tuned = {key.replace("norm.", "fc_norm.", 1) if key.startswith("norm.") else key: v for key, v in state.items()}
     tuned |= {"head.weight": torch.zeros(10, files.D), "head.bias": torch.zeros(10)}
-    mae = load(files.save_pth(tuned, tmp_path / "a.pth"), **files.ENCODER_SAID | {"encoder_only": True})
+    mae = load(files.save_pth(tuned, tmp_path / "a.pth"), **files.ENCODER_SAID)
     assert torch.equal(mae.state_dict()["encoder.norm.weight"], state["norm.weight"])
     assert mae.key_report.unused == ["head.weight", "head.bias"]
     assert "fc_norm" in str(mae.key_report)
