@@ -204,8 +204,11 @@ def resume(words: list[str]) -> int:
 
 def written_by(folder: str) -> str:
     """The task that a run's config.json names; empty where there is none to read, which the task itself will say."""
+    path = Path(folder) / "config.json"
     try:
-        with (Path(folder) / "config.json").open("rb") as file:
+        if not path.is_file():  # a pipe would block whoever opens it
+            return ""
+        with path.open("rb") as file:
             values = json.loads(file.read(MAX_BYTES))
     except (OSError, ValueError, RecursionError):
         return ""
@@ -231,7 +234,7 @@ def finetune_defaults(source: str, words: list[str]) -> FinetuneConfig:
     if source and path.is_file() and not written_by(str(path.parent)):
         with contextlib.suppress(UserError):  # whatever is wrong there is told when the weights are read
             run = read(PretrainConfig, path)
-    name = preset_for(run.img_size) if run is not None and run.img_size else "paper"
+    name: str = preset_for(run.img_size) if run is not None and run.img_size else "paper"
     for word, following in zip(words, [*words[1:], ""], strict=False):
         if word.partition("=")[0] == "--preset":
             name = word.partition("=")[2] or following

@@ -146,6 +146,19 @@ def check_processes(expected: int | None, actual: int) -> None:
         )
 
 
+def check_batch(batch_size: int, accum: int, world: int) -> None:
+    """Refuse a batch that the processes and accumulation steps cannot share evenly.
+
+    Raises:
+        UserError: names the numbers.
+    """
+    if batch_size % (world * accum):
+        raise UserError(
+            f"--batch-size {batch_size} is not divisible by {world} processes x --accum {accum}: it "
+            "counts the images of one optimiser step over all of them"
+        )
+
+
 def _asked_of_launcher() -> int | None:
     """`--num_processes N` in the command line of the parent process, if that is accelerate's launcher."""
     try:

@@ -28,8 +28,8 @@ def test_a_shift_shows_a_mirrored_edge() -> None:
     whole = apply_to_batch(torch.from_numpy(IMAGES).permute(0, 3, 1, 2), crops, (8, 10))
     for index, (y, x) in enumerate(crops.offset + 3):
         padded = np.pad(IMAGES[index], ((3, 3), (3, 3), (0, 0)), mode="reflect")
-        expected = padded[y : y + 8, x : x + 10]
-        expected = torch.from_numpy((expected[:, ::-1] if crops.flip[index] else expected).copy()).permute(2, 0, 1)
+        cut = padded[y : y + 8, x : x + 10]
+        expected = torch.from_numpy((cut[:, ::-1] if crops.flip[index] else cut).copy()).permute(2, 0, 1)
         assert torch.equal(apply_to_image(IMAGES[index], crops, index, (8, 10)), expected)
         torch.testing.assert_close(whole[index], expected / 255, atol=1e-6, rtol=0)
 
@@ -60,7 +60,7 @@ def test_batches_do_not_depend_on_the_number_of_processes_nor_touch_the_generato
     augment = Augment("rand-m9-mstd0.5-inc1", 0.2, (8, 10), (0.5,) * 3, seed=0)
     shares = [(0, np.arange(20)), (1, np.arange(40, 64)), (1, np.array([3, 1, 2]))]
     random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002
-    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[union-attr, index]  # noqa: NPY002
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index]  # noqa: NPY002
     found = []
     for workers in (0, 2):
         pool, in_memory = open_augmented(part, config, CPU, Choice(workers, ""), augment)
@@ -68,7 +68,7 @@ def test_batches_do_not_depend_on_the_number_of_processes_nor_touch_the_generato
         found.append([batch.images for batch in pool.train_batches(iter(shares))])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert random.getstate() == before[0]
-    assert np.random.get_state()[1].tolist() == before[1]  # type: ignore[union-attr, index]  # noqa: NPY002
+    assert np.random.get_state()[1].tolist() == before[1]  # type: ignore[index]  # noqa: NPY002
     assert torch.equal(torch.get_rng_state(), before[2])
     plain = next(iter(open_augmented(part, config, CPU, Choice(0, ""), None)[0].eval_batches(np.arange(5), 5)))
     augmented = next(iter(open_augmented(part, config, CPU, Choice(0, ""), augment)[0].eval_batches(np.arange(5), 5)))
@@ -89,7 +89,7 @@ def test_images_that_the_libraries_cannot_change_are_refused() -> None:
         check_augmentable(ArrayPart(np.zeros((4, 8, 8, 5), np.uint8), None, None, 5), np.arange(4), "--auto-augment")
 
     class Deep(ArrayPart):
-        def read(self, index: int, look: object = None) -> np.ndarray:  # type: ignore[type-arg]
+        def read(self, index: int, look: object = None) -> np.ndarray:
             return np.zeros((8, 8, 3), np.float32)
 
     with pytest.raises(UserError, match="8 bits, and row 0 has more"):

@@ -72,7 +72,7 @@ def test_a_prediction_is_what_the_logits_say() -> None:
 
 def test_the_head_begins_without_an_opinion_and_the_encoder_as_it_was_trained() -> None:
     mae = MaskedAutoencoder(tiny_config(embed_dim=64), *RGB)
-    torch.nn.init.normal_(mae.encoder.norm.weight)
+    torch.nn.init.normal_(mae.get_parameter("encoder.norm.weight"))
     for pool, kept in (("mean", False), ("cls", True)):
         model = Classifier(dataclasses.replace(mae.config, drop_path=0.3), ["a"] * 500, *RGB, pool)  # type: ignore[arg-type]
         assert model.take_encoder(mae.encoder.state_dict()) == ([] if kept else ["norm.weight", "norm.bias"])
@@ -82,7 +82,9 @@ def test_the_head_begins_without_an_opinion_and_the_encoder_as_it_was_trained() 
         own, theirs = model.encoder.state_dict(), mae.encoder.state_dict()
         assert all(torch.equal(own[name], theirs[name]) for name in own)
         if not kept:
-            assert torch.equal(model.fc_norm.weight, torch.ones(64)), "the paper's norm after pooling starts anew"
+            assert torch.equal(model.get_parameter("fc_norm.weight"), torch.ones(64)), (
+                "the paper's norm after pooling starts anew"
+            )
         assert [round(block.drop_path1.drop_prob, 6) if hasattr(block.drop_path1, "drop_prob") else 0.0
                 for block in model.encoder.blocks] == [0.0, 0.3]  # fmt: skip
         assert model.encoder.pos_embed.requires_grad, "positions are trained in fine-tuning"
@@ -137,8 +139,8 @@ def test_a_file_comes_back_as_classifier_and_as_encoder(tmp_path: Path, pool: An
     assert {"head.weight", "head.bias"} <= set(encoder.key_report.unused), "nothing is left out in silence"
     own = model.encoder.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in encoder.encoder.state_dict().items() if name in own)
-    last = model.fc_norm if pool == "mean" else model.encoder.norm
-    assert torch.equal(encoder.encoder.norm.weight, last.weight)
+    last = model.get_parameter("fc_norm.weight" if pool == "mean" else "encoder.norm.weight")
+    assert torch.equal(encoder.get_parameter("encoder.norm.weight"), last)
     assert isinstance(maekit.load(tmp_path, encoder_only=True), MaskedAutoencoder)
 
 
@@ -186,8 +188,9 @@ def test_others_fine_tuned_files_are_classifiers_too(tmp_path: Path, pool: str, 
     other = timms(model, theirs)
     path = tmp_path / "tuned.pth"
     torch.save({"model": other.state_dict()}, path)
-    back = maekit.load(path, num_heads=4, mean=RGB[0], std=RGB[1])
-    assert isinstance(back, Classifier)
+    said = SourceConfig(num_heads=4, mean=RGB[0], std=RGB[1])
+    assert isinstance(load_as(path, said), MaskedAutoencoder)
+    back = load_classifier(str(path), said)
     images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
     torch.testing.assert_close(back(images), other(back.normalize(images)), rtol=1e-5, atol=1e-5)
     assert back.classes == ("class 0", "class 1", "class 2")

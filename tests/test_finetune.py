@@ -108,7 +108,7 @@ def test_scores_are_scikit_learns() -> None:
     assert found.top5 == pytest.approx(top_k_accuracy_score(labels, shares, k=5, labels=range(7)))
     assert found.loss == pytest.approx(log_loss(labels, shares, labels=range(7)))
     table = confusion_matrix(labels, logits.argmax(axis=1), labels=range(7))
-    assert np.array_equal(found.confusion_KK, table)
+    assert found.confusion_KK is not None and np.array_equal(found.confusion_KK, table)
     assert found.per_class[:6] == pytest.approx(list(table.diagonal()[:6] / table.sum(axis=1)[:6]))
     assert (found.per_class[6], found.class_images[6], found.images) == (None, 0, 200)
 

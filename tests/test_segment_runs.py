@@ -28,7 +28,7 @@ from maekit.data.pairs import PartCheck
 from maekit.models.segmentation import Scores, loss_denominator, pixel_loss
 from maekit.tasks import segment
 from maekit.terminal import make_console
-from maekit.training import segmentation_job, segmentation_prepare
+from maekit.training import segmentation_job, segmentation_metrics, segmentation_prepare
 from maekit.training.segmentation_inference import View, predict_classes
 from maekit.training.segmentation_job import scheduled_rate
 from maekit.training.supervised import write_weights
@@ -242,7 +242,7 @@ def test_random_init_has_other_weights_and_one_rate(place: Path) -> None:
 def test_linear_head_does_not_move_the_encoder_and_its_best_weights_are_scored(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, scores = segmentation_job.score, [0.5, 0.4]  # on held-out images: the first are the best
+    real, scores = segmentation_metrics.score, [0.5, 0.4]  # on held-out images: the first are the best
     monkeypatch.setattr(segmentation_job, "score", lambda matrix: dataclasses.replace(real(matrix), miou=scores.pop(0)))
     assert train(place, tmp_path / "linear", "--head", "linear", "--score", "best") == 0
     start, end = tensors_of(place / "mae.safetensors"), tensors(tmp_path / "linear")

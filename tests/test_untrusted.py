@@ -306,7 +306,7 @@ def test_strings_of_a_table_that_are_not_utf8() -> None:
 
 
 HOSTILE: dict[str, tuple[str, str, float]] = {
-    "weights flipped in the header": (WEIGHTS_FILE, "flip", 0.001),
+    "weights flipped in the header": (WEIGHTS_FILE, "flip", 0.0004),
     "weights cut": (WEIGHTS_FILE, "cut", 0.7),
     "weights are text": (WEIGHTS_FILE, "text", 0.0),
     "weights are a pipe": (WEIGHTS_FILE, "pipe", 0.0),

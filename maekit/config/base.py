@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 
 class UserError(ValueError):
@@ -41,3 +42,26 @@ def flag(field_name: str) -> str:
 def spaced(values: Sequence[float]) -> str:
     """Numbers as they are typed after a flag."""
     return " ".join(f"{value:g}" for value in values)
+
+
+class Durations(Protocol):
+    """A config whose length and warm-up are given in one of two units each."""
+
+    epochs: float | None
+    steps: int | None
+    warmup_epochs: float | None
+    warmup_steps: int | None
+
+
+def duration_problems(config: Durations) -> list[str]:
+    """What is wrong with a length and a warm-up: two units or none, or a warm-up longer than the run."""
+    found = []
+    if (config.epochs is None) == (config.steps is None):
+        found.append("give the length of the run either as --epochs or as --steps")
+    if config.warmup_epochs is not None and config.warmup_steps is not None:
+        found.append("give the warm-up either as --warmup-epochs or as --warmup-steps")
+    for unit in ("epochs", "steps"):
+        whole, warmup = getattr(config, unit), getattr(config, f"warmup_{unit}")
+        if whole is not None and warmup is not None and warmup > whole > 0:
+            found.append(f"--warmup-{unit} {warmup:g} is longer than the run (--{unit} {whole:g})")
+    return found

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from maekit.config.base import flag, spaced
+from maekit.config.base import duration_problems, flag, spaced
 from maekit.config.supervised import SupervisedConfig
 from maekit.config.weights import SourceConfig
 
@@ -160,7 +160,7 @@ class FinetuneConfig(SupervisedConfig):
             )
         if self.from_scratch and self.eval:
             found.append("--from-scratch and --eval: there is nothing to score in weights that are thrown away")
-        return found + self._duration_problems() + self._mixing_problems()
+        return found + duration_problems(self) + self._mixing_problems()
 
     @property
     def policy(self) -> str:
@@ -181,18 +181,6 @@ class FinetuneConfig(SupervisedConfig):
                 "a part, so it must be even (or --mixup 0 --cutmix 0)"
             ]
         return []
-
-    def _duration_problems(self) -> list[str]:
-        found = []
-        if (self.epochs is None) == (self.steps is None):
-            found.append("give the length of the run either as --epochs or as --steps")
-        if self.warmup_epochs is not None and self.warmup_steps is not None:
-            found.append("give the warm-up either as --warmup-epochs or as --warmup-steps")
-        for unit in ("epochs", "steps"):
-            whole, warmup = getattr(self, unit), getattr(self, f"warmup_{unit}")
-            if whole is not None and warmup is not None and warmup > whole > 0:
-                found.append(f"--warmup-{unit} {warmup:g} is longer than the run (--{unit} {whole:g})")
-        return found
 
 
 _SMALL: dict[str, Any] = {

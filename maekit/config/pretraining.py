@@ -7,7 +7,7 @@ from typing import Literal
 
 import tyro
 
-from maekit.config.base import flag, spaced
+from maekit.config.base import duration_problems, flag, spaced
 
 MAX_MASK_RATIO = 0.95
 """Above this share of hidden patches a ViT-B/16 sees fewer than ten patches of a 224 px image."""
@@ -229,7 +229,7 @@ class PretrainConfig(ModelConfig, DataConfig):
                          "pad")
             if (value := getattr(self, name)) is not None and not value >= 0
         ]  # fmt: skip
-        found += self._choice_problems() + self._duration_problems() + self._decoder_problems()
+        found += self._choice_problems() + duration_problems(self) + self._decoder_problems()
         if not self.data:
             found.append("--data is missing: a folder of images, a Parquet file, a text file of paths, or a known name")
         if not 0 <= self.mask_ratio <= MAX_MASK_RATIO:
@@ -261,18 +261,6 @@ class PretrainConfig(ModelConfig, DataConfig):
             found.append(f"--resize-to {self.resize_to} is smaller than --img-size {spaced(self.img_size)}")
         if self.crop == "pad-crop" and self.pad >= min(self.img_size, default=1) > 0:
             found.append(f"--pad {self.pad}: must be smaller than --img-size {spaced(self.img_size)}")
-        return found
-
-    def _duration_problems(self) -> list[str]:
-        found = []
-        if (self.epochs is None) == (self.steps is None):
-            found.append("give the length of the run either as --epochs or as --steps")
-        if self.warmup_epochs is not None and self.warmup_steps is not None:
-            found.append("give the warm-up either as --warmup-epochs or as --warmup-steps")
-        for unit in ("epochs", "steps"):
-            whole, warmup = getattr(self, unit), getattr(self, f"warmup_{unit}")
-            if whole is not None and warmup is not None and warmup > whole > 0:
-                found.append(f"--warmup-{unit} {warmup:g} is longer than the run (--{unit} {whole:g})")
         return found
 
     def _decoder_problems(self) -> list[str]:

@@ -73,7 +73,8 @@ class Classifier(nn.Module):
             raise UserError("--pool cls: this encoder has no class token; take --pool mean")
         assert resolved.patch_size is not None and resolved.embed_dim is not None
         self.encoder: Any = build_encoder(resolved)
-        self.encoder.pos_embed.requires_grad_(True)
+        positions: Any = self.encoder.pos_embed
+        positions.requires_grad_(True)
         self.config = dataclasses.replace(resolved, pos_embed="learned")
         self.classes = tuple(classes)
         self.pool: Pool = pool
@@ -114,7 +115,8 @@ class Classifier(nn.Module):
         """What the linear layer sees [B, D]: the pooled, normalised tokens."""
         tokens_BTD = self.encoder.forward_features(self._checked(images_BCHW))
         if self.pool == "cls":
-            return tokens_BTD[:, 0]  # the class token stands first, before any registers
+            first: Tensor = tokens_BTD[:, 0]
+            return first  # the class token stands first, before any registers
         pooled: Tensor = self.fc_norm(tokens_BTD[:, self.num_prefix :].mean(dim=1))
         return pooled
 

@@ -18,6 +18,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -277,7 +278,9 @@ def finish(job: FinetuneJob, first_step: int, seconds: float) -> None:
     print_score(run.console, found, model.classes, title)
     picture(run.console, run.out, found, model.classes, title)
     images = (run.position.step - first_step) * config.batch_size
-    heldout = next((r for r in reversed(run.metrics.read()) if r.get("kind") == "heldout" and r["step"] == step), {})
+    heldout: dict[str, Any] = next(
+        (r for r in reversed(run.metrics.read()) if r.get("kind") == "heldout" and r["step"] == step), {}
+    )
     done = {
         "images seen": f"{images:,} in {short_time(seconds)}",
         "weights": f"{run.out / WEIGHTS_FILE}: of epoch {epoch:.4g} ({which}"

@@ -22,19 +22,12 @@ from maekit.data.augment import Augment
 from maekit.data.labelled import Splits, check_augmentable, open_augmented, split_labelled
 from maekit.data.loader import Pool, Quarantine, SampleOrder
 from maekit.data.sources import Source, open_source
-from maekit.data.workers import choose_workers
 from maekit.models.classifier import Classifier
 from maekit.models.encoder import EPS, use_fused_attention
 from maekit.runtime import (
     Choice,
-    check_processes,
-    choose_attention,
-    choose_compile,
-    choose_device,
-    choose_precision,
     package_versions,
     seed_everything,
-    start_accelerator,
 )
 from maekit.stopping import StopRequest
 from maekit.terminal import counting
@@ -42,6 +35,7 @@ from maekit.training import checkpoint as checkpoints
 from maekit.training import supervised
 from maekit.training.mixing import Mixing
 from maekit.training.optim import duration_steps
+from maekit.training.prepare import open_machine
 from maekit.training.supervised import Position, SupervisedRun
 from maekit.weights.passport import HeadFacts, Passport
 from maekit.weights.sources import read_passport
@@ -102,7 +96,7 @@ def prepare(config: FinetuneConfig, out: Path, console: Console, stop: StopReque
     if problems := config.problems():
         raise UserError(*problems)
     supervised.claim(out, fresh=not resumed)
-    choices, accelerator = open_machine(config, out)
+    choices, accelerator = open_paired_machine(config, out)
     start = start_of_run(out) if resumed else load_start(config, console)
     model_config = start.passport.model
     source = open_source(
@@ -147,30 +141,15 @@ def prepare(config: FinetuneConfig, out: Path, console: Console, stop: StopReque
     return job
 
 
-def open_machine(config: FinetuneConfig, out: Path) -> tuple[dict[str, Choice[Any]], Accelerator]:
-    """What is chosen of this machine, each with its reason, and Accelerate's handle on the processes.
+def open_paired_machine(config: FinetuneConfig, out: Path) -> tuple[dict[str, Choice[Any]], Accelerator]:
+    """`open_machine`, where mixup and CutMix also need an even number of images on each process.
 
     Raises:
         UserError: another number of processes than was asked for, or a batch that they cannot share.
     """
-    device = choose_device(config.device)
-    precision = choose_precision(config.precision, device.value)
-    choices: dict[str, Choice[Any]] = {
-        "device": device,
-        "precision": precision,
-        "attention": choose_attention(device.value, precision.value),
-        "compile": choose_compile(config.compile, device.value),
-        "workers": choose_workers(config.workers, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
-    }
-    accelerator = start_accelerator(device.value, config.trackers, out)
+    choices, accelerator = open_machine(config, out)
     world = accelerator.num_processes
-    check_processes(config.processes, world)
-    part, rest = divmod(config.batch_size, world * config.accum)
-    if rest:
-        raise UserError(
-            f"--batch-size {config.batch_size} is not divisible by {world} processes x --accum {config.accum}: it "
-            "counts the images of one optimiser step over all of them"
-        )
+    part = config.batch_size // (world * config.accum)
     if config.mixes and part % 2:
         raise UserError(
             f"--batch-size {config.batch_size}: {world} processes x --accum {config.accum} take {part} images at a "

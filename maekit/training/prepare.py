@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 from accelerate import Accelerator
 from rich.console import Console
@@ -26,6 +26,7 @@ from maekit.models.encoder import use_fused_attention
 from maekit.models.mae import MaskedAutoencoder, model_problems
 from maekit.runtime import (
     Choice,
+    check_batch,
     check_processes,
     choose_attention,
     choose_compile,
@@ -107,7 +108,20 @@ def check(config: PretrainConfig, into_new: bool) -> Path:
     return out
 
 
-def choose_machine(config: PretrainConfig, local_processes: int) -> dict[str, Choice[Any]]:
+class MachineConfig(Protocol):
+    """A config that says how a run uses a machine."""
+
+    device: str
+    precision: Literal["auto", "fp32", "bf16"]
+    compile: Literal["auto", "off", "blocks", "whole", "graphs"]
+    workers: int | None
+    processes: int | None
+    batch_size: int
+    accum: int
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...]
+
+
+def choose_machine(config: MachineConfig, local_processes: int) -> dict[str, Choice[Any]]:
     """Device, precision, kernels and loader processes, each with its reason; so many trainers share the cores."""
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device.value)
@@ -120,17 +134,12 @@ def choose_machine(config: PretrainConfig, local_processes: int) -> dict[str, Ch
     }
 
 
-def open_machine(config: PretrainConfig, out: Path) -> tuple[dict[str, Choice[Any]], Accelerator]:
+def open_machine(config: MachineConfig, out: Path) -> tuple[dict[str, Choice[Any]], Accelerator]:
     """What was chosen of this machine, and Accelerate's handle on the processes of the run."""
     choices = choose_machine(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     accelerator = start_accelerator(choices["device"].value, config.trackers, out)
-    world = accelerator.num_processes
-    check_processes(config.processes, world)
-    if config.batch_size % (world * config.accum):
-        raise UserError(
-            f"--batch-size {config.batch_size} is not divisible by {world} processes x --accum {config.accum}: it "
-            "counts the images of one optimiser step over all of them"
-        )
+    check_processes(config.processes, accelerator.num_processes)
+    check_batch(config.batch_size, config.accum, accelerator.num_processes)
     return choices, accelerator
 
 

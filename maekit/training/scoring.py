@@ -63,7 +63,7 @@ def answer(
         loss = F.cross_entropy(logits, truth, reduction="none")
         some = Answers(*(one.cpu().numpy() for one in (truth, logits.argmax(dim=1), ahead, loss.double())))
         kept = ~np.isin(batch.sample_ids, list(pool.unreadable))
-        found.append(Answers(*(one[kept] for one in some)))
+        found.append(Answers(some.labels[kept], some.predicted[kept], some.ahead[kept], some.loss[kept]))
         done += len(batch.sample_ids)
         if on_progress is not None:
             on_progress(done, len(ids))

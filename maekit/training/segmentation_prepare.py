@@ -29,6 +29,7 @@ from maekit.models.segmentation import Segmenter
 from maekit.rng import Purpose
 from maekit.runtime import (
     Choice,
+    check_batch,
     check_processes,
     choose_attention,
     choose_device,
@@ -69,11 +70,7 @@ def prepare(config: SegmentConfig, resuming: bool, console: Console, stop: StopR
     accelerator = start_accelerator(choices["device"].value, config.trackers, out)
     world = accelerator.num_processes
     check_processes(config.processes, world)
-    if config.batch_size % (world * config.accum):
-        raise UserError(
-            f"--batch-size {config.batch_size} is not divisible by {world} processes x --accum {config.accum}: it "
-            "counts the images of one optimiser step over all of them"
-        )
+    check_batch(config.batch_size, config.accum, world)
     encoder, source = start_encoder(config, console) if fresh else continued_encoder(out)
     pairs, checks = open_data(config, source.model.in_chans, choices["workers"].value, console)
     train_ids, heldout_ids = split(len(pairs.train), config.heldout_share)

@@ -39,11 +39,11 @@ def part(passport: Passport, tensors: State, report: KeyReport) -> Material:
     return Material(alone, state, report, what, head=head, labelled=passport)
 
 
-def find_foreign(found: Material, tensors: State) -> None:
+def find_foreign(found: Material, tensors: State, said_pool: object = None) -> None:
     """Note the linear head of a file in timm's names, where it has one: such a file is a classifier too.
 
     It pools by the mean where a norm stands behind the pooling, and by the class token otherwise (timm's rule, and
-    that of the official code).
+    that of the official code). A config beside it that says another pooling is not ours to read: then it is an encoder.
     """
     weight, bias = tensors.get("head.weight"), tensors.get("head.bias")
     width = found.passport.model.embed_dim
@@ -53,6 +53,8 @@ def find_foreign(found: Material, tensors: State) -> None:
         return
     pool = "mean" if "fc_norm.weight" in tensors else "cls"
     if pool == "cls" and not found.passport.model.class_token:
+        return
+    if said_pool not in (None, {"mean": "avg", "cls": "token"}[pool]):
         return
     classes = foreign_classes(found.passport.data, len(bias))
     found.head = {"head.weight": weight.float(), "head.bias": bias.float()}

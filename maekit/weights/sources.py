@@ -67,7 +67,8 @@ def _from_path(path: Path, source: str, given: SourceConfig) -> Material:
     hints = _hints(folder) if folder and (folder / "config.json").is_file() else Hints()
     raw = read(file)
     found = identify(raw, source, file.name if folder is None else folder.name, given, hints)
-    heads.find_foreign(found, raw.tensors)
+    beside = read_json(folder / "config.json") if folder and (folder / "config.json").is_file() else {}
+    heads.find_foreign(found, raw.tensors, beside.get("global_pool"))
     return found
 
 

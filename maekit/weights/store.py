@@ -39,8 +39,8 @@ def load(
     std: tuple[float, ...] | None = None,
     grid: tuple[int, int] | None = None,
     encoder_only: bool = False,
-) -> MaskedAutoencoder | Classifier:
-    """A masked autoencoder from any source of weights, or a classifier from the weights of one.
+) -> Any:
+    """A `MaskedAutoencoder` from any source of weights; a `Classifier` from a run of maekit finetune, or its file.
 
     source: a run's folder, a maekit .safetensors file, a file or folder of any layout in `maekit.weights.layouts`,
         `timm:NAME`, `hub:OWNER/NAME`, or `random:MODEL`.
@@ -49,7 +49,8 @@ def load(
 
     The model is in evaluation mode; its passport is `model.passport`, and what became of each tensor is
     `model.key_report`. An encoder without a decoder gets an untrained one, and `passport.kind` is then "encoder"; so it
-    is with a classifier where `encoder_only` leaves its head out.
+    is with a classifier where `encoder_only` leaves its head out, and with the classifiers of other tools, whose heads
+    `load_classifier` reads.
 
     Raises:
         UserError: no such source, a file of another kind, something that must be said, or weights that do not fit.
@@ -73,7 +74,8 @@ def load_any(
     if text.startswith("random:"):
         return random_as(text.removeprefix("random:"), given).to(device)
     material = known_material(text, given)
-    if material.labelled is not None and material.labelled.kind == "classifier" and not given.encoder_only:
+    learned = material.labelled is not None and material.labelled.kind == "classifier"
+    if learned and material.report.layout == "maekit" and not given.encoder_only:
         return build_classifier(material).to(device)
     return build(material).to(device).eval()
 
