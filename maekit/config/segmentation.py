@@ -282,6 +282,8 @@ class SegmentScoreConfig(PairsConfig, ViewConfig):
     """Which weights of the run: the last ones, or the best on its held-out images."""
     out: str | None = None
     """File for the scores (JSON). Default: RUN/score.json."""
+    workers: int | None = None
+    """Processes that decode images. Default: chosen from the cores."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
