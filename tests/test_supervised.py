@@ -198,4 +198,6 @@ def test_all_problems_of_a_config_are_named_at_once() -> None:
 def test_weights_are_written_whole(tmp_path: Path) -> None:
     passport = Passport(model=tiny_config(), mean=(0.5,) * 3, std=(0.2,) * 3)
     write_weights(tmp_path / "w.safetensors", nn.Linear(2, 2), passport)
-    assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
+    (tmp_path / "plain").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "w.safetensors"]
+    assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode, "others may read it"

@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 from rich.markup import escape
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from maekit.config import SupervisedConfig, UserError
@@ -251,7 +251,7 @@ def write_weights(path: Path, model: nn.Module, passport: Passport) -> None:
     """Write weights with their passport; a reader sees the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-    save_file(tensors, temporary, passport.to_metadata())
+    temporary.write_bytes(save(tensors, passport.to_metadata()))  # save_file would let only the owner read it
     temporary.replace(path)
 
 
