@@ -169,7 +169,7 @@ def open_data(
         console.print(line, style="dim", markup=False)
     absent = [name for name, count in zip(pairs.class_names, checks["train"].class_pixels, strict=True) if not count]
     if absent:
-        console.print(f"[yellow]no training pixel has the class[/yellow] {escape(', '.join(absent[:12]))}")
+        console.print(f"[yellow]in no training pixel:[/yellow] {escape(', '.join(absent[:12]))}")
     return pairs, checks
 
 
