@@ -24,6 +24,20 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 @contextmanager
+def own_generators() -> Iterator[None]:
+    """Put the global generators of Python, NumPy and torch (CPU) back at the end of the block."""
+    import torch
+
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+        torch.set_rng_state(before[2])
+
+
+@contextmanager
 def sample_generators(seed: int, epoch: int, sample_id: int) -> Iterator[None]:
     """Inside the block the generators of torch, NumPy and Python belong to one sample; afterwards they go on as before.
 
@@ -31,16 +45,11 @@ def sample_generators(seed: int, epoch: int, sample_id: int) -> Iterator[None]:
     """
     import torch
 
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
-    try:
+    with own_generators():
         bits = int(random_bits(sample_id, 1, seed=seed, purpose=Purpose.AUGMENT, epoch=epoch)[0, 0])
         torch.default_generator.manual_seed(bits >> 1)  # the CPU's alone: stochastic depth may draw on a GPU
         _seed_others(bits)
         yield
-    finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        random.setstate(states[2])
 
 
 def _seed_others(bits: int) -> None:

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from maekit.config import PretrainConfig, UserError
-from maekit.data.augment import Augment, own_generators
+from maekit.data.augment import Augment
 from maekit.data.labelled import check_augmentable, open_augmented, take_good_slots
 from maekit.data.order import Batch
 from maekit.data.parts import ArrayPart
 from maekit.data.transforms import apply_to_batch, apply_to_image, random_crops
 from maekit.runtime import Choice
+from maekit.seeding import own_generators
 
 CPU = torch.device("cpu")
 IMAGES = np.random.default_rng(0).integers(0, 256, (64, 8, 10, 3), np.uint8)

@@ -23,7 +23,7 @@ from maekit import cli
 from maekit.config import UserError
 from maekit.config.segmentation import SegmentConfig, adapted, preset
 from maekit.data import pair_transforms
-from maekit.data.loader import SampleOrder
+from maekit.data.loader import SampleOrder, split_heldout
 from maekit.data.pairs import PartCheck
 from maekit.models.segmentation import Scores, loss_denominator, pixel_loss
 from maekit.tasks import segment
@@ -201,7 +201,7 @@ def test_accumulation_changes_neither_length_nor_images(
     monkeypatch.setattr(segment, "step_denominator", denominator)
     assert train(place, tmp_path / "run", "--accum", "2") == 0
     assert counted == [4] * 6  # a step is divided by the pixels of all its parts
-    order = SampleOrder(segmentation_prepare.split(10, 0.1)[0], 4, seed=0)
+    order = SampleOrder(split_heldout(10, 0.1, segmentation_prepare.MIN_HELDOUT)[0], 4, seed=0)
     assert [len(part) for part in parts] == [2] * 12
     assert [i for part in parts for i in part] == [i for step in range(6) for i in order.step_ids(step)[1]]
     rates = [[(line["step"], line["lr"]) for line in metrics(run) if line["kind"] == "step"]
@@ -361,7 +361,7 @@ def test_class_weights_have_mean_one() -> None:
         (["--void", "x", "--scales", "0"], ["--void x: give a pixel value", "--scales 0: give one or more numbers"]),
         (["--steps", "5", "--warmup-steps", "6"], ["--warmup-steps 6 is longer than the run (--steps 5)"]),
         (["--batch-size", "1", "--crop", "8"], ["with one image on a process, batch norm needs a larger crop"]),
-        (["--heldout-share", "0.99"], ["10 training images are too few"]),
+        (["--heldout-share", "0.99"], ["10 images are too few"]),
         (["--void", "255"], ["values that stand for no class: 3 ("]),
     ],
 )

@@ -10,8 +10,7 @@ Shapes: B batch, C channels, H x W pixels.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -86,15 +85,3 @@ class Augment:
 def _posterize(image: Any, bits: int, **_: Any) -> Any:
     """timm's, whose greatest magnitude keeps no bit at all, which Pillow 12 refuses and before made a black image."""
     return timm_posterize(image, max(1, bits))
-
-
-@contextmanager
-def own_generators() -> Iterator[None]:
-    """Put the global generators of Python, NumPy and torch (CPU) back at the end of the block."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])  # noqa: NPY002
-        torch.set_rng_state(before[2])

@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     bad: list[tuple[int, str]]
 
 
-def split_heldout(num: int, share: float) -> tuple[Ids, Ids]:
+def split_heldout(num: int, share: float, least: int = MIN_HELDOUT) -> tuple[Ids, Ids]:
     """Training and held-out sample ids, both ascending: held out are those with the lowest hash of their id.
 
     The hash ignores the run's seed, so every run on the same data holds out the same images.
@@ -40,7 +40,7 @@ def split_heldout(num: int, share: float) -> tuple[Ids, Ids]:
     Raises:
         UserError: too few images to hold any out.
     """
-    held = max(MIN_HELDOUT, round(share * num))
+    held = max(least, round(share * num))
     if num <= held:
         raise UserError(
             f"{num} images are too few: {held} are held out of training (--heldout-share), and some must be left"

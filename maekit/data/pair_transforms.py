@@ -28,7 +28,7 @@ from maekit.data.order import Ids
 from maekit.data.pair_parts import PairPart
 from maekit.data.pixels import BadImage, Pixels
 from maekit.data.workers import WorkerStart
-from maekit.rng import Purpose, random_bits
+from maekit.seeding import sample_generators
 
 _REPLACEMENTS = 100
 """How many following images are tried in the place of one that cannot be read."""
@@ -288,10 +288,8 @@ class _Augmented(Dataset[_Sample]):
             except BadImage as error:
                 bad.append((index, str(error)))
                 continue
-            bits = random_bits([slot], 1, seed=self.seed, purpose=Purpose.AUGMENT, epoch=epoch)
             # Without workers this is the process that trains: its generators must not notice.
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(int(bits[0, 0] >> np.uint64(1)))
+            with sample_generators(self.seed, epoch, slot):
                 image_CHW, labels_HW64 = augment(image_HWC, labels_HW, self.plan)
             return image_CHW, labels_HW64, slot, bad
         return None, None, slot, bad

@@ -83,3 +83,18 @@ def _refuse(columns: dict[str, str | None], shown: str) -> None:
     given = [flag for flag, value in columns.items() if value is not None]
     if given:
         raise UserError(f"{' and '.join(given)}: only for Parquet, which --data {shown} is not")
+
+
+def choose_parts(data: Source, part: str, spec: str) -> dict[str, Part]:
+    """One part of the data by name, or with "all" every part that is there; `spec` names the data in messages.
+
+    Raises:
+        UserError: no such part; lists those that are there.
+    """
+    parts = {"train": data.train, "val": data.val, "test": data.test}
+    there = {name: one for name, one in parts.items() if one is not None}
+    if part == "all":
+        return there
+    if part not in there:
+        raise UserError(f"--part {part}: --data {spec} has no such part; choose {', '.join(there)} or all")
+    return {part: there[part]}

@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from maekit.config import PretrainConfig, UserError
-from maekit.data.augment import Augment, own_generators
+from maekit.data.augment import Augment
 from maekit.data.images import BadImage
 from maekit.data.order import Batch, Ids, sides
 from maekit.data.parts import Part
 from maekit.data.pixels import Window
 from maekit.data.transforms import Crops, Draws, apply_to_window, centre_crops, draw_crops, place_crop, wanted
 from maekit.data.workers import WorkerStart
+from maekit.seeding import own_generators
 
 _REPLACEMENTS = 100
 """How many following images are tried at least in the place of one that cannot be read."""

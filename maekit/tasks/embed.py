@@ -37,7 +37,7 @@ from maekit.config import EmbedConfig, UserError
 from maekit.data.centres import Centres, collate_centres
 from maekit.data.features import Chunk, is_done, make_schema, merge, read_chunks, write_chunk
 from maekit.data.parts import Part
-from maekit.data.sources import Source, open_source
+from maekit.data.sources import Source, choose_parts, open_source
 from maekit.data.workers import WorkerStart, choose_workers
 from maekit.models.encoder import use_fused_attention
 from maekit.models.mae import MaskedAutoencoder
@@ -106,7 +106,7 @@ def main(source: str, config: EmbedConfig) -> int:
         image_column=config.image_column,
         label_column=config.label_column,
     )
-    parts = choose_parts(data, config)
+    parts = choose_parts(data, config.part, config.data)
     chunks = cut_chunks(parts, math.prod(encoder.shape))
     description = describe(source, data, parts, encoder)
     schema = make_schema(parts, math.prod(encoder.shape), description)
@@ -161,19 +161,6 @@ def cut(model: MaskedAutoencoder, config: EmbedConfig) -> MaskedAutoencoder:
         model.encoder.blocks = model.encoder.blocks[: config.block]
         model.encoder.norm = nn.Identity()
     return model
-
-
-def choose_parts(data: Source, config: EmbedConfig) -> dict[str, Part]:
-    """The wanted parts that are there, by name."""
-    parts = {"train": data.train, "val": data.val, "test": data.test}
-    there = {name: part for name, part in parts.items() if part is not None}
-    if config.part == "all":
-        return there
-    if config.part not in there:
-        raise UserError(
-            f"--part {config.part}: --data {config.data} has no such part; choose {', '.join(there)} or all"
-        )
-    return {config.part: there[config.part]}
 
 
 def cut_chunks(parts: dict[str, Part], values: int) -> list[Chunk]:

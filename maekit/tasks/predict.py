@@ -32,7 +32,7 @@ from maekit.config import PredictConfig, UserError
 from maekit.data.centres import Centres, collate_centres
 from maekit.data.labelled import class_map
 from maekit.data.parts import Part
-from maekit.data.sources import Source, open_source
+from maekit.data.sources import choose_parts, open_source
 from maekit.data.workers import WorkerStart, choose_workers
 from maekit.models.classifier import Classifier
 from maekit.models.encoder import use_fused_attention
@@ -80,7 +80,7 @@ def main(source: str, config: PredictConfig) -> int:
     data = open_source(
         config.data, in_chans=model.config.in_chans, image_column=config.image_column, label_column=config.label_column
     )
-    parts = choose_parts(data, config)
+    parts = choose_parts(data, config.part, config.data)
     mapping, why_not = label_ids(parts, model, config, source)
     top, summary = min(config.top, len(model.classes)), Summary()
     with writer(Path(config.out), top, mapping is not None) as write:
@@ -110,19 +110,6 @@ def main(source: str, config: PredictConfig) -> int:
         console.print(f"accuracy: not measured, {escape(why_not)}", style="dim")
     console.print(f"predictions: {escape(config.out)} ({write.count:,} rows)", soft_wrap=True)
     return 0
-
-
-def choose_parts(data: Source, config: PredictConfig) -> dict[str, Part]:
-    """The wanted parts that are there, by name."""
-    parts = {"train": data.train, "val": data.val, "test": data.test}
-    there = {name: part for name, part in parts.items() if part is not None}
-    if config.part == "all":
-        return there
-    if config.part not in there:
-        raise UserError(
-            f"--part {config.part}: --data {config.data} has no such part; choose {', '.join(there)} or all"
-        )
-    return {config.part: there[config.part]}
 
 
 def label_ids(

@@ -16,13 +16,14 @@ import numpy as np
 from maekit.config import UserError
 from maekit.config.segmentation import SegmentConfig, SegmentScoreConfig
 from maekit.configfile import read
+from maekit.data.loader import split_heldout
 from maekit.models.encoder import use_fused_attention
 from maekit.runtime import environment
 from maekit.terminal import counting, make_console, print_settings
 from maekit.training.saving import write_whole
 from maekit.training.segmentation_job import confusion_over
 from maekit.training.segmentation_metrics import score, score_table
-from maekit.training.segmentation_prepare import choose_machine, open_data, split, view_of
+from maekit.training.segmentation_prepare import MIN_HELDOUT, choose_machine, open_data, view_of
 from maekit.training.supervised import BEST_FILE
 from maekit.weights.segmenters import load_segmenter
 from maekit.weights.store import WEIGHTS_FILE
@@ -56,7 +57,7 @@ def main(source: str, config: SegmentScoreConfig) -> int:
     if config.part == "heldout":
         if pairs.train.fingerprint != passport.fingerprint:
             raise UserError("--part heldout: these are not the data of the run, which held out images of its own")
-        part, ids = pairs.train, split(len(pairs.train), run.heldout_share)[1]
+        part, ids = pairs.train, split_heldout(len(pairs.train), run.heldout_share, MIN_HELDOUT)[1]
     else:
         part = pairs.val or pairs.train
         if pairs.val is None and of_run:

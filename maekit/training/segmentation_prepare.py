@@ -19,14 +19,13 @@ from torch import Tensor, nn
 
 from maekit.config import SourceConfig, UserError
 from maekit.config.segmentation import PairsConfig, SegmentConfig, ViewConfig
-from maekit.data.loader import Ids, Quarantine, SampleOrder, lowest_hash
+from maekit.data.loader import Quarantine, SampleOrder, split_heldout
 from maekit.data.pair_transforms import AugmentPlan
 from maekit.data.pairs import Pairs, PartCheck, check_pairs, open_pairs
 from maekit.data.sources import short_name
 from maekit.data.workers import choose_workers
 from maekit.models.encoder import build_encoder, use_fused_attention
 from maekit.models.segmentation import Segmenter
-from maekit.rng import Purpose
 from maekit.runtime import (
     Choice,
     check_batch,
@@ -73,7 +72,7 @@ def prepare(config: SegmentConfig, resuming: bool, console: Console, stop: StopR
     check_batch(config.batch_size, config.accum, world)
     encoder, source = start_encoder(config, console) if fresh else continued_encoder(out)
     pairs, checks = open_data(config, source.model.in_chans, choices["workers"].value, console)
-    train_ids, heldout_ids = split(len(pairs.train), config.heldout_share)
+    train_ids, heldout_ids = split_heldout(len(pairs.train), config.heldout_share, MIN_HELDOUT)
     seed_everything(config.seed)
     model = Segmenter(encoder, config.head_config, len(pairs.class_names), source.mean, source.std)
     check_batch_norm(config, model.patch_size, config.batch_size // world // config.accum)
@@ -171,22 +170,6 @@ def open_data(
     if absent:
         console.print(f"[yellow]in no training pixel:[/yellow] {escape(', '.join(absent[:12]))}")
     return pairs, checks
-
-
-def split(num: int, share: float) -> tuple[Ids, Ids]:
-    """Training and held-out ids: held out are those with the lowest hash, the same in every run.
-
-    Raises:
-        UserError: too few images to hold any out.
-    """
-    held = max(MIN_HELDOUT, round(share * num))
-    if num <= held:
-        raise UserError(
-            f"--data: {num} training images are too few: {held} are held out of training, and some must be left"
-        )
-    ids = np.arange(num, dtype=np.int64)
-    chosen = lowest_hash(ids, held, Purpose.HELDOUT_SPLIT)
-    return np.setdiff1d(ids, chosen, assume_unique=True), chosen
 
 
 def check_batch_norm(config: SegmentConfig, patch: int, images: int) -> None:
