@@ -194,8 +194,8 @@ class SegmentConfig(PairsConfig, ViewConfig, SupervisedConfig):
 PRESETS: dict[str, dict[str, Any]] = {
     # For 367 images of 360 x 480 and a ViT-Tiny of 6 blocks, under 10 minutes on two CPU cores (RESULTS.md, CamVid).
     "small": {
-        "head_width": 128, "fuse_kernel": 1, "crop": (192,), "batch_size": 8, "steps": 600, "warmup_steps": 60,
-        "layer_decay": 0.8, "drop_path": 0.1, "inference": "whole", "eval_every": 300, "overlays": 6,
+        "head_width": 128, "fuse_kernel": 1, "crop": (192,), "batch_size": 8, "steps": 700, "warmup_steps": 70,
+        "layer_decay": 0.8, "drop_path": 0.1, "inference": "slide", "eval_every": 350, "overlays": 6,
         "class_weights": "sqrt",
     },
     # arXiv 2111.06377, appendix A.3 and table 5 (48.1 mIoU), with what its reproduction in MMSegmentation (48.13) adds:
