@@ -20,13 +20,13 @@ from sklearn.metrics import confusion_matrix, jaccard_score
 from tiny_runs import checkpoints, metrics, tensors
 
 from maekit import cli
-from maekit.config import UserError
+from maekit.config import InfoConfig, UserError
 from maekit.config.segmentation import SegmentConfig, adapted, preset
 from maekit.data import pair_transforms
 from maekit.data.loader import SampleOrder, split_heldout
 from maekit.data.pairs import PartCheck
 from maekit.models.segmentation import Scores, loss_denominator, pixel_loss
-from maekit.tasks import segment
+from maekit.tasks import info, segment
 from maekit.terminal import make_console
 from maekit.training import segmentation_job, segmentation_metrics, segmentation_prepare
 from maekit.training.segmentation_inference import View, predict_classes
@@ -170,6 +170,23 @@ def test_a_stopped_run_continues_exactly(place: Path, tmp_path: Path, monkeypatc
         assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_a_run_stopped_while_it_scores_ends_with_the_same_card(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return segmentation_job.measure(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(segment, "measure", interrupted)
+        assert train(place, tmp_path / "run") == 128 + signal.SIGINT
+    assert not (tmp_path / "run" / "card.json").exists()
+    assert cli.main(["resume", str(tmp_path / "run")]) == 0
+    for name in ("heldout", "score", "confusion", "best_step"):
+        assert card(tmp_path / "run")[name] == card(place / "run")[name] is not None
+    assert metrics(place / "run") == metrics(tmp_path / "run")
+
+
 def test_a_finished_run_is_not_trained_on(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (place / "run" / "card.json").read_bytes()
     assert cli.main(["resume", str(place / "run")]) == 0
@@ -283,6 +300,14 @@ def test_predictions_are_class_numbers_that_read_back(place: Path, tmp_path: Pat
         np.testing.assert_array_equal(np.asarray(picture), expected + 1)
         assert (tmp_path / "masks" / f"{name}-overlay.png").is_file()
     assert cli.main(command) == 2  # the folder is not empty now
+
+    moved = tmp_path / "moved.safetensors"  # the file alone is enough
+    moved.write_bytes((place / "run" / "model.safetensors").read_bytes())
+    assert cli.main(["segment", str(moved), "--predict", str(images), "--out", str(tmp_path / "more")]) == 0
+    assert (tmp_path / "more" / "a.png").read_bytes() == (tmp_path / "masks" / "a.png").read_bytes()
+    facts = info.collect(str(moved), InfoConfig())
+    assert facts["can"]["segment"] and not facts["can"]["classify"] and facts["classes"] == list(NAMES)
+    assert facts["next"] == f"maekit segment {moved} --predict IMAGES --out DIR"
 
 
 def test_unreadable_images_are_named_and_the_others_predicted(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from maekit.config import ModelConfig, UserError
-from maekit.models.encoder import EPS, build_encoder, resolve
+from maekit.models.encoder import EPS, build_encoder, check_images, resolve
 
 HEAD_STD = 2e-5
 """Deviation of the linear layer at the start: next to no opinion, so that the first gradients do not undo the encoder
@@ -169,10 +169,5 @@ class Classifier(nn.Module):
         self.encoder.set_grad_checkpointing(enable)
 
     def _checked(self, images_BCHW: Tensor) -> Tensor:
-        expected = (self.config.in_chans, *self.config.size_hw)
-        if images_BCHW.ndim != 4 or tuple(images_BCHW.shape[1:]) != expected:
-            raise UserError(
-                f"images of shape {list(images_BCHW.shape)}: this model takes [batch, {expected[0]}, {expected[1]}, "
-                f"{expected[2]}] (--in-chans, --img-size)"
-            )
+        check_images(images_BCHW, self.config)
         return self.normalize(images_BCHW) if images_BCHW.dtype == torch.uint8 else images_BCHW

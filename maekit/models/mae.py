@@ -30,6 +30,7 @@ from maekit.models.encoder import (
     EPS,
     TOKEN_STD,
     build_encoder,
+    check_images,
     init_linear,
     patch_weight,
     prefix_and_positions,
@@ -252,12 +253,7 @@ class MaskedAutoencoder(nn.Module):
         return tokens[:, self.num_prefix :].mean(dim=1)
 
     def _checked(self, images_BCHW: Tensor) -> Tensor:
-        expected = (self.config.in_chans, *self.config.size_hw)
-        if images_BCHW.ndim != 4 or tuple(images_BCHW.shape[1:]) != expected:
-            raise UserError(
-                f"images of shape {list(images_BCHW.shape)}: this model takes [batch, {expected[0]}, {expected[1]}, "
-                f"{expected[2]}] (--in-chans, --img-size)"
-            )
+        check_images(images_BCHW, self.config)
         return self.normalize(images_BCHW) if images_BCHW.dtype == torch.uint8 else images_BCHW
 
 

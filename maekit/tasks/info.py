@@ -76,6 +76,7 @@ def collect(source: str, config: InfoConfig) -> dict[str, Any]:
     has_decoder = passport.kind == "mae"
     can_reconstruct = has_decoder and not is_random
     classifies = labelled is not None and labelled.kind == "classifier"
+    segments = labelled is not None and labelled.kind == "segmenter"
     model = dataclasses.asdict(passport.model)
     model |= {"img_size": list(passport.model.size_hw)}
     cannot = [] if can_reconstruct else [f"reconstruct: it has no trained decoder; {decoder_hint(passport)}"]
@@ -90,14 +91,15 @@ def collect(source: str, config: InfoConfig) -> dict[str, Any]:
         "fingerprint": passport.fingerprint, "recipe": passport.recipe, "license": passport.weights_license,
         "origin": passport.origin, "versions": passport.versions,
         "classes": list(labelled.classes) if labelled else [],
-        "can": {"classify": classifies, "probe": True, "fine-tune": True, "start a pretraining": not is_random,
-                "reconstruct": can_reconstruct},
+        "can": {"classify": classifies, "segment": segments, "probe": True, "fine-tune": True,
+                "start a pretraining": not is_random, "reconstruct": can_reconstruct},
         "cannot": cannot, "needs": needs,
         "keys": {"loaded": len(report.loaded), "renamed": len(report.renamed), "resized": report.resized,
                  "missing": report.missing, "unused": report.unused, "notes": report.notes,
                  "summary": report.summary()},
         "next": (
             f"maekit predict {shown} --data FOLDER" if classifies
+            else f"maekit segment {shown} --predict IMAGES --out DIR" if segments
             else f"maekit reconstruct {shown} --image photo.jpg" if can_reconstruct
             else f"maekit probe {shown} --data FOLDER"
         ),

@@ -37,6 +37,7 @@ from maekit.training.segmentation_job import (
     SegmentJob,
     evaluate,
     measure,
+    measure_heldout,
     next_parts,
     open_batches,
     overlay_rows,
@@ -217,6 +218,9 @@ def finish(job: SegmentJob, seconds: float, first_step: int) -> bool:
     if (run.out / CARD_FILE).is_file() and first_step == config.steps:
         console.print(f"the run is finished: {run.out / CARD_FILE}; maekit segment {run.out} --eval scores it again")
         return True
+    if job.heldout is None and not measure_heldout(job):  # stopped after it was measured, and resumed
+        return False
+    assert job.heldout is not None
     part, ids, what = job.pairs.val, None, "validation"
     if part is None:
         console.print("the data have no validation part: the score is that of the held-out training images")
@@ -234,7 +238,7 @@ def finish(job: SegmentJob, seconds: float, first_step: int) -> bool:
         card = {
             "data": job.pairs.name, "fingerprint": job.pairs.train.fingerprint, "part": what,
             "weights": config.score, "best_step": run.position.best_step, "best_heldout_miou": run.position.best,
-            "heldout": None if job.heldout is None else job.heldout.to_json(job.pairs.class_names),
+            "heldout": job.heldout.to_json(job.pairs.class_names),
             "images": {"train": len(job.train_ids), "heldout": len(job.heldout_ids), what: len(part)},
             "unreadable": unreadable, "view": dataclasses.asdict(job.view),
             "score": result.to_json(job.pairs.class_names),

@@ -46,7 +46,9 @@ def main(source: str, config: SegmentPredictConfig) -> int:
         raise UserError(f"--out {out}: is not an empty folder; name another one")
     images = find_images(config.predict)
     choices = choose_machine(config)
-    file = Path(source) / (BEST_FILE if config.score == "best" else WEIGHTS_FILE)
+    file = Path(source)
+    if not file.is_file():
+        file /= BEST_FILE if config.score == "best" else WEIGHTS_FILE
     model, passport = load_segmenter(file, choices["device"].value)
     use_fused_attention(model, choices["attention"].value)
     run = Path(source) / "config.json"

@@ -175,13 +175,21 @@ def overlay_rows(job: SegmentJob, part: PairPart, count: int, ids: Ids | None = 
     return rows
 
 
-def evaluate(job: SegmentJob) -> bool:
-    """Score the held-out images, log the score, keep the best weights; False where a signal cut it short."""
-    run = job.run
+def measure_heldout(job: SegmentJob) -> bool:
+    """Score the held-out images with the weights as they are; False where a signal cut it short."""
     found = measure(job, job.pairs.train, job.heldout_ids)
     if found is None:
         return False
     job.heldout = score(found[0])
+    return True
+
+
+def evaluate(job: SegmentJob) -> bool:
+    """Score the held-out images, log the score, keep the best weights; False where a signal cut it short."""
+    run = job.run
+    if not measure_heldout(job):
+        return False
+    assert job.heldout is not None
     miou = 0.0 if math.isnan(job.heldout.miou) else job.heldout.miou
     run.log({"kind": "heldout", "miou": job.heldout.miou, "mean_accuracy": job.heldout.mean_accuracy,
              "pixel_accuracy": job.heldout.pixel_accuracy})  # fmt: skip
