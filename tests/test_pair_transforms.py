@@ -141,6 +141,23 @@ def test_colours_change_and_measurements_do_not() -> None:
     assert 14 <= changed <= 20  # all four changes are left out in 1 of 16 samples
 
 
+@pytest.mark.parametrize("value", [100, 100 / 255])
+def test_brightness_moves_by_a_sum_and_by_a_factor(value: float) -> None:
+    """A gray image knows neither saturation nor hue: 100 can become (100 +- 32) x 0.5 to 1.5, in either order."""
+    uint8 = isinstance(value, int)
+    image = np.full((4, 4, 3), value, np.uint8 if uint8 else np.float32)
+    plan = AugmentPlan((4, 4), scale=(1.0, 1.0), flip=0.0)
+    found = []
+    for seed in range(400):
+        torch.manual_seed(seed)
+        drawn = augment(image, np.zeros((4, 4), np.int16), plan)[0]
+        assert drawn.min() == drawn.max()
+        found.append(float(drawn[0, 0, 0]) * (1 if uint8 else 255))
+    moved, scaled = np.array(found), np.array(found) / 100
+    assert 18 <= moved.min() < 45 and 175 < moved.max() <= 198
+    assert 0.2 < np.mean((scaled < 0.68) | (scaled > 1.32)) < 0.6  # what no sum alone reaches
+
+
 def test_crops_that_one_class_fills_are_drawn_again() -> None:
     labels = np.zeros((40, 40), np.int16)
     labels[30:, 30:] = 1

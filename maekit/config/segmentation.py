@@ -130,7 +130,7 @@ class SegmentConfig(PairsConfig, ViewConfig, SupervisedConfig):
     flip: bool = True
     """Mirror half of the training images, with their annotations."""
     photometric: bool = True
-    """Change brightness, contrast, saturation and hue of training images at random."""
+    """Change brightness, saturation and hue of training images at random, as SSD does."""
     max_bad_share: float = 0.01
     """The run stops when more than this share of the images cannot be read."""
     class_weights: Literal["none", "sqrt"] = "none"

@@ -34,6 +34,8 @@ _REPLACEMENTS = 100
 """How many following images are tried in the place of one that cannot be read."""
 _DRAWS = 10
 """How often a crop is drawn at most in search of one that no class fills."""
+_MOVE = 32 / 255
+"""Largest change of brightness, as a share of the values' range."""
 _LONGEST = 4
 """Where the shorter side is given, the longer one is at most so many times as long (2048 for 512, as is usual)."""
 
@@ -54,7 +56,8 @@ class AugmentPlan:
     flip: float = 0.5
     """Share of the samples that are mirrored left to right."""
     photometric: bool = True
-    """Brightness, contrast, saturation and hue are changed, each in half of the samples: 3-channel images only."""
+    """Brightness (by a sum and by a factor), saturation and hue are changed, each in half of the samples: 3-channel
+    images only."""
     fill: tuple[float, ...] = (0.485, 0.456, 0.406)
     """What is laid around an image smaller than the crop, in 0..1 and for each channel: the mean that the model's
     normalisation subtracts, so that it is 0 afterwards. One value stands for all channels."""
@@ -120,16 +123,24 @@ def _has_colours(image_CHW: Tensor) -> bool:
 def _colours() -> Any:
     """Photometric distortion: each of four changes in half of the samples, in a random order.
 
-    Ranges as usual for segmentation since SSD (Liu et al. 2016, section 2.2): brightness by 32 of 255, contrast and
-    saturation by half, hue by 18 degrees. SSD's swapped channels are left out: an encoder knows its colours.
+    As is usual for segmentation since SSD (arXiv 1512.02325, section 2.2): all values moved by up to 32 of 255, all
+    multiplied by 0.5 to 1.5 (which SSD calls contrast; zero stays zero), saturation by half, hue by 18 degrees. SSD's
+    swapped channels are left out: an encoder knows its colours.
     """
     changes = (
-        v2.ColorJitter(brightness=32 / 255),
-        v2.ColorJitter(contrast=0.5),
+        v2.Lambda(_move_values),
+        v2.ColorJitter(brightness=0.5),
         v2.ColorJitter(saturation=0.5),
         v2.ColorJitter(hue=0.05),
     )
     return v2.RandomOrder([v2.RandomApply([change], p=0.5) for change in changes])
+
+
+def _move_values(image_CHW: Tensor) -> Tensor:
+    """All values moved by one random amount, up to 32 of 255, within their range."""
+    span = 255 if image_CHW.dtype == torch.uint8 else 1.0
+    moved = image_CHW + torch.empty(()).uniform_(-_MOVE, _MOVE) * span
+    return moved.clamp(0, span).to(image_CHW.dtype)
 
 
 def _padded(image_CHW: Tensor, plan: AugmentPlan) -> Tensor:
