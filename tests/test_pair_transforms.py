@@ -17,7 +17,7 @@ from torchvision.transforms import InterpolationMode
 from maekit.config import UserError
 from maekit.data import pair_transforms
 from maekit.data.annotations import VOID
-from maekit.data.pair_transforms import AugmentPlan, PairBatch, augment, pad_to_multiple, train_batches, whole_pairs
+from maekit.data.pair_transforms import AugmentPlan, PairBatch, augment, train_batches, whole_pairs
 from maekit.data.pairs import PairPart, open_pairs
 from maekit.rng import Purpose, random_bits
 
@@ -184,18 +184,6 @@ def test_short_side_is_that_of_scale_one() -> None:
     plan = AugmentPlan((20, 200), scale=(1.0, 1.0), short_side=20, flip=0.0, photometric=False)
     torch.manual_seed(0)
     assert augment(pair(labels), labels, plan)[1][0].tolist() == [0] * 40 + [VOID] * 160
-
-
-def test_padding_to_a_multiple() -> None:
-    image = torch.rand(3, 30, 33)
-    padded, size = pad_to_multiple(image, 16)
-    assert padded.shape == (3, 32, 48)
-    assert size == (30, 33)
-    assert torch.equal(padded[:, :30, :33], image)
-    assert not padded[:, 30:].any()
-    assert not padded[:, :, 33:].any()
-    whole = torch.rand(2, 3, 32, 48)
-    assert pad_to_multiple(whole, 16)[0] is whole
 
 
 # ---- the loader ----

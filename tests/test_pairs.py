@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -98,7 +99,7 @@ def test_ade20k_layout(tmp_path: Path, names: tuple[str, ...]) -> None:
     (tmp_path / "classes.txt").write_text("void\nsky\nroad\ncar\n")
     pairs = open_pairs(str(tmp_path))
     assert pairs.class_names == ["sky", "road", "car"]
-    assert not pairs.notes
+    assert len(pairs.notes) == (not names)  # images/a names no part
     assert (pairs.val is not None) == (len(names) == 2)
     for part, pair_part in zip(names or ("",), pairs.parts.values(), strict=True):
         assert [pair_part.name(i).removeprefix(f"images/{part}").strip("/") for i in (0, 1)] == ["a/c.d.jpg", "b.jpg"]
@@ -126,6 +127,28 @@ def test_patterns_with_parts_and_folders(tmp_path: Path) -> None:
     ]
     assert pairs.val is not None
     assert np.array_equal(pairs.val.read(0)[1], values["val/bonn/z"])
+
+
+def test_what_belongs_to_no_part_is_said(tmp_path: Path) -> None:
+    """Words of parts as tables have them; a pattern that reaches beyond the parts is refused, folders are noted."""
+    root = ade(tmp_path / "a", ("train", "valid", "extra"))
+    pairs = open_pairs(str(root))
+    assert set(pairs.parts) == {"train", "val"} and len(pairs.train) == 3
+    assert any("images/ has extra: left out" in note for note in pairs.notes)
+    patterns = {"image_pattern": "images/{}.jpg", "annotation_pattern": "annotations/{}.png"}
+    words = refusal(lambda: open_pairs(str(root), **patterns))
+    assert "images/train/" in words and "images/extra/" in words and "of no part" in words
+    shutil.rmtree(root / "images" / "extra")
+    assert set(open_pairs(str(root), **patterns).parts) == {"train", "val"}
+
+    flat = ade(tmp_path / "b", ("train2017", "val2017"))
+    pairs = open_pairs(str(flat))
+    assert len(pairs.train) == 6 and any("no part is called so" in note for note in pairs.notes)
+    picture(tmp_path / "c" / "train.jpg")  # a file, not a folder, of a part's name
+    picture(tmp_path / "c" / "other.jpg")
+    for name in ("train", "other"):
+        annotation(tmp_path / "c" / f"{name}.png")
+    assert len(open_pairs(str(tmp_path / "c"), image_pattern="{}.jpg", annotation_pattern="{}.png").train) == 2
 
 
 @pytest.mark.parametrize("exact", ["annotation", "image"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score, rec
 from torch import Tensor, nn
 
 from maekit.models.dense_heads import resized
-from maekit.models.segmentation import Scores
+from maekit.models.segmentation import Scores, Segmenter
 from maekit.training.segmentation_inference import View, image_scores, pad_to, predict_classes, window_starts
 from maekit.training.segmentation_metrics import Confusion, score, score_table
 
@@ -93,6 +94,7 @@ class Toy(nn.Module):
     """A segmenter whose scores are a 3 x 3 convolution of the image: it sees borders, so padding can be noticed."""
 
     patch_size = 8
+    normalize: Any = Segmenter.normalize
 
     def __init__(self, see: Callable[[Tensor], None] = lambda _: None) -> None:
         super().__init__()
@@ -128,7 +130,7 @@ def test_a_window_over_all_of_the_image_is_the_whole_image() -> None:
     normal = (image()[None].float() / 255 - 0.4) / 0.3
     whole = image_scores(model, normal, View())  # type: ignore[arg-type]
     for window in (32, 40, 400):
-        assert torch.equal(image_scores(model, normal, View(window=window)), whole)  # type: ignore[arg-type]
+        assert torch.equal(image_scores(model, normal, View(window=(window, window))), whole)  # type: ignore[arg-type]
 
 
 def test_windows_are_averaged_where_they_overlap() -> None:
@@ -145,7 +147,7 @@ def test_windows_are_averaged_where_they_overlap() -> None:
             for row in range(16):
                 for column in range(16):
                     values.setdefault((top + row, left + column), []).append(scores[:, row, column])
-    found = image_scores(model, normal, View(window=16, stride=8))  # type: ignore[arg-type]
+    found = image_scores(model, normal, View(window=(16, 16), stride=8))  # type: ignore[arg-type]
     assert found.shape == (1, 4, 19, 29)
     for row in range(19):
         for column in range(29):
@@ -153,11 +155,20 @@ def test_windows_are_averaged_where_they_overlap() -> None:
             torch.testing.assert_close(found[0, :, row, column], expected)
 
 
+def test_oblong_windows() -> None:
+    """Two windows of the full height and half the width, beside each other: each half by itself."""
+    model: Any = Toy()
+    normal = torch.randn(1, 3, 16, 32)
+    halves = [image_scores(model, half, View()) for half in normal.chunk(2, dim=3)]
+    found = image_scores(model, normal, View(window=(16, 16), stride=16))
+    assert torch.allclose(found, torch.cat(halves, dim=3), atol=1e-5)
+
+
 def test_a_stride_beyond_the_window_leaves_no_pixel_out() -> None:
     model: nn.Module = Toy()
     normal = (image()[None].float() / 255 - 0.4) / 0.3
-    found = image_scores(model, normal, View(window=8, stride=20))  # type: ignore[arg-type]
-    assert torch.equal(found, image_scores(model, normal, View(window=8, stride=8)))  # type: ignore[arg-type]
+    found = image_scores(model, normal, View(window=(8, 8), stride=20))  # type: ignore[arg-type]
+    assert torch.equal(found, image_scores(model, normal, View(window=(8, 8), stride=8)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,6 @@ from maekit.config import InfoConfig, UserError
 from maekit.config.segmentation import SegmentConfig, adapted, preset
 from maekit.data import pair_transforms
 from maekit.data.loader import SampleOrder, split_heldout
-from maekit.data.pairs import PartCheck
 from maekit.models.segmentation import Scores, loss_denominator, pixel_loss
 from maekit.tasks import info, segment
 from maekit.terminal import make_console
@@ -137,7 +138,7 @@ def test_the_card_is_what_scikit_learn_says_of_the_weights(place: Path) -> None:
     seen = sorted(set(y_true) | set(y_pred))
     assert found["score"]["miou"] == pytest.approx(jaccard_score(y_true, y_pred, labels=seen, average="macro"))
     assert found["score"]["pixels"] == 3 * 19 * 28
-    assert found["images"] == {"train": 6, "heldout": 4, "validation": 3} and found["part"] == "validation"
+    assert found["images"] == {"train": 6, "held-out": 4, "validation": 3} and found["part"] == "validation"
 
 
 def test_the_same_command_gives_the_same_weights_and_workers_change_nothing(place: Path, tmp_path: Path) -> None:
@@ -182,9 +183,29 @@ def test_a_run_stopped_while_it_scores_ends_with_the_same_card(
         assert train(place, tmp_path / "run") == 128 + signal.SIGINT
     assert not (tmp_path / "run" / "card.json").exists()
     assert cli.main(["resume", str(tmp_path / "run")]) == 0
-    for name in ("heldout", "score", "confusion", "best_step"):
+    for name in ("last_heldout", "score", "confusion", "best_step"):
         assert card(tmp_path / "run")[name] == card(place / "run")[name] is not None
     assert metrics(place / "run") == metrics(tmp_path / "run")
+
+
+def test_a_step_that_is_skipped_leaves_no_trace(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An infinite pixel in the fourth step: no weight moves, no running mean turns NaN, and the run can be resumed."""
+    real, seen = segmentation_job.next_parts, []
+
+    def parts(job: Any, batches: Any) -> Any:
+        found = real(job, batches)
+        seen.append({name: value.clone() for name, value in job.model.state_dict().items()})
+        if job.run.position.step == 3:
+            found[0][0][0, 0, 0, 0] = torch.inf
+        return found
+
+    monkeypatch.setattr(segment, "next_parts", parts)
+    assert train(place, tmp_path / "run", "--steps", "5") == 0
+    assert all(torch.equal(seen[3][name], seen[4][name]) for name in seen[3])
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-000005" / "state.json").read_text())
+    assert state["bad_steps"] == 1 and all(torch.isfinite(value).all() for value in tensors(tmp_path / "run").values())
+    losses = [line["loss"] for line in metrics(tmp_path / "run") if line["kind"] == "step"]
+    assert losses[3] is None and np.isfinite([loss for loss in losses if loss is not None]).all()
 
 
 def test_a_finished_run_is_not_trained_on(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -330,8 +351,28 @@ def test_eval_scores_again(place: Path, tmp_path: Path) -> None:
     assert cli.main([*command, *views, "--part", "heldout", "--out", str(tmp_path / "more.json")]) == 0
     found = card(tmp_path, "more.json")
     assert found["images"] == 4
-    assert found["view"] == {"window": 16, "stride": 8, "short_side": None, "scales": [0.8, 1.0], "flip": True}
+    assert found["view"] == {"window": [16, 16], "stride": 8, "short_side": None, "scales": [0.8, 1.0], "flip": True}
     assert found["confusion"] != card(place / "run")["confusion"]
+
+
+def test_eval_says_which_images_it_scores(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Other data without a validation part: all of it, read with the run's numbering; the run's own: refused."""
+    data = tmp_path / "data"
+    shutil.copytree(place / "data", data)
+    shutil.rmtree(data / "images" / "validation")
+    out = tmp_path / "own"
+    assert cli.main(["segment", str(place / "mae.safetensors"), "--data", str(data), *TINY, "--out", str(out)]) == 0
+    assert card(out)["images"] == {"train": 6, "held-out": 4} and card(out)["part"] == "held-out"
+    command = ["segment", str(out), "--eval", "--device", "cpu", "--out", str(tmp_path / "score.json")]
+    assert cli.main(command) == 2 and cli.main([*command, "--data", str(data)]) == 2
+    assert "take --part heldout" in capsys.readouterr().err
+    for kind in ("images", "annotations"):
+        (data / kind / "training" / "00.png").unlink()
+    assert cli.main([*command, "--data", str(data)]) == 0
+    found = card(tmp_path, "score.json")
+    assert (found["part"], found["images"]) == ("all", 9)
+    assert cli.main([*command, "--data", str(data), "--void", "none"]) == 2  # then 0 is a class without a name
+    assert cli.main([*command, "--workers", "-1"]) == 2
 
 
 # ---- schedule and presets ----
@@ -357,16 +398,21 @@ def test_presets_and_flags() -> None:
     share = small.warmup_steps / preset("small").steps
     assert adapted(small, {"--steps"}).warmup_steps == int(share * small.steps)
     assert max(small.crop_hw) <= 240 and small.head_width == 128
+    paper.inference = "whole"
+    assert adapted(paper, {"--inference"}).window is None and not paper.problems()
+    other = preset("ade20k")
+    other.data, other.window, other.head = "-", 256, "linear"
+    assert (adapted(other, {"--window", "--head"}).stride, other.lr) == (None, None) and not other.problems()
+    other.layer_decay, other.random_init = 0.5, True
+    assert adapted(other, {"--layer_decay"}).layer_decay == 0.5
     with pytest.raises(UserError, match="--preset huge: no such preset"):
         preset("huge")
 
 
 def test_class_weights_have_mean_one() -> None:
-    config, check = (
-        SegmentConfig(data="-", class_weights="sqrt"),
-        PartCheck(np.array([900, 100, 0]), np.ones(3, np.int64)),
-    )
-    weights = segmentation_prepare.class_weights(config, check, torch.device("cpu"))
+    config = SegmentConfig(data="-", class_weights="sqrt")
+    part: Any = SimpleNamespace(class_pixels=lambda ids: np.array([900, 100, 0]))
+    weights = segmentation_prepare.class_weights(config, part, np.arange(2), torch.device("cpu"))
     assert weights is not None
     assert float(weights[1] / weights[0]) == pytest.approx(3.0) and float(weights[2]) == 1.0
     assert float(0.9 * weights[0] + 0.1 * weights[1]) == pytest.approx(1.0)

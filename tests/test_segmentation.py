@@ -124,6 +124,22 @@ def test_dense_encoder_keeps_the_weights_and_adds_drop_path() -> None:
     assert [getattr(block.drop_path1, "drop_prob", 0.0) for block in encoder.blocks] == pytest.approx([0.0, 0.1, 0.2])
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3, 5])
+def test_short_encoders_feed_all_four_levels(depth: int) -> None:
+    encoder: Any = dense_encoder(random_model(tiny_config(depth=depth)), (16, 16), 0.0)
+    model = Segmenter(encoder, HeadConfig("upernet", 8), 3, (0.5,) * 3, (0.2,) * 3).eval()
+    assert len(model.block_ids) == 4 and model(images(16, 16)).main.shape[1:] == (3, 16, 16)
+
+
+def test_pixels_and_floats_are_normalised_alike() -> None:
+    model = segmenter().eval()
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    normal = model.normalize(pixels)
+    assert torch.allclose(model.normalize(pixels / 255), normal)
+    assert torch.allclose(normal, (pixels / 255 - model.mean) / model.std)
+    assert torch.equal(model(pixels).main, model(normal).main)
+
+
 # ---- heads ----
 
 

@@ -65,9 +65,10 @@ class PairsConfig:
 
     classes: str | None = None
     """File of class names, one a line. Default: classes.txt in the folder of the data, else the numbers themselves."""
-    void: str = "0"
+    void: str | None = None
     """The value of pixels that belong to no class, in annotations as they are on disk. 0: values 1, 2, ... are the
-    classes (ADE20K); 255: values 0, 1, ... are; none: every pixel has a class. Void counts in no loss and no score."""
+    classes (ADE20K); 255: values 0, 1, ... are; none: every pixel has a class. Void counts in no loss and no score.
+    Default: 0; with --eval what the run says, as for the flags below."""
     image_pattern: str | None = None
     """Pairs by pattern: images relative to the data's folder, {} standing for the name that both files share, such as
     leftImg8bit/{}_leftImg8bit.png."""
@@ -80,14 +81,16 @@ class PairsConfig:
 
     def pair_problems(self) -> list[str]:
         """What is wrong with these values, each naming the value, the rule and the flag."""
-        if self.void == "none" or (self.void.isascii() and self.void.isdigit() and int(self.void) <= 65_535):
+        if self.void is None or self.void == "none":
+            return []
+        if self.void.isascii() and self.void.isdigit() and int(self.void) <= 65_535:
             return []
         return [f"--void {self.void}: give a pixel value from 0 to 65535, or none"]
 
     @property
     def void_value(self) -> int | None:
         """The value on disk of pixels without a class."""
-        return None if self.void == "none" else int(self.void)
+        return None if self.void == "none" else int(self.void or 0)
 
 
 @dataclass(kw_only=True)
@@ -232,16 +235,23 @@ def preset_of(words: Sequence[str]) -> str:
 
 
 def adapted(config: SegmentConfig, given: Collection[str]) -> SegmentConfig:
-    """What the flags that were given mean for the preset's other values.
+    """What the flags that were given (as they were typed) mean for the preset's other values.
 
     A shorter run keeps the share of its warm-up. Random weights have no layers to be careful with, so without a word
     they are trained at one rate: a comparison must not handicap them.
     """
     base = PRESETS[config.preset]
-    if "--warmup-steps" not in given and config.steps < base["steps"]:
+    given = {flag(word.lstrip("-")) for word in given}
+    if config.inference == "whole" and not {"window", "stride"} & given:
+        config.window = config.stride = None
+    if "window" in given and "stride" not in given:
+        config.stride = None
+    if "warmup-steps" not in given and config.steps < base["steps"]:
         config.warmup_steps = int(base["warmup_steps"] / base["steps"] * config.steps)
-    if config.random_init and "--layer-decay" not in given:
+    if config.random_init and "layer-decay" not in given:
         config.layer_decay = 1.0
+    if config.head == "linear" and "lr" not in given:
+        config.lr = None  # a preset's is for all layers
     return config
 
 
@@ -288,3 +298,10 @@ class SegmentScoreConfig(PairsConfig, ViewConfig):
     """auto, cpu, cuda or mps."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the matrix products."""
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with these values by themselves."""
+        found = self.view_problems() + self.pair_problems()
+        if self.workers is not None and self.workers < 0:
+            found.append(f"--workers {self.workers}: must not be negative")
+        return found

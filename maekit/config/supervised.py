@@ -33,7 +33,7 @@ class SupervisedConfig(SourceConfig):
     accum: int = 1
     """Gradient accumulation: each process splits its share of a batch into this many parts; the length stays."""
     lr: float | None = None
-    """Peak learning rate of the head and the last block."""
+    """Peak learning rate of the head; --layer-decay says what the blocks below it have of it."""
     min_lr: float = 0.0
     """Learning rate at the end of the schedule."""
     weight_decay: float = 0.05

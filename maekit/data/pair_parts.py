@@ -7,8 +7,9 @@ Legend: H height, W width, C channels, K classes.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -19,6 +20,7 @@ import numpy.typing as npt
 from maekit.config import UserError
 from maekit.data.annotations import (
     HOW_TO_CONVERT,
+    VOID,
     ColourCoded,
     Labels2D,
     Numbering,
@@ -65,13 +67,25 @@ class PairPart:
         Raises:
             BadImage: one of the two cannot be read, their sizes differ, or a value stands for no class.
         """
-        assert self.numbering is not None, "class ids need a numbering"
         image_HWC = self.images.read(index)
         try:
-            labels_HW = self.numbering.ids(self._fitting(index, image_HWC.shape[:2]))
+            labels_HW = self.labels(index, image_HWC.shape[:2])
         except BadImage as error:
             raise BadImage(f"its annotation {self.annotation_name(index)}: {error}") from error
         return image_HWC, labels_HW
+
+    def labels(self, index: int, size_hw: tuple[int, ...]) -> Labels2D:
+        """The class ids of an image of this height and width; raises BadImage."""
+        assert self.numbering is not None, "class ids need a numbering"
+        return self.numbering.ids(self._fitting(index, size_hw))
+
+    def class_pixels(self, ids: Iterable[int]) -> Counts:
+        """[K] Pixels of each class in the annotations of these images, without what cannot be read."""
+        total = np.zeros(_classes(self) + 1, np.int64)
+        for index in map(int, ids):
+            with contextlib.suppress(BadImage):
+                total += count_ids(self.labels(index, self.size(index)), _classes(self))
+        return total[1:]
 
     def values(self, index: int) -> npt.NDArray[Any]:
         """The annotation's numbers as they are stored, uint8 or uint16 H W; raises BadImage."""
@@ -159,8 +173,6 @@ class PartCheck:
 
     class_pixels: Counts
     """[K] Pixels of each class."""
-    class_images: Counts
-    """[K] Images in which each class occurs."""
     void_pixels: int = 0
     checked: int = 0
     """Pairs that can be used."""
@@ -175,12 +187,11 @@ class PartCheck:
     @staticmethod
     def nothing(num_classes: int) -> PartCheck:
         """The start of a sum."""
-        return PartCheck(np.zeros(num_classes, np.int64), np.zeros(num_classes, np.int64))
+        return PartCheck(np.zeros(num_classes, np.int64))
 
     def add(self, other: PartCheck) -> None:
         """Count another chunk's pairs too."""
         self.class_pixels += other.class_pixels
-        self.class_images += other.class_images
         self.void_pixels += other.void_pixels
         self.checked += other.checked
         self.turned += other.turned
@@ -198,14 +209,19 @@ def check_parts(parts: dict[str, PairPart], workers: int, on_progress: Progress)
     return total
 
 
+def count_ids(labels_HW: Labels2D, num_classes: int) -> Counts:
+    """[1 + K] Pixels of void, then of each class."""
+    assert VOID == -1
+    return np.bincount(labels_HW.ravel().astype(np.int64) + 1, minlength=num_classes + 1)
+
+
 def _classes(part: PairPart) -> int:
     assert part.numbering is not None, "class ids need a numbering"
     return part.numbering.num_classes
 
 
 def _check(part: PairPart, _images: Any, chunk: range) -> PartCheck:
-    assert part.numbering is not None, "class ids need a numbering"
-    num = part.numbering.num_classes
+    num = _classes(part)
     found = PartCheck.nothing(num)
     for index in chunk:
         try:
@@ -215,15 +231,14 @@ def _check(part: PairPart, _images: Any, chunk: range) -> PartCheck:
             found.bad_images.append((index, str(error)))
             continue
         try:
-            labels_HW = part.numbering.ids(part._fitting(index, size_hw))
+            labels_HW = part.labels(index, size_hw)
         except BadImage as error:
             found.problems.append(f"{part.annotation_name(index)}: {error}")
             found.colour_coded |= isinstance(error, ColourCoded)
             continue
-        counts = np.bincount(labels_HW.ravel().astype(np.int64) + 1, minlength=num + 1)
+        counts = count_ids(labels_HW, num)
         found.void_pixels += int(counts[0])
         found.class_pixels += counts[1:]
-        found.class_images += counts[1:] > 0
         found.checked += 1
         found.turned += turned
     return found

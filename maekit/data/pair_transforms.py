@@ -89,8 +89,7 @@ def _draw_window(labels_1HW: Tensor, plan: AugmentPlan) -> tuple[tuple[int, int,
     shape_hw = labels_1HW.shape[1:]
     factor = float(torch.empty(1).uniform_(*plan.scale))
     if plan.short_side is not None:
-        short, long = min(shape_hw), max(shape_hw)
-        factor *= min(plan.short_side / short, _LONGEST * plan.short_side / long)
+        factor *= factor_to(plan.short_side, *shape_hw)
     size_hw, window_hw = [], []
     for side, crop in zip(shape_hw, plan.crop_hw, strict=True):
         scaled = max(1, round(side * factor))
@@ -98,6 +97,12 @@ def _draw_window(labels_1HW: Tensor, plan: AugmentPlan) -> tuple[tuple[int, int,
         window_hw.append(side if scaled <= crop else min(side, max(1, round(crop / factor))))
     top, left = _draw_corner(labels_1HW[0], window_hw, plan.max_class_share)
     return (top, left, window_hw[0], window_hw[1]), (size_hw[0], size_hw[1])
+
+
+def factor_to(short_side: int, height: int, width: int) -> float:
+    """What brings an image to a shorter side of so many pixels, and its longer one to four times that at most."""
+    short, long = min(height, width), max(height, width)
+    return min(short_side / short, _LONGEST * short_side / long)
 
 
 def _draw_corner(labels_HW: Tensor, window_hw: list[int], max_class_share: float) -> tuple[int, int]:
@@ -160,18 +165,6 @@ def _padded(image_CHW: Tensor, plan: AugmentPlan) -> Tensor:
 def _filled(labels_1HW: Tensor, size_hw: tuple[int, int], value: int) -> Tensor:
     height, width = labels_1HW.shape[1:]
     return nnf.pad(labels_1HW, (0, size_hw[1] - width, 0, size_hw[0] - height), value=value)
-
-
-def pad_to_multiple(image_CHW: Tensor, multiple: int, fill: float = 0.0) -> tuple[Tensor, tuple[int, int]]:
-    """An image [..., H, W] padded below and at the right to sides that are multiples, and the (H, W) to cut it back.
-
-    After normalisation the fill 0 is the mean colour.
-    """
-    height, width = image_CHW.shape[-2:]
-    more_h, more_w = -height % multiple, -width % multiple
-    if not more_h and not more_w:
-        return image_CHW, (height, width)
-    return nnf.pad(image_CHW, (0, more_w, 0, more_h), value=fill), (height, width)
 
 
 # ---- the loader ----

@@ -35,7 +35,7 @@ from maekit.data.folders import walk
 from maekit.data.images import IMAGE_SUFFIXES
 from maekit.data.pair_parts import PairPart, PartCheck, Progress, check_parts, complain, count_values
 from maekit.data.parquet import TablePart, by_part, described, find_files, holds_encoded, image_columns
-from maekit.data.parts import SPLITS, FilePart, is_folder, printable
+from maekit.data.parts import PART_WORDS, FilePart, is_folder, printable
 from maekit.data.pixels import BadImage
 from maekit.data.sources import short_name
 
@@ -168,7 +168,7 @@ def _below(root: str, name: str) -> bool:
 
 def _in_layout(root: str, shown: str, in_chans: int, notes: list[str]) -> dict[str, PairPart]:
     """Parts of a folder with images/ and annotations/."""
-    folders = {kind: _part_folders(root, shown, kind) for kind in ("images", "annotations")}
+    folders = {kind: _part_folders(root, shown, kind, notes) for kind in ("images", "annotations")}
     wanted: list[str] = [part for part in ("train", "val") if part in folders["images"]]
     if folders["images"] and "train" not in wanted:
         raise UserError(f"--data {shown}: images/ has {_listed(folders['images'])} but no training/")
@@ -192,20 +192,27 @@ def _listed(folders: dict[str, str]) -> str:
     return ", ".join(f"{printable(folder)}/" for folder in sorted(folders.values()))
 
 
-def _part_folders(root: str, shown: str, kind: str) -> dict[str, str]:
+def _part_folders(root: str, shown: str, kind: str, notes: list[str]) -> dict[str, str]:
     """Part -> its folder below images/ or annotations/; empty where none is named like a part."""
     found: dict[str, str] = {}
+    others: list[str] = []
     try:
         entries = sorted(os.scandir(os.path.join(root, kind)), key=lambda entry: entry.name)
     except OSError as error:
         raise UserError(f"--data {shown}: cannot read the folder {kind} ({error.strerror})") from None
     for entry in entries:
-        part = SPLITS.get(entry.name.lower())
-        if part is None or not is_folder(entry):
+        if not is_folder(entry) or entry.name.startswith("."):
+            continue
+        part = PART_WORDS.get(entry.name.lower())
+        if part is None:
+            others.append(printable(entry.name))
             continue
         if part in found:
             raise UserError(f"--data {shown}: {kind}/ has {found[part]}/ and {entry.name}/, both the {part} part")
         found[part] = entry.name
+    if others and kind == "images":
+        what = "left out, since no part is called so" if found else "no part is called so, so all is trained on"
+        notes.append(f"{kind}/ has {', '.join(others[:4])}{', ...' if len(others) > 4 else ''}: {what}")
     return found
 
 
@@ -275,11 +282,12 @@ def _by_pattern(
     images, annotations = found.values()
     # One pattern may match the other's files too, as {}.png does {}_mask.png's: they are the more exact one's.
     general, exact = (images, annotations) if len(image_pattern) <= len(annotation_pattern) else (annotations, images)
-    general.files = {n: path for n, path in general.files.items() if path not in set(exact.files.values())}
+    taken = set(exact.files.values())
+    general.files = {name: path for name, path in general.files.items() if path not in taken}
     for flag, listing in found.items():
         if not listing.files:
             raise UserError(f"{flag} {printable(listing.where)}: no file below {shown} matches it")
-    if _has_parts(images):
+    if _has_parts(images, shown):
         sides = {part: (_of_part(images, part), _of_part(annotations, part)) for part in ("train", "val")}
         return {
             part: _matched(root, shown, some, others, in_chans, notes)
@@ -310,17 +318,31 @@ def _list_pattern(root: str, flag: str, pattern: str, shown: str) -> _Listing:
     return _Listing(pattern, files)
 
 
-def _has_parts(listing: _Listing) -> bool:
-    """Whether every name begins with the folder of a part, and some with the training part's."""
-    firsts = {SPLITS.get(os.fsdecode(name.partition(b"/")[0]).lower()) for name in listing.files}
-    return None not in firsts and "train" in firsts
+def _has_parts(listing: _Listing, shown: str) -> bool:
+    """Whether names begin with the folders of parts.
+
+    Raises:
+        UserError: some begin with a part's folder, and others do not, so that what is to be trained on is not clear.
+    """
+    by_part: dict[str | None, bytes] = {_part_of(name): path for name, path in listing.files.items()}
+    if "train" not in by_part:
+        return False
+    if None in by_part:
+        raise UserError(
+            f"--data {shown}: {printable(listing.where)} finds {printable(by_part['train'])} of the training part, but "
+            f"{printable(by_part[None])} of no part (train, val, test): move it away, or write a narrower pattern"
+        )
+    return True
+
+
+def _part_of(name: bytes) -> str | None:
+    """The part whose folder a name begins with."""
+    folder, slash, _ = name.partition(b"/")
+    return PART_WORDS.get(os.fsdecode(folder).lower()) if slash else None
 
 
 def _of_part(listing: _Listing, part: str) -> _Listing:
-    def mine(name: bytes) -> bool:
-        return SPLITS.get(os.fsdecode(name.partition(b"/")[0]).lower()) == part
-
-    some = {name: path for name, path in listing.files.items() if mine(name)}
+    some = {name: path for name, path in listing.files.items() if _part_of(name) == part}
     return _Listing(f"{printable(listing.where)} ({part})", some)
 
 

@@ -22,11 +22,10 @@ import pyarrow.parquet as pq
 from maekit.config import UserError, did_you_mean
 from maekit.data.folders import holds_images
 from maekit.data.images import BadImage, decode, probe_size
-from maekit.data.parts import SPLITS, Labels, Source, evenly_spaced, is_folder, printable
+from maekit.data.parts import PART_WORDS, Labels, Source, evenly_spaced, is_folder, printable
 from maekit.data.pixels import Look, Pixels
 from maekit.data.rows import Rows, open_rows
 
-_FILE_SPLITS = {**SPLITS, "valid": "val", "dev": "val"}
 _LABEL_NAMES = ("label", "labels", "fine_label")
 _MAX_CLASSES = 1_000_000
 _FINGERPRINT_SAMPLES = 100
@@ -126,7 +125,7 @@ def find_files(folder: str, spec: str) -> list[str]:
         UserError: several configurations to choose from.
     """
     subfolders = sorted((e.name for e in os.scandir(folder) if is_folder(e) and e.name[:1] != "."), key=os.fsencode)
-    splits = [name for name in subfolders if name.lower() in _FILE_SPLITS]
+    splits = [name for name in subfolders if name.lower() in PART_WORDS]
     for places in ([""], ["data"] if "data" in subfolders else [], splits):
         found = [path for place in places for path in _in_folder(os.path.join(folder, place))]
         if found:
@@ -150,7 +149,7 @@ def _in_folder(folder: str) -> list[str]:
 
 def _has_parquet(folder: str) -> bool:
     try:
-        inside = [entry.path for entry in os.scandir(folder) if is_folder(entry) and entry.name.lower() in _FILE_SPLITS]
+        inside = [entry.path for entry in os.scandir(folder) if is_folder(entry) and entry.name.lower() in PART_WORDS]
         return any(_in_folder(place) for place in (folder, *inside))
     except OSError:
         return False
@@ -209,7 +208,7 @@ def by_part(files: list[str], spec: str) -> dict[str, list[str]]:
     for file in files:
         word = re.split(r"[-_.]", os.path.basename(file).lower())[0]
         folder = os.path.basename(os.path.dirname(file)).lower()
-        parts.setdefault(_FILE_SPLITS.get(word) or _FILE_SPLITS.get(folder) or "", []).append(file)
+        parts.setdefault(PART_WORDS.get(word) or PART_WORDS.get(folder) or "", []).append(file)
     unnamed = parts.pop("", [])
     if unnamed and parts:
         raise UserError(

@@ -25,6 +25,8 @@ Labels = npt.NDArray[np.int64]
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "validation": "val", "test": "test", "testing": "test"}
 """Lower-case folder or file name -> the part it stands for."""
+PART_WORDS = {**SPLITS, "valid": "val", "dev": "val"}
+"""The same where a name cannot be a class's, as in a table's files or beside annotations."""
 
 _FINGERPRINT_SAMPLES = 1000
 

@@ -116,8 +116,6 @@ class UperNet(nn.Module):
     With a kernel of 1 these are 1.3: it commutes with the resizing, so each level is mixed on its own grid.
     """
 
-    levels = 4
-
     def __init__(self, embed_dim: int, num_classes: int, width: int, fuse_kernel: int = 3) -> None:
         super().__init__()
         self.pyramid = FeaturePyramid(embed_dim)
@@ -162,8 +160,6 @@ class LightFPN(nn.Module):
     3 x 3 convolution on the finest level: about a fifth of UperNet's cost at the same width.
     """
 
-    levels = 1
-
     def __init__(self, embed_dim: int, num_classes: int, width: int) -> None:
         super().__init__()
         half, quarter = max(1, embed_dim // 2), max(1, embed_dim // 4)
@@ -192,8 +188,6 @@ class LightFPN(nn.Module):
 
 class LinearHead(nn.Module):
     """Batch norm without parameters, then a linear layer at each patch: how good are frozen features, densely?"""
-
-    levels = 1
 
     def __init__(self, embed_dim: int, num_classes: int) -> None:
         super().__init__()

@@ -220,6 +220,13 @@ def prefix_and_positions(encoder: Any) -> tuple[Tensor | None, Tensor]:
     return (prefix + encoder.pos_embed[:, :num_prefix] if num_prefix else prefix), positions
 
 
+def set_eps(module: nn.Module, eps: float) -> None:
+    """The epsilon of every LayerNorm inside, which no weights file of PyTorch carries."""
+    for part in module.modules():
+        if isinstance(part, nn.LayerNorm):
+            part.eps = eps
+
+
 def use_fused_attention(module: nn.Module, fused: bool) -> None:
     """Switch every attention layer between scaled_dot_product_attention and plain products with a softmax."""
     for layer in module.modules():

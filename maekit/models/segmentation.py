@@ -25,6 +25,9 @@ from maekit.config.segmentation import HeadConfig
 from maekit.models.dense_heads import AUXILIARY_LEVEL, AuxiliaryHead, LightFPN, LinearHead, UperNet, resized
 from maekit.models.encoder import run_block
 
+KEPT_GRIDS = 16
+"""Grids whose resized positions are kept; images of many sizes would fill the memory."""
+
 
 class Scores(NamedTuple):
     """Class scores [B, K, H, W], and those of the auxiliary head (None in evaluation, or where there is none)."""
@@ -88,6 +91,12 @@ class Segmenter(nn.Module):
             self.encoder.eval()
         return self
 
+    def normalize(self, images_BCHW: Tensor) -> Tensor:
+        """Pixels, uint8 in 0..255 or floats in 0..1, brought to the mean 0 and deviation 1 that the encoder expects."""
+        if images_BCHW.dtype == torch.uint8:
+            images_BCHW = images_BCHW.to(self.mean.dtype) / 255
+        return (images_BCHW - self.mean) / self.std
+
     def forward(self, images_BCHW: Tensor) -> Scores:
         """Scores for each pixel.
 
@@ -106,14 +115,14 @@ class Segmenter(nn.Module):
         """The outputs [B, D, h, w] of the head's blocks; the encoder's last norm belongs to its last block."""
         tokens, (rows, columns) = self._embed(images_BCHW)
         encoder: Any = self.encoder
-        maps = []
+        maps: dict[int, Tensor] = {}
         for index in range(self.block_ids[-1] + 1):
             tokens = run_block(encoder.blocks[index], tokens, checkpointed=encoder.grad_checkpointing)
             if index in self.block_ids:
                 out = encoder.norm(tokens) if index == len(encoder.blocks) - 1 else tokens
                 out_BhwD = out[:, encoder.num_prefix_tokens :].reshape(len(out), rows, columns, -1)
-                maps.append(out_BhwD.permute(0, 3, 1, 2))  # strides of channels_last: nothing is copied
-        return maps
+                maps[index] = out_BhwD.permute(0, 3, 1, 2)  # strides of channels_last: nothing is copied
+        return [maps[index] for index in self.block_ids]  # a short encoder's blocks may stand for two levels
 
     def _embed(self, images_BCHW: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """What enters the first block, [B, T + h*w, D], and the grid."""
@@ -123,7 +132,7 @@ class Segmenter(nn.Module):
         if height % patch or width % patch:
             raise UserError(f"images of {height} x {width} px: both sides must be multiples of the patch of {patch} px")
         if images_BCHW.dtype == torch.uint8:
-            images_BCHW = (images_BCHW.to(self.mean.dtype) / 255 - self.mean) / self.std
+            images_BCHW = self.normalize(images_BCHW)
         grid = (height // patch, width // patch)
         tokens = encoder.patch_embed.proj(images_BCHW).flatten(2).transpose(1, 2)
         tokens = encoder.patch_embed.norm(tokens)
@@ -150,6 +159,8 @@ class Segmenter(nn.Module):
         num_prefix = table.shape[1] - math.prod(own_grid)
         made: Tensor = resample_abs_pos_embed(table, list(grid_hw), list(own_grid), num_prefix_tokens=num_prefix)
         if not table.requires_grad:
+            if len(self._resized) == KEPT_GRIDS:
+                self._resized.clear()
             self._resized[grid_hw] = (mark, made)
         return made
 

@@ -18,7 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from rich.markup import escape
 
 from maekit.config import ResumeConfig, UserError
 from maekit.config.segmentation import SegmentConfig
@@ -31,8 +33,9 @@ from maekit.seeding import seed_step
 from maekit.stopping import StopRequest
 from maekit.terminal import counting, make_console, make_progress, print_settings
 from maekit.training import lock
-from maekit.training.guard import Guard, backward, guarded_update
+from maekit.training.guard import Guard, backward, guarded_update, put_back
 from maekit.training.saving import write_whole
+from maekit.training.segmentation_inference import describe_view
 from maekit.training.segmentation_job import (
     SegmentJob,
     evaluate,
@@ -132,6 +135,8 @@ def main(config: SegmentConfig, resuming: bool = False) -> int:
                     continue
                 seed_step(config.seed, step, accelerator.process_index)
                 denominator = step_denominator(job, [labels for _, labels in parts])
+                loss_of_step = torch.zeros_like(loss_sum)
+                before = [buffer.clone() for buffer in job.model.buffers()]
                 for number, (images, labels) in enumerate(parts, start=1):
                     # Earlier parts add up on their own process; the backward pass of the last one averages over all.
                     lonely = number < config.accum
@@ -140,8 +145,10 @@ def main(config: SegmentConfig, resuming: bool = False) -> int:
                             scores = step_model(images)
                         loss = pixel_loss(scores, labels, VOID, job.weights_K, denominator, config.aux_weight)
                         backward(loss)
-                    loss_sum += loss.detach()
-                guarded_update(job.model, run.optimizer, guard, step, config.clip_grad)
+                    loss_of_step += loss.detach()
+                skip = guarded_update(job.model, run.optimizer, guard, step, config.clip_grad)
+                put_back(job.model.buffers(), before, skip)  # batch norm's running statistics
+                loss_sum += torch.where(skip > 0, 0.0, loss_of_step)
                 position.step, position.loss_count = step + 1, position.loss_count + 1
         if not finish(job, time.monotonic() - began, first_step):
             console.print(f"stopped by {stop.name} while scoring: maekit resume {run.out}")
@@ -178,8 +185,7 @@ def describe(job: SegmentJob) -> dict[str, str]:
         "learning rate": f"{config.lr:g}, {config.warmup_steps:,} steps of warm-up, then {config.schedule} to "
         f"{config.min_lr:g}" + ("" if model.frozen else f"; x {config.layer_decay:g} from block to block downwards"),
         "length": f"{config.steps:,} steps = {config.steps / per_epoch:.3g} epochs",
-        "scored": f"{'whole images' if job.view.window is None else f'windows of {job.view.window} px'}, "
-        f"{config.score} weights",
+        "scored": f"{describe_view(job.view)}; {config.score} weights",
     }
 
 
@@ -221,15 +227,14 @@ def finish(job: SegmentJob, seconds: float, first_step: int) -> bool:
     if job.heldout is None and not measure_heldout(job):  # stopped after it was measured, and resumed
         return False
     assert job.heldout is not None
-    part, ids, what = job.pairs.val, None, "validation"
-    if part is None:
+    which, step = choose_weights(job)
+    if job.pairs.val is not None:
+        part, ids, what = job.pairs.val, np.arange(len(job.pairs.val)), "validation"
+    else:
         console.print("the data have no validation part: the score is that of the held-out training images")
         part, ids, what = job.pairs.train, job.heldout_ids, "held-out"
-    if config.score == "best" and (run.out / BEST_FILE).is_file():
-        best, _ = load_segmenter(run.out / BEST_FILE, run.accelerator.device)
-        job.model.load_state_dict(best.state_dict(), strict=False)  # the auxiliary head is not in it
     with counting(console, f"scoring {what} images") as progress:
-        found = measure(job, part, torch.arange(len(part)).numpy() if ids is None else ids, progress)
+        found = measure(job, part, ids, progress)
     if found is None:
         return False
     matrix_KK, unreadable = found
@@ -237,9 +242,9 @@ def finish(job: SegmentJob, seconds: float, first_step: int) -> bool:
     if run.accelerator.is_main_process:
         card = {
             "data": job.pairs.name, "fingerprint": job.pairs.train.fingerprint, "part": what,
-            "weights": config.score, "best_step": run.position.best_step, "best_heldout_miou": run.position.best,
-            "heldout": job.heldout.to_json(job.pairs.class_names),
-            "images": {"train": len(job.train_ids), "heldout": len(job.heldout_ids), what: len(part)},
+            "weights": which, "step": step, "best_step": run.position.best_step,
+            "best_heldout_miou": run.position.best, "last_heldout": job.heldout.to_json(job.pairs.class_names),
+            "images": {"train": len(job.train_ids), "held-out": len(job.heldout_ids), what: len(ids)},
             "unreadable": unreadable, "view": dataclasses.asdict(job.view),
             "score": result.to_json(job.pairs.class_names),
             "confusion": matrix_KK.tolist(), "seconds": seconds, "config": dataclasses.asdict(config),
@@ -248,7 +253,7 @@ def finish(job: SegmentJob, seconds: float, first_step: int) -> bool:
         write_whole(run.out / CARD_FILE, json.dumps(card, indent=1) + "\n")
         if config.overlays:
             draw_sheet(job, part, "overlays.png", f"{what} images, mIoU {100 * result.miou:.2f} %", ids)
-    title = f"{job.run.out.name}: {what} images, {config.score} weights"
+    title = f"{job.run.out.name}: {what} images, {which} weights"
     console.print(score_table(result, job.pairs.class_names, title))
     steps = run.position.step - first_step
     print_settings(console, "done", {
@@ -258,6 +263,20 @@ def finish(job: SegmentJob, seconds: float, first_step: int) -> bool:
         "next": f"maekit segment {run.out} --predict IMAGES --out DIR",
     })  # fmt: skip
     return True
+
+
+def choose_weights(job: SegmentJob) -> tuple[str, int]:
+    """Put the weights that --score names into the model; which they are, and the step after which they stood."""
+    run = job.run
+    if job.config.score == "best":
+        try:
+            best, passport = load_segmenter(run.out / BEST_FILE, run.accelerator.device)
+        except UserError as error:
+            run.console.print(f"[red]the last weights are scored:[/red] {escape(str(error))}")
+        else:
+            job.model.load_state_dict(best.state_dict(), strict=False)  # the auxiliary head is not in it
+            return "best", passport.steps
+    return "last", run.position.step
 
 
 @lock.letting_go

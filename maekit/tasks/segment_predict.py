@@ -22,7 +22,7 @@ from maekit.data.images import BadImage, decode
 from maekit.data.parts import printable
 from maekit.models.encoder import use_fused_attention
 from maekit.terminal import make_console, make_progress, print_settings
-from maekit.training.segmentation_inference import predict_classes
+from maekit.training.segmentation_inference import describe_view, predict_classes
 from maekit.training.segmentation_prepare import choose_machine, view_of
 from maekit.training.supervised import BEST_FILE
 from maekit.viz.overlays import OverlayRow, draw_overlays, save_index_png
@@ -51,8 +51,7 @@ def main(source: str, config: SegmentPredictConfig) -> int:
         file /= BEST_FILE if config.score == "best" else WEIGHTS_FILE
     model, passport = load_segmenter(file, choices["device"].value)
     use_fused_attention(model, choices["attention"].value)
-    run = Path(source) / "config.json"
-    view = view_of(config, passport.model.size_hw, read(SegmentConfig, run) if run.is_file() else None)
+    view = view_of(config, passport.model.size_hw, run_of(file, is_run=not Path(source).is_file()))
     device = model.mean.device
     names = list(passport.classes)
     unreadable = 0
@@ -78,11 +77,24 @@ def main(source: str, config: SegmentPredictConfig) -> int:
     if unreadable == len(images):
         raise UserError(f"--predict {' '.join(config.predict)}: none of {len(images)} images can be read")
     print_settings(console, "done", {
+        "seen": describe_view(view),
         "class maps": f"{len(images) - unreadable} in {out}: pixel values are 1 to {len(names)}",
         "classes": ", ".join(f"{number} {name}" for number, name in enumerate(names, start=1)),
         **({"unreadable": str(unreadable)} if unreadable else {}),
     })  # fmt: skip
     return 1 if unreadable else 0
+
+
+def run_of(file: Path, is_run: bool) -> SegmentConfig | None:
+    """The settings of the run in whose folder a file of weights lies; None where it lies anywhere else."""
+    settings = file.parent / "config.json"
+    if is_run:
+        return read(SegmentConfig, settings) if settings.is_file() else None
+    try:
+        found = read(SegmentConfig, settings)
+    except UserError:  # another task's, or none
+        return None
+    return found if found.task == "segment" else None
 
 
 def find_images(places: tuple[str, ...]) -> dict[str, str]:

@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from maekit.config import UserError
-from maekit.config.segmentation import SegmentConfig, SegmentScoreConfig
+from maekit.config.segmentation import PairsConfig, SegmentConfig, SegmentScoreConfig
 from maekit.configfile import read
 from maekit.data.loader import split_heldout
 from maekit.models.encoder import use_fused_attention
 from maekit.runtime import environment
 from maekit.terminal import counting, make_console, print_settings
 from maekit.training.saving import write_whole
+from maekit.training.segmentation_inference import describe_view
 from maekit.training.segmentation_job import confusion_over
 from maekit.training.segmentation_metrics import score, score_table
 from maekit.training.segmentation_prepare import MIN_HELDOUT, choose_machine, open_data, view_of
@@ -36,7 +37,7 @@ def main(source: str, config: SegmentScoreConfig) -> int:
         UserError: flags, a run or data that cannot be used.
     """
     console = make_console()
-    if problems := config.view_problems() + config.pair_problems():
+    if problems := config.problems():
         raise UserError(*problems)
     run_file = Path(source) / "config.json"
     if not run_file.is_file():
@@ -47,38 +48,38 @@ def main(source: str, config: SegmentScoreConfig) -> int:
     model, passport = load_segmenter(file, choices["device"].value)
     use_fused_attention(model, choices["attention"].value)
     workers = choices["workers"].value
-    of_run = config.data is None
-    pairs, _ = open_data(run if of_run else config, passport.model.in_chans, workers, console, config.data or run.data)
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(PairsConfig)}
+    asked = dataclasses.replace(run, **{name: value for name, value in fields.items() if value is not None})
+    pairs, _ = open_data(asked, passport.model.in_chans, workers, console, config.data or run.data)
+    of_run = pairs.train.fingerprint == passport.fingerprint
     if tuple(pairs.class_names) != passport.classes:
         raise UserError(
             f"--data {pairs.name}: has {len(pairs.class_names)} classes ({', '.join(pairs.class_names[:6])} ...), the "
             f"weights {len(passport.classes)} ({', '.join(passport.classes[:6])} ...): give --classes FILE of the same"
         )
     if config.part == "heldout":
-        if pairs.train.fingerprint != passport.fingerprint:
+        if not of_run:
             raise UserError("--part heldout: these are not the data of the run, which held out images of its own")
-        part, ids = pairs.train, split_heldout(len(pairs.train), run.heldout_share, MIN_HELDOUT)[1]
+        what, part = "held-out", pairs.train
+        ids = split_heldout(len(pairs.train), run.heldout_share, MIN_HELDOUT)[1]
+    elif pairs.val is not None:
+        what, part, ids = "validation", pairs.val, np.arange(len(pairs.val))
+    elif of_run:
+        raise UserError("--part validation: the data have no validation part; take --part heldout")
     else:
-        part = pairs.val or pairs.train
-        if pairs.val is None and of_run:
-            raise UserError("--part validation: the data have no validation part; take --part heldout")
-        ids = np.arange(len(part))
+        what, part, ids = "all", pairs.train, np.arange(len(pairs.train))
     view = view_of(config, passport.model.size_hw, run)
-    with counting(console, f"scoring {config.part} images") as progress:
+    with counting(console, f"scoring {what} images") as progress:
         matrix_KK, unreadable = confusion_over(model, part, ids, view, choices["precision"].value, workers, progress)
     result = score(matrix_KK)
     out = Path(config.out) if config.out else Path(source) / "score.json"
     card = {
-        "data": pairs.name, "part": config.part, "images": len(ids), "unreadable": unreadable, "weights": str(file),
+        "data": pairs.name, "part": what, "images": len(ids), "unreadable": unreadable, "weights": str(file),
         "view": dataclasses.asdict(view), "score": result.to_json(pairs.class_names), "confusion": matrix_KK.tolist(),
         "environment": environment(choices["device"].value),
     }  # fmt: skip
     write_whole(out, json.dumps(card, indent=1) + "\n")
-    title = f"{Path(source).name}: {config.part} images, {config.score} weights"
+    title = f"{Path(source).name}: {what} images, {config.score} weights"
     console.print(score_table(result, pairs.class_names, title))
-    seen = "whole images" if view.window is None else f"windows of {view.window} px every {view.stride or 'two thirds'}"
-    scales = " ".join(f"{scale:g}" for scale in view.scales)
-    print_settings(console, "done", {
-        "seen": f"{seen}, scales {scales}{', mirrored too' if view.flip else ''}", "scores": str(out),
-    })  # fmt: skip
+    print_settings(console, "done", {"seen": describe_view(view), "scores": str(out)})
     return 0

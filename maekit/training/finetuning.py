@@ -23,7 +23,7 @@ from maekit.data.labelled import Splits, check_augmentable, open_augmented, spli
 from maekit.data.loader import Pool, Quarantine, SampleOrder
 from maekit.data.sources import Source, open_source
 from maekit.models.classifier import Classifier
-from maekit.models.encoder import EPS, use_fused_attention
+from maekit.models.encoder import EPS, set_eps, use_fused_attention
 from maekit.runtime import (
     Choice,
     package_versions,
@@ -203,9 +203,7 @@ def build_model(config: FinetuneConfig, start: Start, classes: tuple[str, ...], 
     model = Classifier(sized, classes, passport.mean, passport.std, config.pool)
     if start.encoder is not None:
         model.take_encoder(start.encoder)
-    for module in model.modules():
-        if isinstance(module, torch.nn.LayerNorm):
-            module.eps = passport.eps
+    set_eps(model, passport.eps)
     return model.to(device)
 
 

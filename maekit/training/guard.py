@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,6 +106,12 @@ def guarded_update(
     update(optimizer, skip)
     optimizer.zero_grad(set_to_none=True)
     return skip
+
+
+def put_back(tensors: Iterable[Tensor], before: Sequence[Tensor], skip: Tensor) -> None:
+    """Tensors that a forward pass has changed, as they were before it where `skip` is 1; nothing waits for a GPU."""
+    for tensor, old in zip(tensors, before, strict=True):
+        tensor.copy_(torch.where(skip > 0, old, tensor))
 
 
 def is_spike(before: Sequence[float], value: float) -> bool:

@@ -13,6 +13,7 @@ Shapes: B images, C channels, H x W pixels, K classes.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from maekit.data.pair_transforms import factor_to
 from maekit.models.dense_heads import resized
 from maekit.models.segmentation import Segmenter
 
@@ -32,16 +34,27 @@ WINDOW_BATCH = 8
 class View:
     """How an image is looked at."""
 
-    window: int | None = None
-    """Side of a square window in pixels, rounded up to a multiple of the patch; None: the whole image."""
+    window: tuple[int, int] | None = None
+    """Height and width of a window in pixels, rounded up to multiples of the patch; None: the whole image."""
     stride: int | None = None
-    """Pixels from window to window, at most the window itself; None: two thirds of it."""
+    """Pixels from window to window, at most its side; None: two thirds of the side."""
     short_side: int | None = None
     """Resize the image to this shorter side first; None: as it is."""
     scales: tuple[float, ...] = (1.0,)
     """Relative sizes at which the image is seen."""
     flip: bool = False
     """Also see its mirror image."""
+
+
+def describe_view(view: View) -> str:
+    """A view in words."""
+    if view.window is None:
+        seen = "whole images"
+    else:
+        seen = f"windows of {view.window[0]} x {view.window[1]} px every {view.stride or 'two thirds'}"
+    scales = "" if view.scales == (1.0,) else f", at scales {' '.join(f'{scale:g}' for scale in view.scales)}"
+    short = f", shorter side {view.short_side} px" if view.short_side else ""
+    return seen + short + scales + (", mirrored too" if view.flip else "")
 
 
 @torch.no_grad()
@@ -51,8 +64,7 @@ def predict_classes(model: Segmenter, image_CHW: Tensor, view: View, size_hw: Se
     image_CHW: uint8 pixels, or floats in 0..1, on the model's device.
     """
     size = tuple(size_hw or image_CHW.shape[1:])
-    pixels = image_CHW.to(model.mean.dtype)[None]
-    normal = ((pixels / 255 if image_CHW.dtype == torch.uint8 else pixels) - model.mean) / model.std
+    normal = model.normalize(image_CHW[None])
     views = [(scale, mirrored) for scale in view.scales for mirrored in ((False, True) if view.flip else (False,))]
     total = None
     for scale, mirrored in views:
@@ -74,14 +86,12 @@ def image_scores(model: Segmenter, normal_1CHW: Tensor, view: View) -> Tensor:
         whole: Tensor = model(padded).main[:, :, :height, :width]
         return whole
     patch = model.patch_size
-    window = math.ceil(view.window / patch) * patch
-    stride = min(view.stride or max(1, window * 2 // 3), window)
-    sides = (min(window, padded.shape[2]), min(window, padded.shape[3]))
-    corners = [
-        (top, left)
-        for top in window_starts(padded.shape[2], sides[0], stride)
-        for left in window_starts(padded.shape[3], sides[1], stride)
-    ]
+    sides, starts = [], []
+    for length, wanted in zip(padded.shape[2:], view.window, strict=True):
+        window = math.ceil(wanted / patch) * patch
+        sides.append(min(window, length))
+        starts.append(window_starts(length, sides[-1], min(view.stride or max(1, window * 2 // 3), window)))
+    corners = list(itertools.product(*starts))
     total = count = None
     for start in range(0, len(corners), WINDOW_BATCH):
         some = corners[start : start + WINDOW_BATCH]
@@ -113,7 +123,7 @@ def pad_to(normal_BCHW: Tensor, multiple: int) -> Tensor:
 def _scaled(normal_1CHW: Tensor, short_side: int | None, scale: float, patch: int) -> Tensor:
     """The image at the wanted shorter side times a scale, at least a patch; with antialiasing where it shrinks."""
     height, width = normal_1CHW.shape[2:]
-    factor = scale * (short_side / min(height, width) if short_side else 1.0)
+    factor = scale * (factor_to(short_side, height, width) if short_side else 1.0)
     if factor == 1.0:
         return normal_1CHW
     new = (max(patch, round(height * factor)), max(patch, round(width * factor)))

@@ -76,13 +76,16 @@ def open_batches(job: SegmentJob) -> Iterator[PairBatch]:
 
 
 def next_parts(job: SegmentJob, batches: Iterator[PairBatch]) -> list[tuple[Tensor, Tensor]] | None:
-    """The accumulation parts of a step, images and labels on the device; None where a signal came and they do not."""
+    """The accumulation parts of a step, normalised images and labels on the device; None where a signal came first."""
     accum, device = job.config.accum, job.run.accelerator.device
     parts = job.run.stop.unless_stopped(job.run.accelerator, lambda: [next(batches) for _ in range(accum)])
     if parts is None:
         return None
     report_unreadable(job, [item for part in parts for item in part.bad])
-    return [(part.images.to(device, non_blocking=True), part.labels.to(device, non_blocking=True)) for part in parts]
+    return [
+        (job.model.normalize(part.images.to(device, non_blocking=True)), part.labels.to(device, non_blocking=True))
+        for part in parts
+    ]
 
 
 def step_denominator(job: SegmentJob, labels: Sequence[Tensor]) -> Tensor:

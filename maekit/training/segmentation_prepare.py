@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from maekit.config import SourceConfig, UserError
 from maekit.config.segmentation import PairsConfig, SegmentConfig, ViewConfig
-from maekit.data.loader import Quarantine, SampleOrder, split_heldout
+from maekit.data.loader import Ids, Quarantine, SampleOrder, split_heldout
 from maekit.data.pair_transforms import AugmentPlan
-from maekit.data.pairs import Pairs, PartCheck, check_pairs, open_pairs
+from maekit.data.pairs import PairPart, Pairs, PartCheck, check_pairs, open_pairs
 from maekit.data.sources import short_name
 from maekit.data.workers import choose_workers
-from maekit.models.encoder import build_encoder, use_fused_attention
+from maekit.models.encoder import build_encoder, set_eps, use_fused_attention
 from maekit.models.segmentation import Segmenter
 from maekit.runtime import (
     Choice,
@@ -72,6 +72,12 @@ def prepare(config: SegmentConfig, resuming: bool, console: Console, stop: StopR
     check_batch(config.batch_size, config.accum, world)
     encoder, source = start_encoder(config, console) if fresh else continued_encoder(out)
     pairs, checks = open_data(config, source.model.in_chans, choices["workers"].value, console)
+    bad, most = len(checks["train"].bad_images), config.max_bad_share * len(pairs.train)
+    if bad > most:
+        raise UserError(
+            f"--data {config.data}: {bad:,} of {len(pairs.train):,} training images cannot be read; --max-bad-share "
+            f"{config.max_bad_share:g} allows {most:,.0f}"
+        )
     train_ids, heldout_ids = split_heldout(len(pairs.train), config.heldout_share, MIN_HELDOUT)
     seed_everything(config.seed)
     model = Segmenter(encoder, config.head_config, len(pairs.class_names), source.mean, source.std)
@@ -105,7 +111,7 @@ def prepare(config: SegmentConfig, resuming: bool, console: Console, stop: StopR
         order=SampleOrder(train_ids, config.batch_size, config.seed), model=model, view=view_of(config, config.crop_hw),
         plan=AugmentPlan(config.crop_hw, config.scale_range, config.resize_to, flip=0.5 if config.flip else 0.0,
                          photometric=config.photometric, fill=tuple(source.mean)),
-        weights_K=class_weights(config, checks["train"], accelerator.device), choices=choices, fresh=fresh,
+        weights_K=class_weights(config, pairs.train, train_ids, accelerator.device), choices=choices, fresh=fresh,
         quarantine=Quarantine(out / "quarantine.jsonl", pairs.train.images, config.max_bad_share),
     )  # fmt: skip
 
@@ -146,9 +152,7 @@ def continued_encoder(out: Path) -> tuple[Any, Passport]:
     """An encoder of the architecture that the run's own weights speak of, to be filled from a checkpoint."""
     passport = read_passport(out / WEIGHTS_FILE)
     encoder: Any = build_encoder(passport.model)
-    for module in encoder.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = passport.eps
+    set_eps(encoder, passport.eps)
     return encoder, passport
 
 
@@ -166,6 +170,14 @@ def open_data(
         checks = check_pairs(pairs, workers=workers, on_progress=progress)
     for line in pairs.notes:
         console.print(line, style="dim", markup=False)
+    for what, check in checks.items():
+        if check.bad_images:
+            index, reason = check.bad_images[0]
+            console.print(f"[yellow]unreadable:[/yellow] {len(check.bad_images):,} images of {what}, such as "
+                          f"{escape(pairs.parts[what].name(index))}: {escape(reason)}")  # fmt: skip
+        if check.turned:
+            console.print(f"[yellow]turned by EXIF:[/yellow] {check.turned:,} images of {what}; their annotations are "
+                          "taken as drawn on the upright image, unless their size says otherwise")  # fmt: skip
     absent = [name for name, count in zip(pairs.class_names, checks["train"].class_pixels, strict=True) if not count]
     if absent:
         console.print(f"[yellow]in no training pixel:[/yellow] {escape(', '.join(absent[:12]))}")
@@ -203,14 +215,15 @@ def settled(config: SegmentConfig, model: Segmenter, out: Path, choices: dict[st
 
 
 def view_of(config: ViewConfig, crop_hw: tuple[int, int], run: ViewConfig | None = None) -> View:
-    """How images are looked at: as the config says, else as the run was scored, else whole; windows as the crop."""
+    """How images are looked at: as the config says, else as the run was scored, else whole; windows like the crop."""
 
     def said(name: str) -> Any:
         value = getattr(config, name)
         return getattr(run, name) if value is None and run is not None else value
 
     slides = said("inference") == "slide" or config.window is not None or config.stride is not None
-    window = (said("window") or max(crop_hw)) if slides and config.inference != "whole" else None
+    side = said("window")
+    window = ((side, side) if side else crop_hw) if slides and config.inference != "whole" else None
     short = said("short_side") or getattr(run or config, "resize_to", None)
     return View(window, said("stride") if window else None, short, config.scales, config.flip_test)
 
@@ -222,11 +235,12 @@ def make_optimizer(model: Segmenter, config: SegmentConfig) -> torch.optim.AdamW
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, fused=fused)
 
 
-def class_weights(config: SegmentConfig, check: PartCheck, device: torch.device) -> Tensor | None:
-    """Weights [K] of the classes in the loss: mean 1 over the training pixels; classes without pixels get 1."""
+def class_weights(config: SegmentConfig, train: PairPart, ids: Ids, device: torch.device) -> Tensor | None:
+    """Weights [K] of the classes in the loss: mean 1 over the pixels of these ids; classes without pixels get 1."""
     if config.class_weights == "none":
         return None
-    share_K = check.class_pixels / check.class_pixels.sum()
+    pixels_K = train.class_pixels(ids)
+    share_K = pixels_K / max(1, pixels_K.sum())
     weights_K = np.ones(len(share_K))
     weights_K[share_K > 0] = share_K[share_K > 0] ** -0.5
     weights_K[share_K > 0] /= (share_K * weights_K).sum()

@@ -24,7 +24,7 @@ _LINES = (
         ("heldout", "mean_accuracy", "mean accuracy", "#2a7f62", 100.0),
         ("heldout", "pixel_accuracy", "pixel accuracy", "#c4622d", 100.0),
     )),
-    ("Learning rate", (("step", "lr", "head and last block", "#777777", 1.0),)),
+    ("Learning rate", (("step", "lr", "head", "#777777", 1.0),)),
 )  # fmt: skip
 """Each axes: title, and its curves as kind of record, quantity, name, colour and unit."""
 

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 
 from maekit.config import UserError
 from maekit.config.segmentation import HeadConfig
-from maekit.models.encoder import EPS, build_encoder
+from maekit.models.encoder import EPS, build_encoder, set_eps
 from maekit.models.mae import MaskedAutoencoder
 from maekit.models.segmentation import Segmenter
 from maekit.weights.files import is_pickle, one_line, open_once
@@ -42,7 +41,7 @@ def dense_encoder(model: MaskedAutoencoder, size_hw: tuple[int, int], drop_path:
     state["pos_embed"] = resize_positions(state["pos_embed"], model.grid_hw, grid)
     encoder.load_state_dict(state)
     passport = model.passport
-    _set_eps(encoder, EPS if passport is None else passport.eps)
+    set_eps(encoder, EPS if passport is None else passport.eps)
     return encoder
 
 
@@ -78,7 +77,7 @@ def load_segmenter(path: Path, device: torch.device | str = "cpu") -> tuple[Segm
     model.load_state_dict(tensors, assign=True)
     for name, values in (("mean", passport.mean), ("std", passport.std)):
         setattr(model, name, torch.tensor(values).view(1, -1, 1, 1))
-    _set_eps(model.encoder, passport.eps)
+    set_eps(model.encoder, passport.eps)
     model.head.to(memory_format=torch.channels_last)
     return model.to(device).eval(), passport
 
@@ -96,9 +95,3 @@ def _empty(passport: Passport, fuse_kernel: int, source: str) -> Segmenter:
         encoder = build_encoder(passport.model)
         head = HeadConfig(kind, facts.width, blocks, fuse_kernel=1 if fuse_kernel == 1 else 3)
         return Segmenter(encoder, head, len(passport.classes), passport.mean, passport.std)
-
-
-def _set_eps(encoder: nn.Module, eps: float) -> None:
-    for module in encoder.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = eps

@@ -10,7 +10,7 @@ import torch
 
 from maekit.config import ModelConfig, SourceConfig, UserError
 from maekit.models.classifier import Classifier, Pool
-from maekit.models.encoder import EPS
+from maekit.models.encoder import set_eps
 from maekit.models.mae import MaskedAutoencoder
 from maekit.weights import heads
 from maekit.weights.facts import IMAGENET_MEAN, IMAGENET_STD, files_with_decoder
@@ -145,10 +145,7 @@ def build(material: Material) -> MaskedAutoencoder:
         setattr(model, name, torch.tensor(values).view(1, -1, 1, 1))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not is_fixed(name, passport.model))
-    if passport.eps != EPS:
-        for module in model.modules():
-            if isinstance(module, torch.nn.LayerNorm):
-                module.eps = passport.eps
+    set_eps(model, passport.eps)
     model.passport = dataclasses.replace(passport, model=model.config, grid=model.grid_hw)
     report.loaded = [name for name in model.state_dict() if name in tensors and name not in report.missing]
     model.key_report = report
@@ -184,10 +181,7 @@ def build_classifier(material: Material) -> Classifier:
         parameter.requires_grad_(True)
     for name, values in (("mean", here.mean), ("std", here.std)):
         setattr(model, name, torch.tensor(values).view(1, -1, 1, 1))
-    if here.eps != EPS:
-        for module in model.modules():
-            if isinstance(module, torch.nn.LayerNorm):
-                module.eps = here.eps
+    set_eps(model, here.eps)
     model.passport = dataclasses.replace(labelled, model=model.config, mean=here.mean, std=here.std, grid=model.grid_hw)
     model.key_report = dataclasses.replace(
         report,
