@@ -29,9 +29,9 @@ from maekit.training.evaluation import (
     draw_balanced,
     labels_per_class,
     search_blocks,
-    wilson,
 )
 from maekit.training.features import BlockFeatures, Plan, extract_blocks, of_pixels, plan_features, raw_pixels
+from maekit.training.interval import wilson
 from maekit.training.probes import knn_predict, ridge_predict
 from maekit.viz.card import Curves, draw_card
 from maekit.weights.store import random_model

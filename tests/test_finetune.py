@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ import tiny_classes as tiny
 import tiny_runs
 import torch
 from safetensors.torch import load_file
-from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, top_k_accuracy_score
+from torch import nn
 
 import maekit
 from maekit import cli
@@ -29,7 +30,7 @@ from maekit.models import encoder as encoders
 from maekit.models.classifier import Classifier
 from maekit.tasks import finetune
 from maekit.training.mixing import Mixing, soft_loss
-from maekit.training.scoring import Answers, score, wilson
+from maekit.training.scoring import Answers, answer, score
 from maekit.weights.sources import read_passport
 
 PLAIN = "--mixup 0 --cutmix 0 --erase 0 --smoothing 0 --drop-path 0 --auto-augment none --crop none --no-flip".split()
@@ -113,10 +114,22 @@ def test_scores_are_scikit_learns() -> None:
     assert (found.per_class[6], found.class_images[6], found.images) == (None, 0, 200)
 
 
-@pytest.mark.parametrize(("right", "count"), [(0, 9), (9, 9), (88, 100), (4500, 10_000)])
-def test_intervals_are_scipys(right: int, count: int) -> None:
-    expected = binomtest(right, count).proportion_ci(0.95, method="wilson")
-    assert wilson(right, count) == pytest.approx((expected.low, expected.high), abs=1e-6)
+def test_nothing_is_right_where_a_classifier_says_nan() -> None:
+    batch = SimpleNamespace(images=torch.zeros(2, 3, 4, 4), sample_ids=np.arange(2))
+    pool: Any = SimpleNamespace(eval_batches=lambda ids, size: [batch], unreadable={})
+
+    class Broken(nn.Module):
+        mean = torch.zeros(1)
+
+        def normalize(self, images: torch.Tensor) -> torch.Tensor:
+            return images
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.full((len(images), 10), torch.nan)
+
+    broken: Any = Broken()
+    found = score(answer(broken, pool, np.arange(2), np.array([0, 3]), 2, "fp32"), 10)
+    assert (found.top1, found.top5) == (0, 0)
 
 
 def test_the_best_epoch_has_the_most_right_answers_and_then_the_lowest_loss() -> None:
@@ -194,7 +207,7 @@ def test_a_stopped_run_goes_on_to_the_last_bit(
 
 
 def test_a_finished_run_is_not_scored_again_and_can_be_made_longer(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
     assert run(source, out, *PLAIN, "--steps", "2", "--score", "last") == 0
@@ -202,9 +215,33 @@ def test_a_finished_run_is_not_scored_again_and_can_be_made_longer(
     assert cli.main(["resume", str(out)]) == 0
     assert "the run is finished" in capsys.readouterr().out
     assert (out / "card.json").stat().st_mtime_ns == before
+    rates = []
+    monkeypatch.setattr(finetune, "set_scaled_rate", lambda optimizer, lr: rates.append(lr))
     assert cli.main(["resume", str(out), "--steps", "4"]) == 0
+    assert rates == pytest.approx([rates[0], 1e-6 + (rates[0] - 1e-6) / 2]) and rates[0] > 1e-5  # a cosine of its own
+    assert cli.main(["resume", str(out), "--steps", "3"]) == 2
+    assert "beyond the new end at 3" in capsys.readouterr().err
+    assert json.loads((out / "config.json").read_text())["steps"] == 4
     assert (json.loads((out / "card.json").read_text())["step"], tiny_runs.state(out)["step"]) == (4, 4)
     assert read_passport(out / "model.safetensors").steps == 4
+
+
+def test_a_signal_ends_the_scoring_of_the_test_split(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = finetune.answer
+
+    def interrupted(model: Any, pool: Any, ids: Any, *more: Any) -> Any:
+        if len(more) == 4:  # with a progress bar: the test split
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(model, pool, ids, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "answer", interrupted)
+        assert run(source, tmp_path / "run", *PLAIN, "--steps", "2") == 143
+    assert not (tmp_path / "run" / "card.json").exists()
+    assert cli.main(["resume", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "card.json").is_file()
 
 
 def test_accumulation_changes_neither_length_nor_rates_nor_updates(source: Path, tmp_path: Path) -> None:
@@ -300,7 +337,10 @@ def test_labels_of_other_classes_are_refused(alone: Path, tmp_path: Path, capsys
 
 
 def test_problems_are_told_together_before_anything_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = "--data nowhere --mixup -1 --smoothing 1 --auto-augment rand-q3 --ema 2 --batch-size 9 --epochs 1 --steps 2"
+    words = (
+        "--data nowhere --mixup -1 --smoothing 1 --auto-augment rand-q3 --ema 2 --batch-size 9 --epochs 1 --steps 2 "
+    )
+    words += "--cutmix-minmax 0.5 0.5"
     assert cli.main(["finetune", str(tmp_path / "nothing"), *words.split()]) == 2
     told = capsys.readouterr().err
     for word in (
@@ -308,6 +348,7 @@ def test_problems_are_told_together_before_anything_is_read(tmp_path: Path, caps
         "--smoothing 1",
         "rand-q3",
         "--ema 2",
+        "--cutmix-minmax 0.5 0.5",
         "the 9 images",
         "either as --epochs or as --steps",
     ):

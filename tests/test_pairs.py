@@ -135,7 +135,7 @@ def test_what_belongs_to_no_part_is_said(tmp_path: Path) -> None:
     pairs = open_pairs(str(root))
     assert set(pairs.parts) == {"train", "val"} and len(pairs.train) == 3
     assert any("images/ has extra: left out" in note for note in pairs.notes)
-    patterns = {"image_pattern": "images/{}.jpg", "annotation_pattern": "annotations/{}.png"}
+    patterns: dict[str, Any] = {"image_pattern": "images/{}.jpg", "annotation_pattern": "annotations/{}.png"}
     words = refusal(lambda: open_pairs(str(root), **patterns))
     assert "images/train/" in words and "images/extra/" in words and "of no part" in words
     shutil.rmtree(root / "images" / "extra")

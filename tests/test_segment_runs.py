@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import signal
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,51 +13,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import confusion_matrix, jaccard_score
+from tiny_pairs import NAMES, TINY, card, make_place, pairs_of, train, write_pairs
 from tiny_runs import checkpoints, metrics, tensors
 
 from maekit import cli
-from maekit.config import InfoConfig, UserError
+from maekit.config import UserError
 from maekit.config.segmentation import SegmentConfig, adapted, preset
 from maekit.data import pair_transforms
 from maekit.data.loader import SampleOrder, split_heldout
 from maekit.models.segmentation import Scores, loss_denominator, pixel_loss
-from maekit.tasks import info, segment
+from maekit.tasks import segment
 from maekit.terminal import make_console
 from maekit.training import segmentation_job, segmentation_metrics, segmentation_prepare
 from maekit.training.segmentation_inference import View, predict_classes
 from maekit.training.segmentation_job import scheduled_rate
-from maekit.training.supervised import write_weights
 from maekit.weights.segmenters import load_segmenter
-from maekit.weights.store import random_model
-
-NAMES = ["ground", "disc", "bar"]
-TINY = (
-    "--crop 16 --batch-size 4 --steps 6 --head-width 8 --eval-every 3 --log-every 1 --workers 0 --device cpu "
-    "--precision fp32 --overlays 1 --lr 0.001 --drop-path 0.2 --inference whole"
-).split()
-
-
-def write_pairs(folder: Path, train: int = 10, val: int = 3) -> Path:
-    """Bright discs and dark bars on grey, 20 x 28 px (no multiple of the patch); a border is void."""
-    random = np.random.default_rng(0)
-    for part, count in (("training", train), ("validation", val)):
-        for kind in ("images", "annotations"):
-            (folder / kind / part).mkdir(parents=True)
-        for index in range(count):
-            rows, columns = np.mgrid[:20, :28]
-            truth = np.zeros((20, 28), np.uint8) + 1
-            truth[(rows - random.integers(5, 15)) ** 2 + (columns - random.integers(5, 23)) ** 2 < 20] = 2
-            truth[:, random.integers(2, 26) :][:, :2] = 3
-            truth[0] = 0
-            image = np.array([0, 120, 230, 20])[truth][..., None] + random.integers(-15, 16, (20, 28, 3))
-            Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / "images" / part / f"{index:02d}.png")
-            Image.fromarray(truth).save(folder / "annotations" / part / f"{index:02d}.png")
-    (folder / "classes.txt").write_text("\n".join(NAMES) + "\n")
-    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -71,34 +42,7 @@ def _without_pictures(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the pairs, the weights of an encoder, and a run of 6 steps."""
-    folder = tmp_path_factory.mktemp("segment")
-    write_pairs(folder / "data")
-    model = random_model(tiny_config(depth=4), seed=5)  # not the seed that --random-init takes
-    write_weights(folder / "mae.safetensors", model, model.passport)
-    with warnings.catch_warnings():
-        assert train(folder, folder / "run") == 0
-    return folder
-
-
-def train(place: Path, out: Path, *more: str) -> int:
-    return cli.main(
-        ["segment", str(place / "mae.safetensors"), "--data", str(place / "data"), *TINY, "--out", str(out), *more]
-    )
-
-
-def card(run: Path, name: str = "card.json") -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run / name).read_text())
-    return found
-
-
-def pairs_of(place: Path, part: str = "validation") -> list[tuple[np.ndarray, np.ndarray]]:
-    """Pixels and classes of each pair; void is -1."""
-    found = []
-    for file in sorted((place / "data" / "images" / part).iterdir()):
-        values = np.asarray(Image.open(place / "data" / "annotations" / part / file.name))
-        found.append((np.asarray(Image.open(file)), values.astype(int) - 1))
-    return found
+    return make_place(tmp_path_factory.mktemp("segment"))
 
 
 # ---- a run ----
@@ -190,7 +134,8 @@ def test_a_run_stopped_while_it_scores_ends_with_the_same_card(
 
 def test_a_step_that_is_skipped_leaves_no_trace(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An infinite pixel in the fourth step: no weight moves, no running mean turns NaN, and the run can be resumed."""
-    real, seen = segmentation_job.next_parts, []
+    real: Any = segmentation_job.next_parts
+    seen: list[dict[str, torch.Tensor]] = []
 
     def parts(job: Any, batches: Any) -> Any:
         found = real(job, batches)
@@ -299,80 +244,6 @@ def test_linear_head_does_not_move_the_encoder_and_its_best_weights_are_scored(
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
-
-
-# ---- after a run ----
-
-
-def test_predictions_are_class_numbers_that_read_back(place: Path, tmp_path: Path) -> None:
-    images = tmp_path / "images"
-    (images / "deep").mkdir(parents=True)
-    random = np.random.default_rng(0)
-    for name, size in (("a", (20, 28)), ("deep/b", (5, 3)), ("c", (64, 17))):
-        Image.fromarray(random.integers(0, 256, (*size, 3), np.uint8)).save(images / f"{name}.png")
-    command = ["segment", str(place / "run"), "--predict", str(images), "--out", str(tmp_path / "masks")]
-    assert cli.main([*command, "--device", "cpu"]) == 0
-    model, _ = load_segmenter(place / "run" / "model.safetensors")
-    for name in ("a", "deep/b", "c"):
-        pixels = np.asarray(Image.open(images / f"{name}.png"))
-        picture = Image.open(tmp_path / "masks" / f"{name}.png")
-        expected = predict_classes(model, torch.from_numpy(pixels.copy()).permute(2, 0, 1), View()).numpy()
-        assert picture.mode == "P" and picture.size == pixels.shape[1::-1]
-        np.testing.assert_array_equal(np.asarray(picture), expected + 1)
-        assert (tmp_path / "masks" / f"{name}-overlay.png").is_file()
-    assert cli.main(command) == 2  # the folder is not empty now
-
-    moved = tmp_path / "moved.safetensors"  # the file alone is enough
-    moved.write_bytes((place / "run" / "model.safetensors").read_bytes())
-    assert cli.main(["segment", str(moved), "--predict", str(images), "--out", str(tmp_path / "more")]) == 0
-    assert (tmp_path / "more" / "a.png").read_bytes() == (tmp_path / "masks" / "a.png").read_bytes()
-    facts = info.collect(str(moved), InfoConfig())
-    assert facts["can"]["segment"] and not facts["can"]["classify"] and facts["classes"] == list(NAMES)
-    assert facts["next"] == f"maekit segment {moved} --predict IMAGES --out DIR"
-
-
-def test_unreadable_images_are_named_and_the_others_predicted(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "in").mkdir()
-    Image.new("RGB", (9, 9)).save(tmp_path / "in" / "good.png")
-    (tmp_path / "in" / "bad.png").write_bytes(b"no image")
-    command = ["segment", str(place / "run"), "--predict", str(tmp_path / "in"), "--no-overlays", "--out"]
-    assert cli.main([*command, str(tmp_path / "out")]) == 1
-    assert "bad.png" in capsys.readouterr().out
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["good.png"]
-
-
-def test_eval_scores_again(place: Path, tmp_path: Path) -> None:
-    command = ["segment", str(place / "run"), "--eval", "--device", "cpu"]
-    assert cli.main([*command, "--out", str(tmp_path / "same.json")]) == 0
-    assert card(tmp_path, "same.json")["confusion"] == card(place / "run")["confusion"]
-    views = ["--inference", "slide", "--window", "16", "--stride", "8", "--flip-test", "--scales", "0.8", "1"]
-    assert cli.main([*command, *views, "--part", "heldout", "--out", str(tmp_path / "more.json")]) == 0
-    found = card(tmp_path, "more.json")
-    assert found["images"] == 4
-    assert found["view"] == {"window": [16, 16], "stride": 8, "short_side": None, "scales": [0.8, 1.0], "flip": True}
-    assert found["confusion"] != card(place / "run")["confusion"]
-
-
-def test_eval_says_which_images_it_scores(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Other data without a validation part: all of it, read with the run's numbering; the run's own: refused."""
-    data = tmp_path / "data"
-    shutil.copytree(place / "data", data)
-    shutil.rmtree(data / "images" / "validation")
-    out = tmp_path / "own"
-    assert cli.main(["segment", str(place / "mae.safetensors"), "--data", str(data), *TINY, "--out", str(out)]) == 0
-    assert card(out)["images"] == {"train": 6, "held-out": 4} and card(out)["part"] == "held-out"
-    command = ["segment", str(out), "--eval", "--device", "cpu", "--out", str(tmp_path / "score.json")]
-    assert cli.main(command) == 2 and cli.main([*command, "--data", str(data)]) == 2
-    assert "take --part heldout" in capsys.readouterr().err
-    for kind in ("images", "annotations"):
-        (data / kind / "training" / "00.png").unlink()
-    assert cli.main([*command, "--data", str(data)]) == 0
-    found = card(tmp_path, "score.json")
-    assert (found["part"], found["images"]) == ("all", 9)
-    assert cli.main([*command, "--data", str(data), "--void", "none"]) == 2  # then 0 is a class without a name
-    assert cli.main([*command, "--workers", "-1"]) == 2
 
 
 # ---- schedule and presets ----

@@ -6,6 +6,7 @@ import dataclasses
 import random
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from maekit.models.mae import MaskedAutoencoder
 from maekit.seeding import sample_generators, seed_step
 from maekit.stopping import StopRequest
 from maekit.terminal import make_console
+from maekit.training import supervised
 from maekit.training.guard import Guard
 from maekit.training.supervised import (
     BEST_FILE,
@@ -91,11 +93,13 @@ def open_run(out: Path, fingerprint: str = "f", **changes: Any) -> SupervisedRun
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
     config = SupervisedConfig(task="test", data="d", out=str(out), **changes)
     passport = Passport(model=tiny_config(), mean=(0.5,) * 3, std=(0.2,) * 3, kind="classifier", classes=("a", "b"))
-    return SupervisedRun(
+    run = SupervisedRun(
         config=config, out=out, console=make_console(), accelerator=Accelerator(cpu=True), model=model,
         optimizer=torch.optim.AdamW(model.parameters(), lr=0.1), position=Position(6, fingerprint=fingerprint),
-        passport=lambda: passport, stop=StopRequest(), ema=nn.Linear(4, 3),
+        passport=lambda: dataclasses.replace(passport, steps=run.position.step), stop=StopRequest(),
+        ema=nn.Linear(4, 3),
     )  # fmt: skip
+    return run
 
 
 def take_steps(run: SupervisedRun, until: int) -> None:
@@ -150,6 +154,40 @@ def test_only_a_better_score_replaces_the_best_weights(tmp_path: Path) -> None:
     assert (tmp_path / BEST_FILE).read_bytes() == before
     assert run.keep_best(0.75)
     assert (tmp_path / BEST_FILE).read_bytes() != before
+
+
+def test_the_best_is_what_its_file_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that cannot be written is not the best; one that is newer than the checkpoint is judged anew."""
+    run = open_run(tmp_path)
+    run.begin(fresh=True)
+    take_steps(run, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(supervised, "write_weights", Mock(side_effect=OSError("full")))
+        assert not run.keep_best(0.9)
+    assert run.keep_best(0.5) and (run.position.best, run.position.best_step) == (0.5, 2)
+    run.save()
+    take_steps(run, 4)
+    assert run.keep_best(0.7)  # and killed before the next checkpoint
+    again = open_run(tmp_path)
+    again.restore()
+    assert again.position.best == -1
+    take_steps(again, 4)
+    assert again.keep_best(0.69)
+
+
+def test_another_length_restarts_the_schedule_or_is_refused(tmp_path: Path) -> None:
+    run = open_run(tmp_path)
+    run.begin(fresh=True)
+    take_steps(run, 4)
+    run.save()
+    longer = open_run(tmp_path)
+    longer.position.total_steps = 9
+    longer.restore()
+    assert (longer.position.total_steps, longer.position.schedule_start) == (9, 4)
+    shorter = open_run(tmp_path)
+    shorter.position.total_steps = 3
+    with pytest.raises(UserError, match="at step 4, beyond the new end at 3"):
+        shorter.restore()
 
 
 def test_what_may_not_be_resumed(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ class FinetuneConfig(SupervisedConfig):
     """Which recipe the other defaults come from. paper: table 9 of He et al. 2021, ViT-B at 224 px; official: the
     released code's command for ViT-B (blr 5e-4, layer decay 0.65, random erasing); small: images of up to 64 px, a
     small encoder and a small batch; light: as small, without what must be done image by image (RandAugment), for a
-    CPU. Default: small for runs of at most 64 px, else paper."""
+    CPU. Default: small for pretraining runs of at most 64 px, else paper."""
     from_scratch: bool = False
     """Keep the architecture and throw the weights away: the same training without pretraining, to compare with."""
     train_share: float = 1.0
@@ -116,8 +116,8 @@ class FinetuneConfig(SupervisedConfig):
     norm_weight_decay: bool = False
     """Weight decay on the parameters of normalisations too."""
     ema: float | None = None
-    """Keep an average of the weights that forgets with this factor a step, such as 0.9999; it is what is evaluated,
-    saved as the best and scored. Default: none."""
+    """Keep an average of the weights that forgets with this factor a step, such as 0.9999, less so in the beginning
+    (t / (t + 9) after t steps); it is what is evaluated, saved as the best and scored. Default: none."""
     compile: Literal["auto", "off", "blocks", "whole", "graphs"] = "auto"
     """torch.compile, as in maekit pretrain. auto: whole on CUDA, off elsewhere."""
     in_memory: Literal["auto", "yes", "no"] = "auto"
@@ -149,6 +149,8 @@ class FinetuneConfig(SupervisedConfig):
             found.append(f"--train-share {self.train_share:g}: must lie above 0 and at most at 1")
         if self.ema is not None and not 0 < self.ema < 1:
             found.append(f"--ema {self.ema:g}: must lie between 0 and 1, such as 0.9999")
+        if self.cutmix_minmax is not None and not self.cutmix_minmax[0] < self.cutmix_minmax[1]:
+            found.append(f"--cutmix-minmax {spaced(self.cutmix_minmax)}: the second must be larger than the first")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             found.append(f"--crop-scale {low:g} {high:g}: needs 0 < smallest <= largest <= 1")

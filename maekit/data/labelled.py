@@ -60,6 +60,12 @@ def labels_of(part: Part, data: str) -> npt.NDArray[np.int64]:
     return part.labels
 
 
+def kept_for_report(count: int) -> Ids:
+    """Those of so many images that are never trained on, for the report: of data that have no part for it."""
+    everyone = np.arange(count, dtype=np.int64)
+    return lowest_hash(everyone, max(1, round(TEST_SHARE * count)), Purpose.TEST_SPLIT)
+
+
 def test_images(source: Source, data: str) -> tuple[Part, Ids, str]:
     """The labelled images that a report is about: part, sample ids, and what they are in words.
 
@@ -69,8 +75,7 @@ def test_images(source: Source, data: str) -> tuple[Part, Ids, str]:
     what, part = ("test split", source.test) if source.test is not None else ("validation split", source.val)
     if part is None:
         what, part = f"a fixed {TEST_SHARE:.0%} of the images, as the data have no test split", source.train
-        everyone = np.arange(len(part), dtype=np.int64)
-        ids = lowest_hash(everyone, max(1, round(TEST_SHARE * len(part))), Purpose.TEST_SPLIT)
+        ids = kept_for_report(len(part))
     else:
         ids = np.arange(len(part), dtype=np.int64)
     ids = ids[labels_of(part, data)[ids] >= 0]

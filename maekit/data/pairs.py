@@ -16,12 +16,8 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from maekit.config import UserError, did_you_mean
+from maekit.config import UserError
 from maekit.data.annotations import (
     SUFFIXES,
     VOID,
@@ -34,15 +30,13 @@ from maekit.data.annotations import (
 from maekit.data.folders import walk
 from maekit.data.images import IMAGE_SUFFIXES
 from maekit.data.pair_parts import PairPart, PartCheck, Progress, check_parts, complain, count_values
-from maekit.data.parquet import TablePart, by_part, described, find_files, holds_encoded, image_columns
+from maekit.data.pair_tables import PATTERNS_HELP, open_tables
 from maekit.data.parts import PART_WORDS, FilePart, is_folder, printable
 from maekit.data.pixels import BadImage
 from maekit.data.sources import short_name
 
 __all__ = ["VOID", "BadImage", "Numbering", "PairPart", "Pairs", "PartCheck", "check_pairs", "open_pairs"]
 
-_ANNOTATION_COLUMNS = ("annotation", "annotations", "label", "labels", "mask", "masks", "segmentation", "semantic_mask")
-_PATTERNS = 'give --image-pattern "...{}..." and --annotation-pattern "...{}...", where {} is the name that both share'
 _IMAGE_SUFFIXES = frozenset(suffix.encode() for suffix in IMAGE_SUFFIXES)
 _ANNOTATION_SUFFIXES = frozenset(suffix.encode() for suffix in SUFFIXES)
 
@@ -106,7 +100,7 @@ def open_pairs(
         found = _in_layout(root, shown, in_chans, notes)
         _refuse_columns(columns, shown)
     else:
-        found = _in_tables(root, shown, columns, in_chans)
+        found = open_tables(root, shown, columns, in_chans)
     names = _names(root, shown, classes, void, list(found.values()), workers, on_progress, notes)
     numbering = check_numbering(void, names)
     for part in found.values():
@@ -248,7 +242,7 @@ def _matched(
     if len(missing) == len(images.files):
         raise UserError(
             f"--data {shown}: no common names: {images.where} has {images.example()}, {annotations.where} has "
-            f"{annotations.example()}; if names differ by more than the suffix, {_PATTERNS}"
+            f"{annotations.example()}; if names differ by more than the suffix, {PATTERNS_HELP}"
         )
     if missing:
         such = ", ".join(printable(path) for path in missing[:4])
@@ -272,7 +266,7 @@ def _by_pattern(
     """Parts of a folder by two patterns of paths relative to it."""
     image_pattern, annotation_pattern = patterns
     if image_pattern is None or annotation_pattern is None:
-        raise UserError(f"--image-pattern and --annotation-pattern: only one of them is given; {_PATTERNS}")
+        raise UserError(f"--image-pattern and --annotation-pattern: only one of them is given; {PATTERNS_HELP}")
     if not os.path.isdir(root):
         raise UserError(f"--data {shown}: patterns are relative to a folder, and this is none")
     found = {
@@ -346,61 +340,8 @@ def _of_part(listing: _Listing, part: str) -> _Listing:
     return _Listing(f"{printable(listing.where)} ({part})", some)
 
 
-# ---- tables ----
-
-
 def _refuse_columns(columns: Iterable[str | None], shown: str) -> None:
     flags = ("--image-column", "--annotation-column")
     given = [flag for flag, value in zip(flags, columns, strict=True) if value is not None]
     if given:
         raise UserError(f"{' and '.join(given)}: only for Parquet, which --data {shown} is not")
-
-
-def _in_tables(root: str, shown: str, columns: tuple[str | None, str | None], in_chans: int) -> dict[str, PairPart]:
-    """Parts of Parquet files with a column of images and a column of annotations."""
-    files = find_files(root, shown) if os.path.isdir(root) else [root] if root.lower().endswith(".parquet") else []
-    if not files:
-        raise UserError(
-            f"--data {shown}: neither images/ and annotations/ nor Parquet in it; for another layout, {_PATTERNS}"
-        )
-    parts = {"train": files} if len(files) == 1 else by_part(files, shown)
-    try:
-        image, annotation = _two_columns(pq.ParquetFile(parts["train"][0]).schema_arrow, columns, shown)
-        opened = {
-            part: PairPart(
-                TablePart(parts[part], image, in_chans, None, None), TablePart(parts[part], annotation, 1, None, None)
-            )
-            for part in ("train", "val")
-            if part in parts
-        }
-    except UserError:
-        raise
-    except (OSError, KeyError, ValueError, TypeError, OverflowError, MemoryError, pa.ArrowException) as error:
-        reason = printable(" ".join(str(error).split())[:200])
-        raise UserError(f"--data {shown}: cannot be read as Parquet ({reason})") from None
-    if not len(opened["train"]):
-        raise UserError(f"--data {shown}: the training part has no rows")
-    return {part: pairs for part, pairs in opened.items() if len(pairs)}
-
-
-def _two_columns(schema: Any, columns: tuple[str | None, str | None], shown: str) -> tuple[str, str]:
-    """The columns of images and of annotations: those asked for, or by kind and name."""
-    for flag, wanted in zip(("--image-column", "--annotation-column"), columns, strict=True):
-        if wanted is not None and wanted not in schema.names:
-            raise UserError(f"{flag} {wanted}: not in {shown}; {did_you_mean(wanted, schema.names)}")
-        if wanted is not None and not holds_encoded(schema.field(wanted).type):
-            raise UserError(f"{flag} {wanted}: not encoded images; the columns of {shown}: {described(schema)}")
-    image, annotation = columns
-    if image is not None and image == annotation:
-        raise UserError(f"--image-column and --annotation-column are both {image}")
-    others = [name for name in image_columns(schema) if name not in columns]
-    if annotation is None:
-        named = [name for name in others if name.lower() in _ANNOTATION_COLUMNS]
-        # where no name tells, the images come first
-        annotation = next(iter(named or others[0 if image else 1 :]), None)
-    if image is None:
-        image = next((name for name in others if name != annotation), None)
-    if image is None or annotation is None:
-        flags = "--image-column and --annotation-column"
-        raise UserError(f"--data {shown}: two image columns are needed; name them by {flags}: {described(schema)}")
-    return image, annotation

@@ -11,14 +11,11 @@ import torch
 from torch import Tensor
 
 from maekit.config import PretrainConfig, UserError
-from maekit.data.loader import Pool, lowest_hash, open_pool
+from maekit.data.labelled import kept_for_report
+from maekit.data.loader import Pool, open_pool
 from maekit.data.parts import Part
 from maekit.data.sources import Source
 from maekit.data.workers import choose_workers
-from maekit.rng import Purpose
-
-TEST_SHARE = 0.2
-"""Share of the images that become the test split where the data have none."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +26,8 @@ class Split:
     pool: Pool
     ids: npt.NDArray[np.int64]
     labels: Tensor
+    what: str = ""
+    """Where they come from, in words."""
 
     @property
     def readable_S(self) -> npt.NDArray[np.bool_]:
@@ -61,6 +60,8 @@ def open_splits(
         UserError: no labels, or a split without labelled images.
     """
 
+    pools: dict[int, Pool] = {}
+
     def open_split(part: Part, ids: npt.NDArray[np.int64], what: str) -> Split:
         if part.labels is None:
             which = "" if data.train.labels is None else f"its {what} split "
@@ -71,15 +72,18 @@ def open_splits(
         ids = ids[part.labels[ids] >= 0]
         if not len(ids):
             raise UserError(f"--data {reading.data}: its {what} split has no labelled images")
-        pool, _ = open_pool(part, reading, device, choose_workers(None, 1), progress)
-        return Split(part, pool, ids, torch.from_numpy(part.labels[ids]).to(device))
+        if id(part) not in pools:  # where the test images are a share of the training part, all are read once
+            pools[id(part)], _ = open_pool(part, reading, device, choose_workers(None, 1), progress)
+        pool = pools[id(part)]
+        return Split(part, pool, ids, torch.from_numpy(part.labels[ids]).to(device), what)
 
     test_part = data.test or data.val
     train_ids = np.arange(len(data.train), dtype=np.int64)
     if test_part is not None:
-        test = open_split(test_part, np.arange(len(test_part), dtype=np.int64), "test")
+        what = "test" if data.test is not None else "validation"
+        test = open_split(test_part, np.arange(len(test_part), dtype=np.int64), what)
     else:
-        test_ids = lowest_hash(train_ids, max(1, round(TEST_SHARE * len(train_ids))), Purpose.TEST_SPLIT)
+        test_ids = kept_for_report(len(train_ids))
         train_ids = np.setdiff1d(train_ids, test_ids)
-        test = open_split(data.train, test_ids, "test")
+        test = replace(open_split(data.train, test_ids, "test"), what="a fixed fifth of the images, not trained on")
     return open_split(data.train, train_ids, "training"), test

@@ -221,7 +221,9 @@ def prefix_and_positions(encoder: Any) -> tuple[Tensor | None, Tensor]:
 
 
 def set_eps(module: nn.Module, eps: float) -> None:
-    """The epsilon of every LayerNorm inside, which no weights file of PyTorch carries."""
+    """The epsilon of every LayerNorm inside, which no weights file carries; left alone where it is the usual one."""
+    if eps == EPS:  # some of timm's models have a norm with another one, which is meant
+        return
     for part in module.modules():
         if isinstance(part, nn.LayerNorm):
             part.eps = eps

@@ -45,7 +45,6 @@ from maekit.training.scorecard import CARD, print_score, with_interval, write_ca
 from maekit.training.scoring import Score, answer, of_all, score
 from maekit.training.supervised import BEST_FILE, mean_loss, set_scaled_rate, write_weights
 from maekit.viz.confusion import draw_confusion, draw_training
-from maekit.weights.sources import read_passport
 from maekit.weights.store import WEIGHTS_FILE, load_classifier
 
 EVAL_BATCH = 256
@@ -131,7 +130,7 @@ def main(source: str, config: FinetuneConfig, resumed: bool = False) -> int:
 
                 # ---- one step ----
                 step = position.step
-                lr = learning_rate(step, total, job.warmup_steps, job.peak_lr, config.min_lr)
+                lr = learning_rate(step, total, job.warmup_steps, job.peak_lr, config.min_lr, position.schedule_start)
                 set_scaled_rate(run.optimizer, lr)
                 seed_step(config.seed, step, accelerator.process_index)  # erasing, mixing, stochastic depth
                 loss_of_step = torch.zeros_like(loss_sum)
@@ -160,7 +159,9 @@ def main(source: str, config: FinetuneConfig, resumed: bool = False) -> int:
                 loss_sum += torch.where(skip > 0, 0.0, loss_of_step)
                 position.step, position.loss_count = step + 1, position.loss_count + 1
                 stop.patience = None  # from here on there is something to save
-        finish(job, first_step, time.monotonic() - began)
+        if not finish(job, first_step, time.monotonic() - began):
+            console.print(f"stopped by {stop.name} while scoring: maekit resume {out}")
+            return stop.exit_code
         accelerator.end_training()
         return 0
     return stop.exit_code
@@ -244,8 +245,8 @@ def draw_curves(job: FinetuneJob) -> None:
 # ---- when all is trained ----
 
 
-def finish(job: FinetuneJob, first_step: int, seconds: float) -> None:
-    """Choose the weights, score the test split once, write the card and say what to type next."""
+def finish(job: FinetuneJob, first_step: int, seconds: float) -> bool:
+    """Choose the weights, score the test split once, write the card; False where a signal came."""
     run, config, splits = job.run, job.config, job.splits
     which, step = choose_weights(job)
     model = job.evaluated
@@ -258,13 +259,18 @@ def finish(job: FinetuneJob, first_step: int, seconds: float) -> None:
     model.eval()
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     with counting(run.console, "scoring the test split") as progress:
-        mine = answer(model, pool, splits.test_ids[rank::world], labels, EVAL_BATCH, config.precision, progress)
+        ids = splits.test_ids[rank::world]
+        mine = run.stop.unless_stopped(
+            run.accelerator, lambda: answer(model, pool, ids, labels, EVAL_BATCH, config.precision, progress)
+        )
+    if mine is None:
+        return False
     answers = of_all(run.accelerator, mine)
     if not len(answers.labels):
         raise UserError(f"--data {config.data}: none of the images of its {splits.test_what} can be read")
     found = score(answers, len(splits.classes))
     if not run.accelerator.is_main_process:
-        return
+        return True
     epoch = step / job.order.steps_per_epoch
     facts = {
         "task": "finetune", "source": config.source, "from_scratch": config.from_scratch, "preset": config.preset,
@@ -291,6 +297,7 @@ def finish(job: FinetuneJob, first_step: int, seconds: float) -> None:
         "next": f"maekit predict {run.out} --data FOLDER --out predictions.csv",
     }
     print_settings(run.console, "done", done)
+    return True
 
 
 def choose_weights(job: FinetuneJob) -> tuple[str, int]:
@@ -301,17 +308,14 @@ def choose_weights(job: FinetuneJob) -> tuple[str, int]:
     run, model = job.run, job.evaluated
     run.accelerator.wait_for_everyone()
     best, weights, position = run.out / BEST_FILE, run.out / WEIGHTS_FILE, run.position
-    if job.config.score == "best" and best.is_file():
-        passport = read_passport(best)
-        if passport.steps != position.best_step:
-            raise UserError(f"{best}: is of step {passport.steps}, not of the best one, {position.best_step}")
+    if job.config.score == "best" and position.best_step and best.is_file():
         model.load_state_dict(load_file(best))
         run.accelerator.wait_for_everyone()
         if run.accelerator.is_main_process:
             temporary = weights.with_name(f".{weights.name}.best.tmp")
             shutil.copyfile(best, temporary)
             temporary.replace(weights)
-        return "best", passport.steps
+        return "best", position.best_step
     if job.config.score == "best":
         run.console.print(f"[red]{best} is not there:[/red] the last weights are scored")
     if run.accelerator.is_main_process:

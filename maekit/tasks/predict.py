@@ -3,8 +3,8 @@
     maekit predict runs/c10/finetune-cifar10 --data photos/ --out predictions.csv
 
 One row for each image, in the order of the data: `part`, `path`, `class`, `probability`, then `top` (the likeliest
-classes, best first) with their `probabilities`, `label` where the data have labels, and `error` (why an image cannot be
-read; it then has no class). In a .csv the likeliest classes are columns of their own.
+classes, best first) with their `probabilities`, `label` where the data have labels of the classifier's classes, and
+`error` (why an image cannot be read; it then has no class). In a .csv the likeliest classes are columns of their own.
 Cost: one forward pass for each image; memory does not grow with their number.
 
 Shapes: B batch, C channels, H x W pixels, K classes, T likeliest ones.
@@ -38,7 +38,7 @@ from maekit.models.classifier import Classifier
 from maekit.models.encoder import use_fused_attention
 from maekit.runtime import choose_attention, choose_device, choose_precision
 from maekit.terminal import counting, make_console, make_table
-from maekit.training.scoring import wilson
+from maekit.training.interval import wilson
 from maekit.weights.store import load_classifier
 
 SHOWN = 15
@@ -101,7 +101,7 @@ def main(source: str, config: PredictConfig) -> int:
     if len(summary.bad) > NAMED:
         console.print(f"[yellow]{len(summary.bad)} in all are unreadable:[/yellow] the column `error` says why")
     for name, count in summary.labelled.items():
-        low, high = wilson(summary.right[name], count)
+        low, high = wilson(summary.right[name] / count, count)
         console.print(
             f"accuracy by the data's own labels, {name}: {summary.right[name] / count:.2%} (95 % interval "
             f"{100 * low:.2f} to {100 * high:.2f}, {count:,} images)"

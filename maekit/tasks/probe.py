@@ -18,17 +18,18 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.markup import escape
 
-from maekit.config import ModelConfig, PretrainConfig, ProbeConfig, UserError
+from maekit.config import PretrainConfig, ProbeConfig, UserError
+from maekit.data.loader import choose_training, split_heldout
 from maekit.data.sources import Source, open_source
 from maekit.data.splits import Split, open_splits
-from maekit.models.encoder import flops_per_image, use_fused_attention
+from maekit.models.encoder import use_fused_attention
 from maekit.models.mae import MaskedAutoencoder
 from maekit.runtime import choose_attention, choose_device, choose_precision, environment
 from maekit.terminal import counting, make_console, make_table
@@ -47,13 +48,12 @@ from maekit.training.features import (
     plan_features,
     raw_pixels,
 )
+from maekit.training.probe_choices import blocks_of, encoder_kind, kinds_of, wanted, wants_mirrored
 from maekit.viz.card import Curves, draw_card
 from maekit.weights.store import load_as, random_model
 
 NAMED = 5
 """Unreadable images that are named."""
-MIRROR_FLOP = 5e12
-"""Mirrored images double the encoder's work; on a CPU they are taken by default below this."""
 ATTENTIVE_BYTES = 2**28
 """The attentive probe reads every token; it is run by default where they take no more."""
 HEADINGS = {"linear": "linear %", "lars": "LARS %", "knn": "k-NN %", "attentive": "attentive %", "paper": "paper's %",
@@ -91,7 +91,7 @@ def main(sources: list[str], config: ProbeConfig) -> int:
 
     rows: list[Row] = []
     opened: dict[tuple[Any, ...], tuple[Split, Split]] = {}
-    floors: list[ModelConfig] = []
+    floors: list[tuple[Any, ...]] = []
     for name, model in models:
         # ---- the images at this model's size, read once for all sources that share it ----
         reading = PretrainConfig(data=config.data, img_size=model.config.size_hw, in_chans=model.config.in_chans)
@@ -111,8 +111,9 @@ def main(sources: list[str], config: ProbeConfig) -> int:
 
         # ---- this encoder, then the same one with random weights, and trained with labels ----
         candidates = [(name, model)]
-        if config.baselines and model.config not in floors and model.passport.recipe != "random":
-            floors.append(model.config)
+        kind = encoder_kind(model)
+        if config.baselines and kind not in floors and model.passport.recipe != "random":
+            floors.append(kind)
             floor = random_model(model.config, model.passport.mean, model.passport.std, seed=config.seed).to(device)
             candidates.append((f"{name}, random weights", floor))
         if config.scratch and name == sources[0]:
@@ -143,7 +144,7 @@ def main(sources: list[str], config: ProbeConfig) -> int:
     say_left_out(console, left_out)
     count = len(test.ids)
     classes = len(torch.unique(train.labels))
-    title = f"{data.name}: {classes} classes, {len(train.ids):,} training and {count:,} test images"
+    title = f"{data.name}: {classes} classes, {len(train.ids):,} training and {count:,} test images ({test.what})"
     columns = columns_of(rows)
     headings = ["features", "block", *(HEADINGS.get(column, column) for column in columns)]
     console.print(make_table(title, headings, [line_of(row, columns, count) for row in rows]))
@@ -154,6 +155,7 @@ def main(sources: list[str], config: ProbeConfig) -> int:
         "fingerprint": data.train.fingerprint,
         "training_images": len(train.ids),
         "test_images": count,
+        "test": test.what,
         "heldout_images": max(1, round(evaluation.HELDOUT_SHARE * len(train.ids))),
         "unreadable": len(left_out),
         "classes": classes,
@@ -240,9 +242,12 @@ def add_keras(job: Job, row: Row, model: MaskedAutoencoder, data: Source) -> Non
     """Measure by the Keras tutorial's own probe too, which chooses nothing; it reads the images in its own way."""
     reading = keras_probe.reading(model.config, job.config.data, job.config.seed)
     with counting(job.console, f"{row.source}: the tutorial's probe") as progress, job.arithmetic():
-        train, test = (
-            keras_probe.Labelled(s.pool, s.ids, s.labels) for s in open_splits(data, reading, job.device, progress)
-        )
+        fitting, scoring = open_splits(data, reading, job.device, progress)
+        free_ids, _ = split_heldout(len(fitting.part), reading.heldout_share)
+        if len(free_ids) > keras_probe.TRAIN_IMAGES:  # those that its recipes pretrain on
+            own_ids = choose_training(free_ids, keras_probe.TRAIN_IMAGES)
+            fitting = fitting.kept(np.isin(fitting.ids, own_ids))
+        train, test = (keras_probe.Labelled(split.pool, split.ids, split.labels) for split in (fitting, scoring))
         classes = int(max(train.labels.max(), test.labels.max())) + 1
         found = keras_probe.keras_probe(
             model, train, test, num_classes=classes, seed=job.config.seed, epochs=keras_probe.EPOCHS,
@@ -329,40 +334,6 @@ def check_settings(config: ProbeConfig) -> None:
         problems.append(f"--out {config.out}: is a file; name a folder for card.json")
     if problems:
         raise UserError(*problems)
-
-
-def wanted(config: ProbeConfig) -> tuple[str, ...]:
-    """The probes beside L-BFGS and k-NN."""
-    return ("lars", "few-labels") if config.probes is None else config.probes
-
-
-def kinds_of(config: ProbeConfig, model: MaskedAutoencoder) -> tuple[Literal["cls", "mean"], ...]:
-    """Which tokens to pool: those asked for, else all that the encoder has."""
-    has_class = bool(model.encoder.has_class_token)
-    if config.pool == "cls" and not has_class:
-        raise UserError("--pool cls: this encoder has no class token; take --pool mean")
-    if config.pool is not None:
-        return (config.pool,)
-    return ("mean", "cls") if has_class else ("mean",)
-
-
-def blocks_of(config: ProbeConfig, name: str, model: MaskedAutoencoder) -> tuple[int, ...] | None:
-    """The blocks that were asked for, counted from 1; None: all."""
-    depth = len(model.encoder.blocks)
-    if not config.blocks:
-        return None
-    if bad := [block for block in config.blocks if block == 0 or abs(block) > depth]:
-        raise UserError(f"--blocks {' '.join(map(str, bad))}: {name} has blocks 1 to {depth} (-1 is the last)")
-    return tuple(block if block > 0 else depth + 1 + block for block in config.blocks)
-
-
-def wants_mirrored(config: ProbeConfig, model: MaskedAutoencoder, images: int, device: torch.device) -> bool:
-    """Whether features of mirrored training images are taken: as asked for, else where they are cheap."""
-    if config.flip != "auto":
-        return config.flip == "yes"
-    plain = dataclasses.replace(model.config, decoder="self", decoder_depth=0)
-    forward = flops_per_image(plain, model.grid_hw[0] * model.grid_hw[1]) / 3
-    return device.type != "cpu" or images * forward <= MIRROR_FLOP
 
 
 def wants_attentive(job: Job, model: MaskedAutoencoder, images: int) -> bool:

@@ -45,7 +45,7 @@ class AttentivePool(nn.Module):
             nn.init.xavier_uniform_(value_DE)
 
     def forward(self, tokens_BND: Tensor) -> Tensor:
-        tokens_BND = self.norm(tokens_BND.float())
+        tokens_BND = self.norm(tokens_BND)
         share_BHN = (tokens_BND @ self.query_HD.T).softmax(dim=1).transpose(1, 2)
         gathered_BHD = share_BHN @ tokens_BND
         return torch.einsum("bhd,hde->bhe", gathered_BHD, self.value_HDE).flatten(1)
@@ -64,7 +64,8 @@ class AttentiveProbe(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, tokens_BND: Tensor) -> Tensor:
-        logits_BC: Tensor = self.head(self.norm(self.pool(tokens_BND)))
+        with torch.autocast(tokens_BND.device.type, enabled=False):
+            logits_BC: Tensor = self.head(self.norm(self.pool(tokens_BND.float())))
         return logits_BC
 
 
@@ -150,9 +151,8 @@ def choose_attentive(
         order = torch.randperm(len(train.fit_S), generator=generator).to(train.fit_S.device)
         return of(train.fit_S[order], whole=False)
 
-    heads = model.config.num_heads
-    assert heads is not None
     width = int(model.encoder.embed_dim)
+    heads = math.gcd(width, model.config.num_heads or 1)  # heads may have a width of their own in the encoder
     probes = train_attentive(
         of_epoch, steps, width, heads, train.classes, epochs, train.labels_S.device, on_progress=on_progress
     )

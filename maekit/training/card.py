@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from maekit.training.evaluation import DRAWS, Chosen, wilson
+from maekit.training.evaluation import DRAWS, Chosen
+from maekit.training.interval import wilson
 
 NOTE = (
     f"test accuracy, +- 95 % interval of the test sample (Wilson); few labels: mean +- deviation of {DRAWS} draws\n"

@@ -8,7 +8,6 @@ Shapes: S images, R rows of features (a view of an image each), D width, C class
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -269,11 +268,3 @@ def choose_few(train: TrainSet, block: int, pooling: Pooling, views: int, share:
         final = probes[sweep.index(best)]
         found.append(Chosen(setting, best["heldout"], sweep, _by(final, block, pooling)))
     return found
-
-
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a binomial share by Wilson's score: it stays within 0..1, and holds at 0 and at 1."""
-    z = 1.959964
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, centre - half), min(1.0, centre + half)

@@ -1,8 +1,8 @@
 """Features of whole images after every block of an encoder: one forward pass a view, pooled at once, kept in memory.
 
 After a block: the residual stream as it is; after the last one: with the encoder's final normalisation, which is what
-`MaskedAutoencoder.encode` gives. Classifiers standardise each feature anyway, so its scale after earlier blocks is
-of no matter.
+`MaskedAutoencoder.encode` gives. Linear probes standardise each feature, so its scale after earlier blocks is of no
+matter to them; k-NN only centres, and large features weigh more there.
 
 Shapes: S images, V views (plain, then mirrored), L blocks, P stored poolings, T prefix tokens, N patches, D width.
 """

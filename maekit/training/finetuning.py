@@ -119,7 +119,7 @@ def prepare(config: FinetuneConfig, out: Path, console: Console, stop: StopReque
     model = build_model(config, start, splits.classes, accelerator.device)
     use_fused_attention(model, choices["attention"].value)
     model.set_grad_checkpointing(config.grad_checkpoint)
-    averaged = ModelEmaV3(model, config.ema, use_warmup=True) if config.ema is not None else None
+    averaged = ema_of(model, config.ema) if config.ema is not None else None
     total = duration_steps(config.epochs, config.steps, order.steps_per_epoch)
     warmup = duration_steps(config.warmup_epochs, config.warmup_steps, order.steps_per_epoch)
     peak = config.lr if config.lr is not None else config.blr * config.batch_size / 256
@@ -139,6 +139,14 @@ def prepare(config: FinetuneConfig, out: Path, console: Console, stop: StopReque
     if resumed:
         run.restore()
     return job
+
+
+def ema_of(model: Classifier, decay: float) -> ModelEmaV3:
+    """timm's average of a model's weights; its memory grows with the run, to a ninth of the steps done, up to `decay`.
+
+    timm's own exponent would reach 0.9999 after a million steps only.
+    """
+    return ModelEmaV3(model, decay, use_warmup=True, warmup_gamma=9.0, warmup_power=1.0)
 
 
 def open_paired_machine(config: FinetuneConfig, out: Path) -> tuple[dict[str, Choice[Any]], Accelerator]:

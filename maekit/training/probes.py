@@ -5,7 +5,7 @@ Shapes: S samples, D features, K or C classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -146,18 +146,3 @@ def fit_linear(features_SD: Tensor, labels_S: Tensor, num_classes: int, decay: f
 
     optimizer.step(closure)
     return LinearProbe(mean, deviation, weight.detach(), bias.detach(), decay)
-
-
-def best_linear(
-    features_SD: Tensor,
-    labels_S: Tensor,
-    heldout_SD: Tensor,
-    heldout_labels_S: Tensor,
-    num_classes: int,
-    decays: Iterable[float] = (1e-5, 1e-4, 1e-3, 1e-2),
-) -> tuple[LinearProbe, float]:
-    """The probe whose weight decay does best on held-out samples, and its accuracy there."""
-    fitted = [fit_linear(features_SD, labels_S, num_classes, decay) for decay in decays]
-    scores = [probe.accuracy(heldout_SD, heldout_labels_S) for probe in fitted]
-    best = max(range(len(fitted)), key=scores.__getitem__)
-    return fitted[best], scores[best]

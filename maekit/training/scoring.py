@@ -17,12 +17,11 @@ from accelerate import Accelerator
 
 from maekit.data.order import Ids, Pool, Progress
 from maekit.models.classifier import Classifier
+from maekit.training.interval import wilson
 
 Ints = npt.NDArray[np.int64]
 MAX_CONFUSION = 2000
 """Classes up to which the whole table of confusions is kept."""
-NORMAL_95 = 1.959964
-"""The normal distribution's 97.5 % point."""
 
 
 class Answers(NamedTuple):
@@ -59,7 +58,7 @@ def answer(
             logits = model(model.normalize(batch.images))
         logits = logits.float()
         own = logits.gather(1, truth[:, None])
-        ahead = (logits >= own).sum(dim=1) - 1  # a tie, as of logits that are all equal, is not right
+        ahead = (~(logits < own)).sum(dim=1) - 1  # neither a tie, as of logits that are all equal, is right, nor NaN
         loss = F.cross_entropy(logits, truth, reduction="none")
         some = Answers(*(one.cpu().numpy() for one in (truth, logits.argmax(dim=1), ahead, loss.double())))
         kept = ~np.isin(batch.sample_ids, list(pool.unreadable))
@@ -129,19 +128,11 @@ def score(answers: Answers, classes: int) -> Score:
         top1=float(right.mean()),
         top5=float((answers.ahead < 5).mean()),
         loss=float(np.nan_to_num(answers.loss.mean(), nan=math.inf)),
-        interval=wilson(int(right.sum()), count),
+        interval=wilson(float(right.mean()), count),
         per_class=[float(hit / all_) if all_ else None for hit, all_ in zip(hits, images, strict=True)],
         class_images=images.tolist(),
         confusion_KK=confusion,
     )
-
-
-def wilson(right: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share by Wilson's formula (1927), which holds near 0 and 1 too."""
-    share, z2 = right / count, NORMAL_95**2
-    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
-    reach = NORMAL_95 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
-    return max(0.0, centre - reach), min(1.0, centre + reach)
 
 
 def worst_confusions(confusion_KK: Ints, limit: int) -> list[tuple[int, int, int]]:

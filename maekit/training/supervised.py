@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from maekit.config import SupervisedConfig, UserError
 from maekit.configfile import from_values, to_json
 from maekit.runtime import environment
-from maekit.stopping import StopRequest
+from maekit.stopping import StopRequest, greatest
 from maekit.training import checkpoint as checkpoints
 from maekit.training import lock
 from maekit.training.diary import MOST_UNWRITTEN, note, write_lines
@@ -36,6 +36,7 @@ from maekit.training.metrics import MetricsLog
 from maekit.training.run_state import load_optimizer_tensors, optimizer_tensors
 from maekit.training.saving import SaveClock, persist, write_whole
 from maekit.weights.passport import Passport
+from maekit.weights.sources import read_passport
 from maekit.weights.store import WEIGHTS_FILE, check_names
 
 BEST_FILE = "best.safetensors"
@@ -69,6 +70,8 @@ class Position:
     """Length of metrics.jsonl at this position."""
     fingerprint: str = ""
     """Fingerprint of the data."""
+    schedule_start: int = 0
+    """Where the cosine began anew, after a run was lengthened."""
     world: int = 1
     """Processes of the run: another number would augment and average differently."""
 
@@ -76,7 +79,7 @@ class Position:
         """What cannot be true of a run, as a damaged or forged state.json may claim."""
         counts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.type == "int"}
         found = [f"{name} {value}: not in 0 .. 2^63" for name, value in counts.items() if not 0 <= value < 2**63]
-        for name in ("watched", "best_step", "loss_count", "bad_row"):
+        for name in ("watched", "best_step", "loss_count", "bad_row", "schedule_start"):
             if counts[name] > self.step:
                 found.append(f"{name} {counts[name]}: is beyond step {self.step}")
         if not math.isfinite(self.loss_sum) or not -1 <= self.best <= 1:
@@ -193,23 +196,48 @@ class SupervisedRun:
         load_optimizer_tensors(self.optimizer, self.model.named_parameters(), moments)
         if self.ema is not None:
             self.ema.load_state_dict({name.removeprefix(_EMA): value for name, value in averaged.items()})
-        position.total_steps = self.position.total_steps
+        if self.position.total_steps < position.step:
+            raise UserError(
+                f"the run is at step {position.step:,}, beyond the new end at {self.position.total_steps:,}"
+            )
+        if self.position.total_steps != position.total_steps:
+            self.console.print(
+                f"the run's length changes from {position.total_steps:,} to {self.position.total_steps:,} steps: the "
+                f"cosine starts again at its peak from step {position.step:,}, or from the end of the warm-up"
+            )
+            position.total_steps, position.schedule_start = self.position.total_steps, position.step
+        if position.best_step and self._best_file_step() != position.best_step:
+            position.best, position.best_step = -1.0, 0  # a crash came between the file and the checkpoint
         self.position = position
         if self.accelerator.is_main_process:
             self.metrics.truncate(position.metrics_bytes)
         self.console.print(f"continuing from {path.name} of {position.total_steps:,}")
 
     def keep_best(self, score: float) -> bool:
-        """Note a score (0..1) on the held-out images; where it is the best so far, write best.safetensors."""
+        """Where a score on the held-out images is the best so far, write best.safetensors and note it.
+
+        Returns: whether it is. Where the file cannot be written, the one before stays the best that there is.
+        """
         if score <= self.position.best:
             return False
-        self.position.best, self.position.best_step = score, self.position.step
+        failed = False
         if self.accelerator.is_main_process:
             try:
                 write_weights(self.out / BEST_FILE, self.ema or self.model, self.passport())
             except OSError as error:
                 self.console.print(f"[red]{BEST_FILE} cannot be written:[/red] {error}; training goes on")
+                failed = True
+        if any(greatest(self.accelerator, failed)):
+            return False
+        self.position.best, self.position.best_step = score, self.position.step
         return True
+
+    def _best_file_step(self) -> int:
+        """Steps done when best.safetensors was written, by its own word; -1: there is none."""
+        try:
+            return read_passport(self.out / BEST_FILE).steps
+        except UserError:
+            return -1
 
     def settle(self, guard: Guard) -> None:
         """Count and report the steps that were skipped since the last time; waits for the device.
