@@ -44,7 +44,7 @@ maekit: pretrain vision transformers on your own images by masked autoencoding (
 
 usage: maekit COMMAND ...
 
-  demo                                pretrain and evaluate on bundled photographs, in two minutes
+  demo                                pretrain and evaluate on bundled photographs, in a minute and a half
   recipes                             the named configs, with cost and expected result
   pretrain RECIPE --data D --out RUN  pretrain; any field of the recipe is a flag
   plan RECIPE --data D                a dry run: speed, memory, batch that fits, time of the whole run
@@ -54,7 +54,9 @@ usage: maekit COMMAND ...
   predict SRC --data D --out F        a classifier's classes of every image, to .parquet or .csv
   segment SRC --data D                train semantic segmentation on images with class maps; mIoU
   segment RUN --predict I --out DIR   class maps and overlays of images of any size
+  segment RUN --eval                  score a segmentation again: windows, flips, scales, other data
   reconstruct SRC --image I --out P   draw original | masked | reconstruction | pasted
+  reconstruct SRC --data D            loss and skill on data of your choice
   embed SRC --data D --out F          features of every image, to .parquet or .npz
   convert SRC --to T --out DIR        for timm, hf, official, onnx or torch-export; outputs are compared
   attend SRC --image I --out P        draw attention maps, and patch features as colours
@@ -64,6 +66,7 @@ usage: maekit COMMAND ...
   pack --data D --out SHARDS          write the images once, resized, into Parquet shards that load faster
   selftest resume RECIPE              prove here that a stopped run continues bit for bit
 
+RECIPE  a name, or the config.json of a run, to begin another one like it
 SRC   a run's folder, a weights file or folder of any known layout, timm:NAME, hub:OWNER/NAME, or random:MODEL
 D     photos, digits, cifar10, cifar100, a folder of images, a Parquet file or folder, or a text file of paths
 
@@ -377,7 +380,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "predict": partial(on_source, task="predict", kind=PredictConfig, usage="maekit predict SRC --data D --out F"),
     "segment": segment,
     "reconstruct": partial(
-        on_source, task="reconstruct", kind=ReconstructConfig, usage="maekit reconstruct SRC --image I"
+        on_source, task="reconstruct", kind=ReconstructConfig, usage="maekit reconstruct SRC --image I, or SRC --data D"
     ),
     "embed": partial(on_source, task="embed", kind=EmbedConfig, usage="maekit embed SRC --data D --out F"),
     "convert": partial(on_source, task="convert", kind=ConvertConfig, usage="maekit convert SRC --to T --out DIR"),

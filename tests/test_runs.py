@@ -23,6 +23,9 @@ import maekit
 from maekit import cli
 from maekit.config import PretrainConfig, UserError
 from maekit.configfile import from_json
+from maekit.data.sources import open_source
+from maekit.models.masking import make_masks
+from maekit.rng import Purpose
 from maekit.runtime import check_processes
 from maekit.stopping import StopRequest
 
@@ -216,6 +219,30 @@ def test_probe_and_reconstruct(run: Path, tmp_path: Path, capsys: pytest.Capture
         assert cli.main([*words, *bad]) == 2
         assert expected in capsys.readouterr().err
     assert cli.main(["reconstruct", str(run), "--image", str(tmp_path / "none.png"), "--out", str(panel)]) == 2
+
+
+def test_reconstruct_scores_data(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Loss and skill on the test digits are those of the same crops and masks by hand."""
+    panel = tmp_path / "panel.png"
+    assert cli.main(["reconstruct", str(run), "--data", "digits", "--out", str(panel)]) == 0
+    told = capsys.readouterr().out
+    assert panel.stat().st_size > 1000 and "digits, test part" in told
+    model = maekit.load(run)
+    part = open_source("digits", in_chans=1).test
+    assert part is not None
+    images = torch.stack([torch.from_numpy(part.read(i)).permute(2, 0, 1) for i in range(len(part))])
+    ids = np.arange(len(part))
+    masks = make_masks(
+        model.config.mask, model.grid_hw, model.config.mask_ratio, ids, seed=0, purpose=Purpose.HELDOUT_MASK
+    )
+    with torch.no_grad():
+        normal = model.normalize(images)
+        loss = float(model(normal, masks.ids_keep_BV, ids_masked=masks.ids_masked_BM).loss)
+    assert f"{loss:.4f} on hidden patches" in told
+    words = ["reconstruct", str(run), "--out", str(panel)]
+    assert cli.main(words) == 2 and cli.main([*words, "--data", "digits", "--seed", "1"]) == 2
+    assert cli.main([*words, "--data", "digits", "--part", "val"]) == 2
+    assert "has no such part; choose train, test" in capsys.readouterr().err
 
 
 def make_photographs(folder: Path, count: int) -> None:

@@ -82,6 +82,14 @@ def test_parts_share_their_class_ids(tree: Callable[..., Path], train: str, val:
         assert source.test.labels.tolist() == [2]
 
 
+def test_folders_beside_the_parts_are_left_out_and_named(tree: Callable[..., Path]) -> None:
+    source = open_source(str(tree("train/a.png", "test/b.png", "unlabeled/c.png", "notes/d.txt")))
+    assert len(source.train) == 1
+    (note,) = source.notes
+    assert "left out, since train/, test/ are parts: unlabeled/" in note.replace("test/, train/", "train/, test/")
+    assert not open_source(str(tree("train/a.png", "test/b.png", root="other"))).notes
+
+
 def test_ade20k_lists_images_and_never_annotations(tree: Callable[..., Path]) -> None:
     root = tree("images/training/a.jpg", "images/validation/b.jpg", "annotations/training/a.png", "annotations/x.png")
     source = open_source(str(root))

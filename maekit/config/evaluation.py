@@ -88,10 +88,17 @@ class ProbeConfig(SourceConfig):
 
 @dataclass(kw_only=True)
 class ReconstructConfig(SourceConfig):
-    """Draw original, masked image, reconstruction and both pasted together, for any image."""
+    """Draw original, masked image, reconstruction and both pasted together, for any image; or score a part of data."""
 
-    image: tuple[str, ...]
+    image: tuple[str, ...] = ()
     """One or more image files."""
+    data: str = ""
+    """Instead of --image: print loss and skill on these data, with masks that are the same in every call, and draw a
+    few of their images."""
+    part: Literal["train", "val", "test"] | None = None
+    """Which part of --data. Default: test where there is one, else val, else train."""
+    image_column: str | None = None
+    """Parquet: the column with the images."""
     out: str = "panel.png"
     """PNG to write."""
     mask: Literal["random", "block", "grid"] | None = None

@@ -19,7 +19,7 @@ class DataConfig:
 
     data: str = ""
     """What to train on: photos, digits, cifar10, cifar100, a folder, a Parquet file or folder, or a text file of
-    paths. Labels are not needed."""
+    paths. Labels are not needed. Where there are parts (train/, val/, test/), only the training part is trained on."""
     out: str = ""
     """Folder of the run. It must not hold another run. Default: runs/RECIPE."""
     image_column: str | None = None
@@ -306,7 +306,8 @@ class ResumeConfig:
     """Continue a run exactly where its last checkpoint stands. Only durations, logging, device and workers change."""
 
     epochs: float | None = None
-    """New length in epochs; a longer one restarts the cosine from the current step."""
+    """New length in epochs; a longer one restarts the cosine from the current step. Not for segmentation, whose length
+    is fixed."""
     steps: int | None = None
     """New length in optimiser steps."""
     log_every: int | None = None
@@ -347,7 +348,7 @@ class SelftestConfig:
 
 @dataclass(kw_only=True)
 class DemoConfig:
-    """Pretrain on bundled photographs, evaluate, draw a panel: two minutes on two CPU cores, no network."""
+    """Pretrain on bundled photographs, evaluate, draw a panel: a minute and a half on two CPU cores, no network."""
 
     out: str = "runs/demo"
     """Folder of the run; runs/demo-2 and so on where it holds one already."""

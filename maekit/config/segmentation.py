@@ -97,6 +97,7 @@ class PairsConfig:
 class SegmentConfig(PairsConfig, ViewConfig, SupervisedConfig):
     """Train semantic segmentation on top of a pretrained encoder, and score it by mIoU.
 
+    Of a finished run: maekit segment RUN --predict --help, and maekit segment RUN --eval --help.
     The best weights are chosen on a held-out part of the training images; the validation part is scored once, at the
     end.
     """
@@ -195,7 +196,7 @@ class SegmentConfig(PairsConfig, ViewConfig, SupervisedConfig):
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # For 367 images of 360 x 480 and a ViT-Tiny of 6 blocks, under 10 minutes on two CPU cores (RESULTS.md, CamVid).
+    # For 367 images of 360 x 480 and a ViT-Tiny of 6 blocks: 21 minutes of one CPU core (RESULTS.md, CamVid).
     "small": {
         "head_width": 128, "fuse_kernel": 1, "crop": (192,), "batch_size": 8, "steps": 700, "warmup_steps": 70,
         "layer_decay": 0.8, "drop_path": 0.1, "inference": "slide", "eval_every": 350, "overlays": 6,
@@ -262,7 +263,8 @@ class SegmentPredictConfig(ViewConfig):
     predict: tuple[str, ...]
     """Image files, or folders of images."""
     out: str
-    """Folder for NAME.png (class numbers with a palette) and NAME-overlay.png of each image; new or empty."""
+    """Folder for NAME.png (class numbers with a palette) and NAME-overlay.png of each image; new or empty. Value 1 is
+    the first class and 0 never occurs, whatever --void was: subtract 1 to compare with annotations that begin at 0."""
     score: Literal["last", "best"] = "last"
     """Which weights of the run: the last ones, or the best on its held-out images."""
     overlays: bool = True

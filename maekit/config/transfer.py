@@ -40,7 +40,10 @@ class EmbedConfig(SourceConfig):
 
 @dataclass(kw_only=True)
 class ConvertConfig(SourceConfig):
-    """Write weights for another tool, load them back through that tool, and keep them only where outputs agree."""
+    """Write weights for another tool, load them back through that tool, and keep them only where outputs agree.
+
+    A classifier's or segmenter's head is left out: what is written is its encoder.
+    """
 
     to: Literal["timm", "hf", "official", "onnx", "torch-export"]
     """timm: a folder for timm.create_model("local-dir:DIR", pretrained=True); hf: a folder for transformers'

@@ -58,9 +58,9 @@ def holds_images(root: bytes) -> bool:
 def open_folder(root: bytes, spec: str, name: str, in_chans: int) -> Source:
     """A tree of images: flat, nested, one folder per class, or in parts (train/, val/, test/; any case).
 
-    Folders beside a training part and a validation or test part are ignored. In ADE20K's layout (images/ beside
-    annotations/) only images/ is listed. The top-level folder is the class where every training image lies under one
-    and there are two or more, counted over all parts.
+    Folders beside a training part and a validation or test part are left out, which a note says. In ADE20K's layout
+    (images/ beside annotations/) only images/ is listed. The top-level folder is the class where every training image
+    lies under one and there are two or more, counted over all parts.
 
     Raises:
         UserError: no image, two folders for one part, or a folder that may be a part or a class.
@@ -91,7 +91,19 @@ def open_folder(root: bytes, spec: str, name: str, in_chans: int) -> Source:
         for part, found in names.items()
         if found
     }
-    return Source(name, opened["train"], opened.get("val"), opened.get("test"))
+    notes = _left_out(os.path.join(root, prefix), subfolders, parts, spec)
+    return Source(name, opened["train"], opened.get("val"), opened.get("test"), notes)
+
+
+def _left_out(base: str | bytes, subfolders: list[bytes], parts: dict[str, bytes], spec: str) -> tuple[str, ...]:
+    """A line for the folders of images beside the parts."""
+    beside = [folder for folder in subfolders if parts and folder not in parts.values()]
+    found = [printable(folder) for folder in beside if holds_images(os.path.join(os.fsencode(base), folder))]
+    if not found:
+        return ()
+    known = ", ".join(f"{printable(folder)}/" for folder in parts.values())
+    left = ", ".join(f"{folder}/" for folder in found[:4]) + (", ..." if len(found) > 4 else "")
+    return (f"left out, since {known} are parts: {left} (--data {os.path.join(spec, found[0])} takes it alone)",)
 
 
 def _subfolders(folder: bytes) -> list[bytes]:

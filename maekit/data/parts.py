@@ -70,6 +70,8 @@ class Source:
     train: Part
     val: Part | None = None
     test: Part | None = None
+    notes: tuple[str, ...] = ()
+    """What a user should know of them: folders that are left out."""
 
 
 def evenly_spaced(num: int, count: int) -> Labels:

@@ -2,7 +2,7 @@
 
 Command: maekit pretrain cifar10 --data cifar10 --out runs/c10
 Cost: 100 epochs, about 5 hours on 2 CPU cores without matrix units.
-Expected: see RESULTS.md.
+Expected: linear probe after 4 epochs 50.7 % (RESULTS.md, one seed, a JPEG copy); 100 epochs are not measured yet.
 Source: the paper's recipe (table 8) with a smaller model, batch 256 and blr 5e-4, which public CIFAR runs of this size
 use (reference: github.com/wsjdsg/Bootstrapped-MAE).
 """

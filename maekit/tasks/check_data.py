@@ -50,6 +50,8 @@ def main(config: CheckDataConfig) -> int:
     source = open_source(
         config.data, in_chans=config.in_chans, image_column=config.image_column, label_column=config.label_column
     )
+    for line in source.notes:
+        console.print(line, style="dim", markup=False)
     parts: dict[str, Part] = {"train": source.train}
     parts |= {name: part for name, part in (("val", source.val), ("test", source.test)) if part is not None}
     workers = choose_workers(config.workers, 1).value

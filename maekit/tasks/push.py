@@ -23,6 +23,7 @@ from maekit.models.mae import MaskedAutoencoder
 from maekit.terminal import make_console
 from maekit.weights.card import find_cards, model_card
 from maekit.weights.hub import upload
+from maekit.weights.segmenters import is_segmenter
 from maekit.weights.store import WEIGHTS_FILE, load
 
 UNSPECIFIED = "unspecified"
@@ -42,6 +43,11 @@ def main(source: str, name: str, config: PushConfig) -> int:
     path = given / WEIGHTS_FILE if given.is_dir() else given
     if not path.is_file():
         raise UserError(f"{source}: no run with weights and no weights file; only files can be pushed")
+    if is_segmenter(path):
+        raise UserError(
+            f"{source}: holds a segmenter, which would lose its head here; upload the file as it is: hf upload {name} "
+            f"{path} {WEIGHTS_FILE}"
+        )
     model = load(path)
     license_it(model, source, config)
     cards = find_cards(given) if given.is_dir() else {}

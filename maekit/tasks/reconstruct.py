@@ -1,6 +1,7 @@
-"""Draw what the model makes of any image: original | masked | reconstruction | pasted.
+"""Draw what the model makes of any image: original | masked | reconstruction | pasted; or score a part of data.
 
     maekit reconstruct runs/c10 --image photo.png --out panel.png --mask-ratio 0.75 --seed 3
+    maekit reconstruct runs/c10 --data cifar10
 
 Cost: one forward pass for each image.
 """
@@ -11,27 +12,40 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.console import Console
 
-from maekit.config import MAX_MASK_RATIO, ReconstructConfig, UserError
+from maekit.config import MAX_MASK_RATIO, PretrainConfig, ReconstructConfig, UserError
 from maekit.data.images import BadImage, decode
+from maekit.data.loader import lowest_hash, open_pool
+from maekit.data.sources import choose_parts, open_source
 from maekit.data.transforms import apply_to_image, centre_crops
+from maekit.data.workers import choose_workers
+from maekit.models.encoder import use_fused_attention
 from maekit.models.mae import MaskedAutoencoder
 from maekit.models.masking import make_masks
-from maekit.runtime import choose_device
-from maekit.terminal import make_console
-from maekit.training.monitor import reconstruct, statistics_note
+from maekit.rng import Purpose
+from maekit.runtime import choose_attention, choose_device, choose_precision
+from maekit.terminal import counting, make_console, print_settings
+from maekit.training.monitor import PANEL_IMAGES, Heldout, heldout_masks, heldout_sums, reconstruct, statistics_note
 from maekit.viz.panels import compose, draw
 from maekit.weights.store import load_as, require_decoder
 
+SCORE_BATCH = 64
+"""Images in a forward pass of a score; it has no say in the numbers."""
+
 
 def main(source: str, config: ReconstructConfig) -> int:
-    """One panel with a row for each image; image k gets the k-th mask of the seed.
+    """One panel with a row for each image, image k under the k-th mask of the seed; with --data its loss and skill.
 
     Raises:
-        UserError: weights or an image that cannot be read, or a mask ratio out of range.
+        UserError: weights, an image or data that cannot be read, or a mask ratio out of range.
     """
     console = make_console()
     problems = []
+    if bool(config.image) == bool(config.data):
+        problems.append("give either --image FILE ..., to draw, or --data D, to score and draw a few")
+    if config.data and (config.mask, config.mask_ratio, config.seed) != (None, None, 0):
+        problems.append("--mask, --mask-ratio, --seed: with --data the masks are those of every score, as in training")
     if config.mask_ratio is not None and not 0 <= config.mask_ratio <= MAX_MASK_RATIO:
         problems.append(f"--mask-ratio {config.mask_ratio:g}: must lie between 0 and {MAX_MASK_RATIO}")
     if config.seed < 0:
@@ -45,20 +59,55 @@ def main(source: str, config: ReconstructConfig) -> int:
     require_decoder(model, source)
     for line in model.key_report.remarks():
         console.print(line, style="dim", markup=False)
-    images_BCHW = read_images(config, model).to(device)
-    ratio = model.config.mask_ratio if config.mask_ratio is None else config.mask_ratio
-    kind = config.mask or model.config.mask
-    masks = make_masks(kind, model.grid_hw, ratio, range(len(images_BCHW)), seed=config.seed).to(device)
-    shown = reconstruct(model, images_BCHW, masks.ids_keep_BV, masks.ids_masked_BM, config.statistics)
+    if config.data:
+        images_BCHW, names, keep, masked = score_data(console, config, model)
+    else:
+        images_BCHW, names = read_images(config, model).to(device), [Path(name).name for name in config.image]
+        ratio = model.config.mask_ratio if config.mask_ratio is None else config.mask_ratio
+        kind = config.mask or model.config.mask
+        masks = make_masks(kind, model.grid_hw, ratio, range(len(images_BCHW)), seed=config.seed).to(device)
+        keep, masked = masks.ids_keep_BV, masks.ids_masked_BM
+    shown = reconstruct(model, images_BCHW, keep, masked, config.statistics)
     draw(
         [compose(one.image_HWC, one.ids_masked_M, one.pred_MP, model.patch_size) for one in shown],
         Path(config.out),
         title=f"{source}: {model.passport.epochs:.4g} epochs on {model.passport.data or 'no data'}",
         note=statistics_note(model, config.statistics),
-        row_labels=[Path(name).name for name in config.image],
+        row_labels=names,
     )
     console.print(f"panel: {config.out}")
     return 0
+
+
+def score_data(
+    console: Console, config: ReconstructConfig, model: MaskedAutoencoder
+) -> tuple[torch.Tensor, list[str], torch.Tensor, torch.Tensor]:
+    """Print loss and skill on centre crops of a part; return a few images, names, visible and hidden ids to draw."""
+    device = model.mean.device
+    precision = choose_precision("auto", device).value
+    use_fused_attention(model, choose_attention(device, precision).value)
+    source = open_source(config.data, in_chans=model.config.in_chans, image_column=config.image_column)
+    word = config.part or ("test" if source.test is not None else "val" if source.val is not None else "train")
+    part = choose_parts(source, word, config.data)[word]
+    reading = PretrainConfig(data=config.data, img_size=model.config.size_hw, in_chans=model.config.in_chans)
+    ids = np.arange(len(part), dtype=np.int64)
+    with counting(console, "reading images") as progress:
+        pool, _ = open_pool(part, reading, device, choose_workers(None, 1), progress)
+    with counting(console, f"scoring {word} images") as progress:
+        loss, constant, bilinear, count = heldout_sums(
+            model, pool, ids, SCORE_BATCH, with_trivial=True, on_progress=progress
+        ).tolist()
+    found = Heldout(loss / count, (constant / count, bilinear / count))
+    print_settings(console, f"{source.name}, {word} part", {
+        "images": f"{len(ids):,}" + (f", {len(pool.unreadable):,} of them unreadable" if pool.unreadable else ""),
+        "loss": f"{found.loss:.4f} on hidden patches ({model.config.target}; {model.config.mask} masks of "
+        f"{100 * model.config.mask_ratio:g} %)",
+        "learning nothing": f"{found.trivial[0]:.4f} by a constant, {found.trivial[1]:.4f} by a bilinear fill",
+        "skill": f"{found.skill:.3f} (0: no better than the better of these, 1: perfect)",
+    })  # fmt: skip
+    some = lowest_hash(ids, min(PANEL_IMAGES, len(ids)), Purpose.SUBSET)
+    batch = next(iter(pool.eval_batches(some, len(some))))
+    return batch.images, [part.name(int(i)) for i in some], *heldout_masks(model, some)
 
 
 def read_images(config: ReconstructConfig, model: MaskedAutoencoder) -> torch.Tensor:

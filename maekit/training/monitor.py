@@ -52,7 +52,13 @@ def heldout_masks(model: MaskedAutoencoder, sample_ids: npt.NDArray[np.int64]) -
 
 @torch.no_grad()
 def heldout_sums(
-    model: MaskedAutoencoder, pool: Pool, ids: npt.NDArray[np.int64], batch_size: int, *, with_trivial: bool
+    model: MaskedAutoencoder,
+    pool: Pool,
+    ids: npt.NDArray[np.int64],
+    batch_size: int,
+    *,
+    with_trivial: bool,
+    on_progress: Progress | None = None,
 ) -> Tensor:
     """[loss x images, trivial 1 x images, trivial 2 x images, images] over this process's held-out ids.
 
@@ -71,6 +77,8 @@ def heldout_sums(
             )
             sums[1:3] += trivial.cpu().double() * count
         sums[3] += count
+        if on_progress is not None:
+            on_progress(int(sums[3]), len(ids))
     return sums
 
 

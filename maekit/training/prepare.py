@@ -55,6 +55,8 @@ def prepare(config: PretrainConfig, resume_from: Path | None, console: Console, 
     source = open_source(
         config.data, in_chans=config.in_chans, image_column=config.image_column, label_column=config.label_column
     )
+    for line in source.notes:
+        console.print(line, style="dim", markup=False)
     part = source.train
     train_ids, heldout_ids = split_heldout(len(part), config.heldout_share)
     train_ids = choose_training(train_ids, config.train_images)

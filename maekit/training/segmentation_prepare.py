@@ -117,9 +117,9 @@ def prepare(config: SegmentConfig, resuming: bool, console: Console, stop: StopR
 
 
 def default_out(config: SegmentConfig) -> Path:
-    """segment-NAME in the folder of the source's run, else here."""
+    """segment-NAME (segment-NAME-random) in the folder of the source's run, else here."""
     base = Path(config.source) if Path(config.source).is_dir() else Path()
-    return base / f"segment-{short_name(os.path.expanduser(config.data))}"
+    return base / f"segment-{short_name(os.path.expanduser(config.data))}{'-random' if config.random_init else ''}"
 
 
 def choose_machine(config: Any) -> dict[str, Choice[Any]]:

@@ -18,6 +18,7 @@ from maekit.models.segmentation import Segmenter
 from maekit.weights.files import is_pickle, one_line, open_once
 from maekit.weights.passport import HeadFacts, Passport
 from maekit.weights.resize import resize_positions
+from maekit.weights.sources import read_passport
 from maekit.weights.store import check_names
 
 KIND = "segmenter"
@@ -43,6 +44,14 @@ def dense_encoder(model: MaskedAutoencoder, size_hw: tuple[int, int], drop_path:
     passport = model.passport
     set_eps(encoder, EPS if passport is None else passport.eps)
     return encoder
+
+
+def is_segmenter(path: Path) -> bool:
+    """Whether a file of weights says that it is a segmenter; a file that says nothing is none."""
+    try:
+        return read_passport(path).kind == KIND
+    except UserError:
+        return False
 
 
 def head_facts(model: Segmenter) -> HeadFacts:

@@ -50,7 +50,7 @@ def load(
     The model is in evaluation mode; its passport is `model.passport`, and what became of each tensor is
     `model.key_report`. An encoder without a decoder gets an untrained one, and `passport.kind` is then "encoder"; so it
     is with a classifier where `encoder_only` leaves its head out, and with the classifiers of other tools, whose heads
-    `load_classifier` reads.
+    `load_classifier` reads. A segmenter gives its encoder; `maekit.weights.segmenters.load_segmenter` reads all of it.
 
     Raises:
         UserError: no such source, a file of another kind, something that must be said, or weights that do not fit.
