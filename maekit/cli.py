@@ -66,7 +66,7 @@ usage: maekit COMMAND ...
   pack --data D --out SHARDS          write the images once, resized, into Parquet shards that load faster
   selftest resume RECIPE              prove here that a stopped run continues bit for bit
 
-RECIPE  a name, or the config.json of a run, to begin another one like it
+RECIPE  a name, or a run's config.json
 SRC   a run's folder, a weights file or folder of any known layout, timm:NAME, hub:OWNER/NAME, or random:MODEL
 D     photos, digits, cifar10, cifar100, a folder of images, a Parquet file or folder, or a text file of paths
 
@@ -122,7 +122,7 @@ def pretrain(words: list[str]) -> int:
         return explain_recipes("pretrain", "--data D --out RUN", bool(words))
     base = recipe_or_file(words[0], "pretrain")
     config = parse(PretrainConfig, f"maekit pretrain {words[0]}", words[1:], base)
-    adapt_durations(config, base)
+    adapt_durations(config, base, words)
     from maekit.tasks import pretrain as task
 
     return task.main(config)
@@ -138,7 +138,7 @@ def plan(words: list[str]) -> int:
     if "--images" in given and "--data" not in given:
         defaults.data = ""  # the recipe's own, which was not asked for
     config = parse(PlanConfig, f"maekit plan {words[0]}", words[1:], defaults)
-    adapt_durations(config, base)
+    adapt_durations(config, base, words)
     from maekit.tasks import plan as task
 
     return task.main(config, base, words[0])
@@ -168,8 +168,10 @@ def recipe_or_file(word: str, command: str) -> PretrainConfig:
     return base
 
 
-def adapt_durations(config: PretrainConfig | FinetuneConfig, base: PretrainConfig | FinetuneConfig) -> None:
-    """What a flag for one duration means for the recipe's others.
+def adapt_durations(
+    config: PretrainConfig | FinetuneConfig, base: PretrainConfig | FinetuneConfig, words: Sequence[str] = ()
+) -> None:
+    """What a flag for one duration means for the recipe's others; `words` are the flags as they were typed.
 
     A length in steps replaces the recipe's length in epochs. A shorter run keeps the share of its warm-up, unless a
     warm-up is given too.
@@ -178,7 +180,10 @@ def adapt_durations(config: PretrainConfig | FinetuneConfig, base: PretrainConfi
         config.epochs = None
     if config.warmup_steps is not None and config.warmup_epochs == base.warmup_epochs:
         config.warmup_epochs = None
-    if not base.epochs or not base.warmup_epochs or config.warmup_epochs != base.warmup_epochs:
+    typed = {word.partition("=")[0].replace("_", "-") for word in words}
+    if "--warmup-epochs" in typed or not base.epochs or not base.warmup_epochs:
+        return
+    if config.warmup_epochs != base.warmup_epochs:
         return
     share = base.warmup_epochs / base.epochs
     if config.epochs is None and config.steps is not None:
@@ -224,7 +229,7 @@ def finetune(words: list[str]) -> int:
     source, rest = positional(words, "maekit finetune SRC --data D", "a source of weights")
     base = finetune_defaults(source[0] if source else "", rest)
     config = parse(FinetuneConfig, "maekit finetune SRC", rest, base)
-    adapt_durations(config, base)
+    adapt_durations(config, base, rest)
     from maekit.tasks import finetune as task
 
     return task.main(source[0], config)
@@ -379,9 +384,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "finetune": finetune,
     "predict": partial(on_source, task="predict", kind=PredictConfig, usage="maekit predict SRC --data D --out F"),
     "segment": segment,
-    "reconstruct": partial(
-        on_source, task="reconstruct", kind=ReconstructConfig, usage="maekit reconstruct SRC --image I, or SRC --data D"
-    ),
+    "reconstruct": partial(on_source, task="reconstruct", kind=ReconstructConfig, usage="maekit reconstruct SRC ..."),
     "embed": partial(on_source, task="embed", kind=EmbedConfig, usage="maekit embed SRC --data D --out F"),
     "convert": partial(on_source, task="convert", kind=ConvertConfig, usage="maekit convert SRC --to T --out DIR"),
     "attend": partial(on_source, task="attend", kind=AttendConfig, usage="maekit attend SRC --image I"),

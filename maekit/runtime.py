@@ -47,7 +47,9 @@ def choose_device(requested: str) -> Choice[torch.device]:
         if torch.backends.mps.is_available():
             return Choice(torch.device("mps"), "Apple GPU")
         return Choice(torch.device("cpu"), f"no GPU found; {torch.get_num_threads()} threads")
-    kind = requested.split(":")[0]
+    kind, colon, index = requested.partition(":")
+    if colon and (kind != "cuda" or not index.isdecimal() or int(index) >= max(1, torch.cuda.device_count())):
+        raise UserError(f"--device {requested}: no such device; {torch.cuda.device_count()} GPUs, counted from cuda:0")
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(kind, False):
         raise UserError(f"--device {requested}: not available on this machine; take --device auto")
@@ -112,6 +114,12 @@ def start_accelerator(device: torch.device, trackers: tuple[str, ...], out: Path
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
 
+    if device.type == "cuda" and device.index is not None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(f"--device {device}: several processes take a GPU each; choose by CUDA_VISIBLE_DEVICES")
+        import torch
+
+        torch.cuda.set_device(device)  # Accelerate takes the current one
     try:
         accelerator = Accelerator(
             cpu=device.type == "cpu",

@@ -154,14 +154,15 @@ def test_durations_of_a_shortened_run() -> None:
     """The warm-up keeps its share of a shorter run, unless it is given; steps replace the recipe's epochs."""
     base = recipes.get("cifar10")
 
-    def adapted(**changes: float | int | None) -> PretrainConfig:
+    def adapted(*words: str, **changes: float | int | None) -> PretrainConfig:
         config = PretrainConfig(**{**base.__dict__, **changes})
-        cli.adapt_durations(config, base)
+        cli.adapt_durations(config, base, words)
         return config
 
     assert adapted(epochs=20.0).warmup_epochs == pytest.approx(1.0)
     assert adapted(epochs=200.0).warmup_epochs == 5
     assert adapted(epochs=20.0, warmup_epochs=2.0).warmup_epochs == 2
+    assert adapted("--warmup_epochs=5", epochs=20.0).warmup_epochs == 5  # as the recipe's, but typed
     shorter = adapted(steps=200)
     assert (shorter.epochs, shorter.warmup_epochs, shorter.warmup_steps) == (None, None, 10)
     assert not shorter.problems()

@@ -53,6 +53,13 @@ class Durations(Protocol):
     warmup_steps: int | None
 
 
+def compile_problems(compile: str, accum: int) -> list[str]:
+    """Why a way to compile cannot go with accumulation."""
+    if compile == "graphs" and accum > 1:
+        return ["--compile graphs: replayed graphs overwrite the gradients that --accum adds up: --compile whole"]
+    return []
+
+
 def duration_problems(config: Durations) -> list[str]:
     """What is wrong with a length and a warm-up: two units or none, or a warm-up longer than the run."""
     found = []

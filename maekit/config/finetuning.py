@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from maekit.config.base import duration_problems, flag, spaced
+from maekit.config.base import compile_problems, duration_problems, flag, spaced
 from maekit.config.supervised import SupervisedConfig
 from maekit.config.weights import SourceConfig
 
@@ -162,7 +162,7 @@ class FinetuneConfig(SupervisedConfig):
             )
         if self.from_scratch and self.eval:
             found.append("--from-scratch and --eval: there is nothing to score in weights that are thrown away")
-        return found + duration_problems(self) + self._mixing_problems()
+        return found + duration_problems(self) + compile_problems(self.compile, self.accum) + self._mixing_problems()
 
     @property
     def policy(self) -> str:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import tyro
 
-from maekit.config.base import duration_problems, flag, spaced
+from maekit.config.base import compile_problems, duration_problems, flag, spaced
 
 MAX_MASK_RATIO = 0.95
 """Above this share of hidden patches a ViT-B/16 sees fewer than ten patches of a 224 px image."""
@@ -116,7 +116,8 @@ class PretrainConfig(ModelConfig, DataConfig):
     # ---- what it begins with ----
     init: str = ""
     """Weights to begin with, of any source that maekit reads, with a schedule of their own (to go on with a run:
-    maekit resume). Mean and deviation are then theirs. Default: random weights."""
+    maekit resume). Mean and deviation are then theirs, unless the recipe or a flag says others. Default: random
+    weights."""
     init_decoder: bool = True
     """Take the decoder along where --init has one."""
     decoder_warmup_epochs: float | None = None
@@ -230,6 +231,7 @@ class PretrainConfig(ModelConfig, DataConfig):
             if (value := getattr(self, name)) is not None and not value >= 0
         ]  # fmt: skip
         found += self._choice_problems() + duration_problems(self) + self._decoder_problems()
+        found += compile_problems(self.compile, self.accum)
         if not self.data:
             found.append("--data is missing: a folder of images, a Parquet file, a text file of paths, or a known name")
         if not 0 <= self.mask_ratio <= MAX_MASK_RATIO:

@@ -5,12 +5,16 @@ Shapes: B batch, C channels, H x W pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from maekit.data.images import BadImage
+from maekit.config import UserError
+from maekit.data.images import BadImage, decode
 from maekit.data.parts import Part
 from maekit.data.transforms import apply_to_image, centre_crops
 
@@ -30,6 +34,27 @@ class Centres(Dataset[Centre]):
             return None, str(error)
         crops = centre_crops(np.array([image.shape[:2]], np.int64), self.size_hw)
         return apply_to_image(image, crops, 0, self.size_hw), ""
+
+
+def read_centres(names: Sequence[str], size_hw: tuple[int, int], in_chans: int) -> Tensor:
+    """The centres of image files at the model's size, floats in 0..1 [B, C, H, W].
+
+    Raises:
+        UserError: files that cannot be read; all of them are named.
+    """
+    found, problems = [], []
+    for name in names:
+        try:
+            image = decode(Path(name).expanduser(), in_chans)
+        except BadImage as error:
+            problems.append(f"--image {name}: {error}")
+            continue
+        crops = centre_crops(np.array([image.shape[:2]], np.int64), size_hw)
+        pixels = apply_to_image(image, crops, 0, size_hw)
+        found.append(pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels)
+    if problems:
+        raise UserError(*problems)
+    return torch.stack(found)
 
 
 def collate_centres(samples: list[Centre]) -> tuple[Tensor | None, list[str]]:

@@ -51,7 +51,7 @@ def open_pool(
     if config.in_memory == "no":
         return StreamPool(part, config, device, workers.value), Choice(False, "as asked for")
     if size is not None and config.in_memory == "auto":
-        volume = len(part) * part.in_chans * math.prod(size)
+        volume = len(part) * part.in_chans * math.prod(size) * value_bytes(part)
         if volume > MEMORY_BUDGET:
             size, reason = None, f"{volume / 1024**3:.1f} GiB of pixels is over {MEMORY_BUDGET // 1024**3} GiB"
         elif max(size) > MOST_SHRINKING * max(config.size_hw):
@@ -65,6 +65,16 @@ def open_pool(
     if config.in_memory == "yes":
         raise UserError(f"--in-memory yes: not possible, {reason}")
     return StreamPool(part, config, device, workers.value), Choice(False, f"{reason}; {workers.value} workers")
+
+
+def value_bytes(part: Part) -> int:
+    """Bytes that a value of the images takes in memory, by the first image that can be read: 1, or 4 of floats."""
+    for index in range(len(part)):
+        try:
+            return int(part.read(index).dtype.itemsize)
+        except BadImage:
+            continue
+    return 1
 
 
 def common_size(part: Part) -> tuple[tuple[int, int] | None, str]:

@@ -138,9 +138,9 @@ def _read_all(
             if image.shape[:2] != size_hw:
                 raise SizesDiffer(f"{part.name(index)} is {image.shape[0]} x {image.shape[1]}, others are not")
             if image.dtype != pixels.dtype and pixels.dtype == np.uint8:
-                pixels = pixels.astype(np.float32) / 255  # 8-bit so far, and now 16-bit or float data
+                pixels = np.divide(pixels, 255, dtype=np.float32)  # 8-bit so far, and now 16-bit or float data
             if pixels.dtype == np.float32 and image.dtype == np.uint8:
-                image = image.astype(np.float32) / 255
+                image = np.divide(image, 255, dtype=np.float32)
             pixels[index] = image
         if on_progress is not None:
             on_progress(chunk.stop, len(part))

@@ -24,6 +24,9 @@ class Quarantine:
             UserError: more than the allowed share of the images cannot be read.
         """
         lines = []
+        bad = [(sample_id, reason) for sample_id, reason in bad if sample_id not in self._known]
+        if bad:
+            self._known |= self._read()  # other processes write here too, mostly the same
         for sample_id, reason in bad:
             if sample_id in self._known:
                 continue
@@ -36,7 +39,7 @@ class Quarantine:
                 file.write((b"\n" if torn else b"") + json.dumps(record).encode() + b"\n")
             lines.append(f"{record['name']}: {reason}")
         if lines:
-            self._known |= self._read()  # other processes write here too
+            self._known |= self._read()
             share = len(self._known) / len(self.part)
             if share > self.max_share:
                 raise UserError(

@@ -60,6 +60,12 @@ def open_source(
     raise UserError(f"--data {shown}: a {suffix or 'nameless'} file; folders, .parquet and .txt (paths) are read")
 
 
+def lasting(spec: str) -> str:
+    """What `--data` must be where it is said again from another folder: the same known name, or an absolute path."""
+    path = os.path.expanduser(spec)
+    return spec if spec in KNOWN or not os.path.exists(path) else os.path.abspath(path)
+
+
 def _mode(path: str, shown: str) -> int:
     try:
         return os.stat(path).st_mode

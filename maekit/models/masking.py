@@ -44,11 +44,10 @@ class Masks:
         return masked.scatter(1, self.ids_masked_BM, True)
 
     def to(self, device: torch.device | str) -> Masks:
-        """The same masks on a device, without waiting for the copy."""
-        return Masks(
-            self.ids_keep_BV.to(device, non_blocking=True),
-            self.ids_masked_BM.to(device, non_blocking=True),
-        )
+        """The same masks on a device, without waiting for the copy: CUDA needs pinned memory for that."""
+        pin = torch.device(device).type == "cuda" and self.ids_keep_BV.device.type == "cpu"
+        both = (self.ids_keep_BV, self.ids_masked_BM)
+        return Masks(*((ids.pin_memory() if pin else ids).to(device, non_blocking=True) for ids in both))
 
 
 def num_visible(num_patches: int, mask_ratio: float) -> int:

@@ -129,10 +129,10 @@ def undo_target(
 
 def undo_spectrum(pred_BMP: Tensor, normal_BMP: Tensor, spectrum_PP: Tensor) -> Tensor:
     """The normalised patches that a spectral target's prediction stands for; the rest of them is that of others."""
-    matrix = spectrum_PP.double()
+    matrix = spectrum_PP.cpu().double()  # on the CPU, since MPS has no float64
     inverse = torch.linalg.pinv(matrix, rtol=1e-5, hermitian=True)
-    left_out = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device) - inverse @ matrix
-    whole: Tensor = pred_BMP @ inverse.to(pred_BMP.dtype) + normal_BMP @ left_out.to(normal_BMP.dtype)
+    left_out = torch.eye(len(matrix), dtype=matrix.dtype) - inverse @ matrix
+    whole: Tensor = pred_BMP @ inverse.to(pred_BMP) + normal_BMP @ left_out.to(normal_BMP)
     return whole
 
 

@@ -14,14 +14,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.markup import escape
 from torch import Tensor
 
 from maekit.config import AttendConfig, UserError
-from maekit.data.images import BadImage, decode
-from maekit.data.transforms import apply_to_image, centre_crops
+from maekit.data.centres import read_centres
 from maekit.models.mae import MaskedAutoencoder
 from maekit.runtime import choose_device
 from maekit.terminal import make_console
@@ -47,7 +45,7 @@ def main(source: str, config: AttendConfig) -> int:
     if not 1 <= block <= depth:
         raise UserError(f"--block {block}: this encoder has blocks 1 to {depth}")
 
-    images_BCHW = read_images(config, model).to(device)
+    images_BCHW = read_centres(config.image, model.config.size_hw, model.config.in_chans).to(device)
     weights_BKSS, tokens_BSD = attention(model, images_BCHW, block)
     prefix, has_class = model.num_prefix, bool(model.encoder.has_class_token)
     maps_BKN = weights_BKSS[:, :, 0, prefix:] if has_class else weights_BKSS[:, :, prefix:, prefix:].mean(dim=2)
@@ -93,20 +91,3 @@ def attention(model: MaskedAutoencoder, images_BCHW: Tensor, block: int) -> tupl
     query_BKSd, key_BKSd = layer.q_norm(query_BKSd), layer.k_norm(key_BKSd)
     logits_BKSS = (query_BKSd * layer.scale) @ key_BKSd.transpose(2, 3)
     return logits_BKSS.softmax(dim=3), tokens_BSD
-
-
-def read_images(config: AttendConfig, model: MaskedAutoencoder) -> Tensor:
-    """The images' centres at the model's size, floats in 0..1 [B, C, H, W]; all that cannot be read are named."""
-    found, problems = [], []
-    for name in config.image:
-        try:
-            image = decode(Path(name).expanduser(), model.config.in_chans)
-        except BadImage as error:
-            problems.append(f"--image {name}: {error}")
-            continue
-        crops = centre_crops(np.array([image.shape[:2]], np.int64), model.config.size_hw)
-        pixels = apply_to_image(image, crops, 0, model.config.size_hw)
-        found.append(pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels)
-    if problems:
-        raise UserError(*problems)
-    return torch.stack(found)

@@ -94,13 +94,13 @@ def main(source: str, config: FinetuneConfig, resumed: bool = False) -> int:
             bar = progress.add_task("", total=total, loss="-", speed="-")
             while True:
                 # ---- between two steps: what happens now and then, and never changes a weight ----
-                paused = time.monotonic()
                 last = position.step == total
                 stopping, save_due = stop.agreed(accelerator, position.step, run.clock.is_due())
                 eval_due = position.watched != position.step and (last or position.step % eval_steps == 0)
                 log_due = position.step != logged_step and (last or position.step % config.log_every == 0)
                 if last or stopping or save_due or log_due or eval_due or accelerator.device.type == "cpu":
                     run.settle(guard)  # the only wait for the device
+                paused = time.monotonic()  # work that the device had queued is training, so it counts
                 if log_due:
                     speed = (position.step - logged_step) * config.batch_size / (paused - logged)
                     loss = mean_loss(run, loss_sum)

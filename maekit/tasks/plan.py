@@ -31,7 +31,6 @@ from maekit.models.encoder import flops_per_image
 from maekit.models.mae import model_problems
 from maekit.runtime import (
     Choice,
-    choose_device,
     environment,
 )
 from maekit.terminal import counting, make_console, make_progress, print_settings, short_time
@@ -92,8 +91,7 @@ def main(config: PlanConfig, base: PretrainConfig, name: str) -> int:
     if problems:
         raise UserError(*problems)
     console = make_console()
-    on_gpu = choose_device(config.device).value.type == "cuda"
-    choices = choose_machine(config, 1 if on_gpu else config.processes or 1)
+    choices = choose_machine(config, config.processes or 1)
     device, precision = choices["device"], choices["precision"]
     data = open_data(config, choices, console)
     if data.in_memory is not None:
@@ -161,10 +159,10 @@ def open_data(config: PlanConfig, choices: dict[str, Choice[Any]], console: Cons
 
 def suitable_batch(trial: Trial, most: int) -> int:
     """A batch that takes a moment: doubled from 1 as long as twice as many images should stay below the limit."""
-    batch = 1
-    trial.step(*trial.images(1))  # makes the moments, and wakes kernels up
     if trial.device.type == "cuda":
         return most  # it was found to fit, and another size would be compiled anew
+    batch = 1
+    trial.step(*trial.images(1))  # makes the moments, and wakes kernels up
     while batch < most:
         gradients, _ = timed_step(trial, lambda: trial.images(batch))  # noqa: B023 # called at once
         if 2 * gradients > SUITABLE_SECONDS:
@@ -272,12 +270,20 @@ def next_command(config: PlanConfig, base: PretrainConfig, name: str, accum: int
             value = accum
         if value == getattr(base, field.name) or field.name in ("data", "out", "processes", "recipe"):
             continue
-        if isinstance(value, bool):
+        if field.type == "bool":
             words.append(f"--{'' if value else 'no-'}{flag(field.name)}")
         else:
             values = value if isinstance(value, tuple) else (value,)
-            words += [f"--{flag(field.name)}", *(f"{one:g}" if isinstance(one, float) else str(one) for one in values)]
+            words += [
+                f"--{flag(field.name)}",
+                *(shortest(one) if isinstance(one, float) else str(one) for one in values),
+            ]
     return shlex.join([*words, "--out", f"runs/{config.recipe}"])
+
+
+def shortest(value: float) -> str:
+    """A number with as few digits as give it back exactly."""
+    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
 
 
 def long_time(seconds: float) -> str:

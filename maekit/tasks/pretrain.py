@@ -94,7 +94,6 @@ def main(config: PretrainConfig, resume_from: Path | None = None, again: bool = 
             bar = progress.add_task("", total=position.total_steps, loss="-", skill="-", speed="-")
             while True:
                 # ---- between two steps: what happens now and then, and never changes a weight ----
-                paused = time.monotonic()
                 last = position.step == position.total_steps
                 stopping, save_due = stop.agreed(accelerator, position.step, clock.is_due())
                 log_due = position.step != logged_step and (last or position.step % config.log_every == 0)
@@ -111,6 +110,7 @@ def main(config: PretrainConfig, resume_from: Path | None = None, again: bool = 
                         loss_sum.fill_(position.loss_sum)
                         logged, logged_step = time.monotonic(), position.step
                         continue
+                paused = time.monotonic()  # work that the device had queued is training, so it counts
                 if log_due:
                     images = (position.step - logged_step) * config.batch_size
                     speed = images / (paused - logged)

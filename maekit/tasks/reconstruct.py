@@ -15,10 +15,9 @@ import torch
 from rich.console import Console
 
 from maekit.config import MAX_MASK_RATIO, PretrainConfig, ReconstructConfig, UserError
-from maekit.data.images import BadImage, decode
+from maekit.data.centres import read_centres
 from maekit.data.loader import lowest_hash, open_pool
 from maekit.data.sources import choose_parts, open_source
-from maekit.data.transforms import apply_to_image, centre_crops
 from maekit.data.workers import choose_workers
 from maekit.models.encoder import use_fused_attention
 from maekit.models.mae import MaskedAutoencoder
@@ -62,7 +61,8 @@ def main(source: str, config: ReconstructConfig) -> int:
     if config.data:
         images_BCHW, names, keep, masked = score_data(console, config, model)
     else:
-        images_BCHW, names = read_images(config, model).to(device), [Path(name).name for name in config.image]
+        images_BCHW = read_centres(config.image, model.config.size_hw, model.config.in_chans).to(device)
+        names = [Path(name).name for name in config.image]
         ratio = model.config.mask_ratio if config.mask_ratio is None else config.mask_ratio
         kind = config.mask or model.config.mask
         masks = make_masks(kind, model.grid_hw, ratio, range(len(images_BCHW)), seed=config.seed).to(device)
@@ -108,17 +108,3 @@ def score_data(
     some = lowest_hash(ids, min(PANEL_IMAGES, len(ids)), Purpose.SUBSET)
     batch = next(iter(pool.eval_batches(some, len(some))))
     return batch.images, [part.name(int(i)) for i in some], *heldout_masks(model, some)
-
-
-def read_images(config: ReconstructConfig, model: MaskedAutoencoder) -> torch.Tensor:
-    """The images' centres at the model's size, floats in 0..1 [B, C, H, W]."""
-    found = []
-    for name in config.image:
-        try:
-            image = decode(Path(name).expanduser(), model.config.in_chans)
-        except BadImage as error:
-            raise UserError(f"--image {name}: {error}") from None
-        crops = centre_crops(np.array([image.shape[:2]], np.int64), model.config.size_hw)
-        pixels = apply_to_image(image, crops, 0, model.config.size_hw)
-        found.append(pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels)
-    return torch.stack(found)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from maekit.config import FinetuneConfig, ModelConfig, PretrainConfig, SourceCon
 from maekit.data.augment import Augment
 from maekit.data.labelled import Splits, check_augmentable, open_augmented, split_labelled
 from maekit.data.loader import Pool, Quarantine, SampleOrder
-from maekit.data.sources import Source, open_source
+from maekit.data.sources import Source, lasting, open_source
 from maekit.models.classifier import Classifier
 from maekit.models.encoder import EPS, set_eps, use_fused_attention
 from maekit.runtime import (
@@ -246,11 +245,10 @@ def reading_config(config: FinetuneConfig, model: ModelConfig) -> PretrainConfig
 
 def settled(config: FinetuneConfig, out: Path, choices: dict[str, Choice[Any]]) -> FinetuneConfig:
     """The config with every choice that touches the numbers fixed, since a resume must not choose anew."""
-    place = os.path.expanduser(config.data)
     return dataclasses.replace(
         config,
         task="finetune",
-        data=os.path.abspath(place) if os.path.exists(place) else config.data,
+        data=lasting(config.data),
         out=str(out),
         precision=choices["precision"].value,
         in_memory="yes" if choices["in memory"].value else "no",

@@ -19,7 +19,7 @@ from maekit.data.loader import (
     open_pool,
     split_heldout,
 )
-from maekit.data.sources import open_source
+from maekit.data.sources import lasting, open_source
 from maekit.data.speed import worker_images_per_second
 from maekit.data.workers import choose_workers
 from maekit.models.encoder import use_fused_attention
@@ -149,11 +149,10 @@ def settled(
     config: PretrainConfig, model: MaskedAutoencoder, out: Path, choices: dict[str, Choice[Any]]
 ) -> PretrainConfig:
     """The config with every choice that touches the numbers fixed, since a resume must not choose anew."""
-    place = os.path.expanduser(config.data)
     return dataclasses.replace(
         config,
         **{f.name: getattr(model.config, f.name) for f in dataclasses.fields(model.config)},
-        data=os.path.abspath(place) if os.path.exists(place) else config.data,
+        data=lasting(config.data),
         out=str(out),
         precision=choices["precision"].value,
         in_memory="yes" if choices["in memory"].value else "no",

@@ -39,8 +39,8 @@ from maekit.training.guard import SPIKE_HISTORY, Guard, is_spike, note_bad_steps
 from maekit.training.metrics import MetricsLog
 from maekit.training.monitor import TRIVIAL_IMAGES, Heldout, heldout_sums, online_probe, training_trivial
 
-EVAL_BATCH = 256
-"""Images per forward pass in evaluation; it has no say in the numbers."""
+EVAL_BATCH, EVAL_TOKENS = 256, 2**16
+"""Images, and patches of all of them, per forward pass in evaluation, at most; they have no say in the numbers."""
 BAD_STEPS_FILE = "nonfinite.jsonl"
 WAITING = 0.2
 """Share of the time between two lines of metrics.jsonl from which on waiting for images is worth a word."""
@@ -219,10 +219,16 @@ def due(job: Job) -> set[str]:
     return {name for name, steps in every.items() if step % steps == 0} | last
 
 
+def eval_batch(model: MaskedAutoencoder) -> int:
+    """Images per forward pass; fewer of many patches: a fill from visible ones takes the square of their number."""
+    return max(1, min(EVAL_BATCH, EVAL_TOKENS // model.num_patches))
+
+
 def measure_trivial(job: Job) -> None:
     """Before the first step: what does a predictor that learns nothing lose, in training and on held-out images?"""
     some = lowest_hash(job.train_ids, TRIVIAL_IMAGES, Purpose.SUBSET)
-    shares = ((0, some[start : start + EVAL_BATCH]) for start in range(0, len(some), EVAL_BATCH))
+    batch = eval_batch(job.model)
+    shares = ((0, some[start : start + batch]) for start in range(0, len(some), batch))
     batches = job.pool.train_batches(shares)
     job.position.train_trivial = training_trivial(job.model, batches, job.config.seed)
     evaluate(job, with_trivial=True)
@@ -237,7 +243,8 @@ def evaluate(job: Job, with_trivial: bool = False) -> bool:
     ids = job.heldout_ids[rank::world]
     job.model.eval()
     sums = job.stop.unless_stopped(
-        job.accelerator, lambda: heldout_sums(job.model, job.pool, ids, EVAL_BATCH, with_trivial=with_trivial)
+        job.accelerator,
+        lambda: heldout_sums(job.model, job.pool, ids, eval_batch(job.model), with_trivial=with_trivial),
     )
     job.model.train()
     if sums is None:
@@ -329,7 +336,8 @@ def probe(job: Job) -> bool:
     def measure() -> dict[str, float]:
         if not job.accelerator.is_main_process:
             return {}
-        return online_probe(job.model, job.pool, job.train_ids, job.heldout_ids, job.part.labels, EVAL_BATCH)
+        batch = eval_batch(job.model)
+        return online_probe(job.model, job.pool, job.train_ids, job.heldout_ids, job.part.labels, batch)
 
     job.model.eval()
     found = job.stop.unless_stopped(job.accelerator, measure)

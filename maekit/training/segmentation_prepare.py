@@ -22,7 +22,7 @@ from maekit.config.segmentation import PairsConfig, SegmentConfig, ViewConfig
 from maekit.data.loader import Ids, Quarantine, SampleOrder, split_heldout
 from maekit.data.pair_transforms import AugmentPlan
 from maekit.data.pairs import PairPart, Pairs, PartCheck, check_pairs, open_pairs
-from maekit.data.sources import short_name
+from maekit.data.sources import lasting, short_name
 from maekit.data.workers import choose_workers
 from maekit.models.encoder import build_encoder, set_eps, use_fused_attention
 from maekit.models.segmentation import Segmenter
@@ -202,11 +202,10 @@ def check_batch_norm(config: SegmentConfig, patch: int, images: int) -> None:
 
 def settled(config: SegmentConfig, model: Segmenter, out: Path, choices: dict[str, Choice[Any]]) -> SegmentConfig:
     """The config with every choice that touches the numbers fixed, since a resume must not choose anew."""
-    place = os.path.expanduser(config.data)
     return dataclasses.replace(
         config,
         task="segment",
-        data=os.path.abspath(place) if os.path.exists(place) else config.data,
+        data=lasting(config.data),
         out=str(out),
         precision=choices["precision"].value,
         blocks=tuple(index + 1 for index in model.block_ids),
