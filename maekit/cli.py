@@ -46,7 +46,7 @@ usage: maekit COMMAND ...
 
   demo                                pretrain and evaluate on bundled photographs, in a minute and a half
   recipes                             the named configs, with cost and expected result
-  pretrain RECIPE --data D --out RUN  pretrain; any field of the recipe is a flag
+  pretrain RECIPE --data D --out RUN  RECIPE: a name, or a config.json; its fields are flags
   plan RECIPE --data D                a dry run: speed, memory, batch that fits, time of the whole run
   resume RUN                          continue any run exactly where its last checkpoint stands
   probe SRC [SRC ...] --data D        the evaluation card: linear probes, k-NN, few labels, beside random weights
@@ -66,7 +66,6 @@ usage: maekit COMMAND ...
   pack --data D --out SHARDS          write the images once, resized, into Parquet shards that load faster
   selftest resume RECIPE              prove here that a stopped run continues bit for bit
 
-RECIPE  a name, or a run's config.json
 SRC   a run's folder, a weights file or folder of any known layout, timm:NAME, hub:OWNER/NAME, or random:MODEL
 D     photos, digits, cifar10, cifar100, a folder of images, a Parquet file or folder, or a text file of paths
 

@@ -221,7 +221,8 @@ def due(job: Job) -> set[str]:
 
 def eval_batch(model: MaskedAutoencoder) -> int:
     """Images per forward pass; fewer of many patches: a fill from visible ones takes the square of their number."""
-    return max(1, min(EVAL_BATCH, EVAL_TOKENS // model.num_patches))
+    patches: int = model.num_patches
+    return max(1, min(EVAL_BATCH, EVAL_TOKENS // patches))
 
 
 def measure_trivial(job: Job) -> None:
