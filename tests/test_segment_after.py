@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_runs
 import torch
 from PIL import Image
-from tiny_pairs import NAMES, TINY, card, make_place
+from tiny_pairs import NAMES, TINY, card, make_place, train
 
 from maekit import cli
 from maekit.config import InfoConfig
@@ -55,6 +56,20 @@ def test_predictions_are_class_numbers_that_read_back(place: Path, tmp_path: Pat
     facts = info.collect(str(moved), InfoConfig())
     assert facts["can"]["segment"] and not facts["can"]["classify"] and facts["classes"] == list(NAMES)
     assert facts["next"] == f"maekit segment {moved} --predict IMAGES --out DIR"
+
+
+def test_two_processes_train_and_score_together(place: Path, tmp_path: Path) -> None:
+    """What two processes count of the validation images is what one counts of the weights that they left."""
+    out = tmp_path / "two"
+    children = tiny_runs.fork_ranks(lambda rank: train(place, out), tmp_path)
+    assert tiny_runs.ends(children) == [0, 0], (tmp_path / "rank1.log").read_text()
+    found, lines, alone = card(out), tiny_runs.metrics(out), tiny_runs.metrics(place / "run")
+    assert found["images"] == card(place / "run")["images"] and found["score"]["pixels"] == 3 * 19 * 28
+    assert [(line["kind"], line["step"]) for line in lines] == [(line["kind"], line["step"]) for line in alone]
+    assert lines[0]["loss"] == pytest.approx(alone[0]["loss"], rel=0.2)  # batch norm sees halves of the batch
+    assert cli.main(["segment", str(out), "--eval", "--device", "cpu", "--out", str(tmp_path / "one.json")]) == 0
+    assert card(tmp_path, "one.json")["confusion"] == found["confusion"]
+    assert cli.main(["resume", str(out)]) == 2  # on one process
 
 
 def test_unreadable_images_are_named_and_the_others_predicted(
