@@ -10,20 +10,18 @@ import pytest
 import tiny_runs
 import torch
 from PIL import Image
-from tiny_pairs import NAMES, TINY, card, make_place, train
+from tiny_pairs import NAMES, TINY, card, leave_pictures_out, make_place, train
 
 from maekit import cli
 from maekit.config import InfoConfig
-from maekit.tasks import info, segment
+from maekit.tasks import info
 from maekit.training.segmentation_inference import View, predict_classes
 from maekit.weights.segmenters import load_segmenter
 
 
 @pytest.fixture(autouse=True)
 def _without_pictures(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take most of a tiny run's time and touch no number; the run of `place` has them."""
-    monkeypatch.setattr(segment, "draw_pictures", lambda job: True)
-    monkeypatch.setattr(segment, "draw_sheet", lambda *arguments: None)
+    leave_pictures_out(monkeypatch)
 
 
 @pytest.fixture(scope="module")

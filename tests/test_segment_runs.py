@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import confusion_matrix, jaccard_score
-from tiny_pairs import NAMES, TINY, card, make_place, pairs_of, train, write_pairs
+from tiny_pairs import NAMES, TINY, card, leave_pictures_out, make_place, pairs_of, train, write_pairs
 from tiny_runs import checkpoints, metrics, tensors
 
 from maekit import cli
@@ -35,9 +35,7 @@ from maekit.weights.segmenters import load_segmenter
 
 @pytest.fixture(autouse=True)
 def _without_pictures(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take most of a tiny run's time and touch no number; the run of `place` has them."""
-    monkeypatch.setattr(segment, "draw_pictures", lambda job: True)
-    monkeypatch.setattr(segment, "draw_sheet", lambda *arguments: None)
+    leave_pictures_out(monkeypatch)
 
 
 @pytest.fixture(scope="module")

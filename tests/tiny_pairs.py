@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from conftest import tiny_config
 from PIL import Image
 
 from maekit import cli
+from maekit.tasks import segment
 from maekit.training.supervised import write_weights
 from maekit.weights.store import random_model
 
@@ -49,6 +51,12 @@ def make_place(folder: Path) -> Path:
     with warnings.catch_warnings():
         assert train(folder, folder / "run") == 0
     return folder
+
+
+def leave_pictures_out(patch: pytest.MonkeyPatch) -> None:
+    """They take most of a tiny run's time and touch no number; the run of `make_place` has them."""
+    patch.setattr(segment, "draw_pictures", lambda job: True)
+    patch.setattr(segment, "draw_sheet", lambda *arguments: None)
 
 
 def train(place: Path, out: Path, *more: str) -> int:

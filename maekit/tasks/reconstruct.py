@@ -23,7 +23,7 @@ from maekit.models.encoder import use_fused_attention
 from maekit.models.mae import MaskedAutoencoder
 from maekit.models.masking import make_masks
 from maekit.rng import Purpose
-from maekit.runtime import choose_attention, choose_device, choose_precision
+from maekit.runtime import choose_attention, choose_device
 from maekit.terminal import counting, make_console, print_settings
 from maekit.training.monitor import PANEL_IMAGES, Heldout, heldout_masks, heldout_sums, reconstruct, statistics_note
 from maekit.viz.panels import compose, draw
@@ -84,8 +84,7 @@ def score_data(
 ) -> tuple[torch.Tensor, list[str], torch.Tensor, torch.Tensor]:
     """Print loss and skill on centre crops of a part; return a few images, names, visible and hidden ids to draw."""
     device = model.mean.device
-    precision = choose_precision("auto", device).value
-    use_fused_attention(model, choose_attention(device, precision).value)
+    use_fused_attention(model, choose_attention(device, "fp32").value)
     source = open_source(config.data, in_chans=model.config.in_chans, image_column=config.image_column)
     word = config.part or ("test" if source.test is not None else "val" if source.val is not None else "train")
     part = choose_parts(source, word, config.data)[word]
