@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +16,10 @@ from tiny_pairs import NAMES, TINY, card, leave_pictures_out, make_place, train
 
 from maekit import cli
 from maekit.config import InfoConfig
+from maekit.data.pair_transforms import PairBatch
 from maekit.tasks import info
 from maekit.training.segmentation_inference import View, predict_classes
+from maekit.training.segmentation_job import next_parts
 from maekit.weights.segmenters import load_segmenter
 
 
@@ -68,6 +72,21 @@ def test_two_processes_train_and_score_together(place: Path, tmp_path: Path) -> 
     assert cli.main(["segment", str(out), "--eval", "--device", "cpu", "--out", str(tmp_path / "one.json")]) == 0
     assert card(tmp_path, "one.json")["confusion"] == found["confusion"]
     assert cli.main(["resume", str(out)]) == 2  # on one process
+
+
+def test_training_normalises_floats_as_scoring_does(place: Path) -> None:
+    """Images of 16 bits or floats come from the loader in 0..1, and 8-bit ones as they are: one step sees the same."""
+    model, _ = load_segmenter(place / "run" / "model.safetensors")
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    stop = SimpleNamespace(unless_stopped=lambda _, work: work())
+    run = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cpu")), stop=stop)
+    job: Any = SimpleNamespace(config=SimpleNamespace(accum=1), run=run, model=model)
+    seen = []
+    for images in (pixels, pixels / 255):
+        parts = next_parts(job, iter([PairBatch(images, torch.zeros(2, 16, 16, dtype=torch.int64), np.arange(2), [])]))
+        assert parts is not None
+        seen.append(parts[0][0])
+    assert torch.allclose(seen[0], seen[1], atol=1e-6) and torch.allclose(seen[1], model.normalize(pixels), atol=1e-6)
 
 
 def test_unreadable_images_are_named_and_the_others_predicted(
