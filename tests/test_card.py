@@ -187,7 +187,7 @@ def test_the_papers_protocol(data: tuple[Path, Path], tmp_path: Path, monkeypatc
     first, second = ({one for _, sums in seen[part : part + 3] for one in sums} for part in (0, 3))
     assert len(first & second) < 20, "the second epoch has other crops"
     assert {entry["pooling"] for entry in paper["sweep"]} == {"mean", "cls"}
-    assert paper["setting"]["block"] == 2
+    assert paper["setting"]["block"] == 2 and {entry["block"] for entry in card["scores"][0]["search"]} == {1}
     assert paper["heldout"] == max(entry["heldout"] for entry in paper["sweep"])
     held = heldout_ids(240)
     assert len(pools[0].ids) == 216

@@ -278,7 +278,7 @@ def test_the_search_finds_the_good_block() -> None:
     noise = torch.randn(3, 300, 6, generator=torch.Generator().manual_seed(3))
     stored = torch.stack([torch.stack([noise[0], noise[1]]), torch.stack([noise[2], good])])[:, :, None]
     train = divide(BlockFeatures(stored, (1, 2), ("mean", "cls")), labels, np.arange(300))
-    found = {(entry["block"], entry["pooling"]): entry for entry in search_blocks(train)}
+    found = {(entry["block"], entry["pooling"]): entry for entry in search_blocks(train, train.features.blocks)}
     assert len(found) == 6
     assert min(found[2, "cls"]["linear"], found[2, "both"]["linear"], found[2, "cls"]["knn"]) > 0.9
     assert max(found[1, "both"]["linear"], found[2, "mean"]["linear"], found[1, "cls"]["knn"]) < 0.8

@@ -209,15 +209,15 @@ def test_random_init_has_other_weights_and_one_rate(place: Path) -> None:
     config = preset("small")
     config.source, config.crop = str(place / "mae.safetensors"), (16,)
     same, _ = segmentation_prepare.start_encoder(config, make_console())
-    config.random_init = True
+    config.from_scratch = True
     random, passport = segmentation_prepare.start_encoder(config, make_console())
     name = "blocks.0.mlp.fc1.weight"
     start = tensors_of(place / "mae.safetensors")[f"encoder.{name}"]
     assert torch.equal(same.state_dict()[name], start) and not torch.equal(random.state_dict()[name], start)
     assert random.state_dict()[name].shape == start.shape and passport.model.embed_dim == 32
-    assert config.layer_decay < 1 and adapted(config, {"--random-init"}).layer_decay == 1.0
+    assert config.layer_decay < 1 and adapted(config, {"--from-scratch"}).layer_decay == 1.0
     config.layer_decay = 0.5
-    assert adapted(config, {"--random-init", "--layer-decay"}).layer_decay == 0.5
+    assert adapted(config, {"--from-scratch", "--layer-decay"}).layer_decay == 0.5
 
 
 def test_linear_head_does_not_move_the_encoder_and_its_best_weights_are_scored(
@@ -272,7 +272,7 @@ def test_presets_and_flags() -> None:
     other = preset("ade20k")
     other.data, other.window, other.head = "-", 256, "linear"
     assert (adapted(other, {"--window", "--head"}).stride, other.lr) == (None, None) and not other.problems()
-    other.layer_decay, other.random_init = 0.5, True
+    other.layer_decay, other.from_scratch = 0.5, True
     assert adapted(other, {"--layer_decay"}).layer_decay == 0.5
     with pytest.raises(UserError, match="--preset huge: no such preset"):
         preset("huge")

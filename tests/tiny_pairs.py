@@ -46,7 +46,7 @@ def write_pairs(folder: Path, train: int = 10, val: int = 3) -> Path:
 def make_place(folder: Path) -> Path:
     """A folder with the pairs, the weights of an encoder, and a run of 6 steps."""
     write_pairs(folder / "data")
-    model = random_model(tiny_config(depth=4), seed=5)  # not the seed that --random-init takes
+    model = random_model(tiny_config(depth=4), seed=5)  # not the seed that --from-scratch takes
     write_weights(folder / "mae.safetensors", model, model.passport)
     with warnings.catch_warnings():
         assert train(folder, folder / "run") == 0

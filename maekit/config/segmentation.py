@@ -120,7 +120,7 @@ class SegmentConfig(PairsConfig, ViewConfig, SupervisedConfig):
     mixes them place by place, for little."""
     aux_weight: float = 0.4
     """upernet: weight of the loss of an auxiliary head on the third block, in training only. 0: no such head."""
-    random_init: bool = False
+    from_scratch: bool = False
     """Begin with random weights in the encoder too, the architecture being that of the source: what the pretraining is
     to be compared with."""
 
@@ -249,7 +249,7 @@ def adapted(config: SegmentConfig, given: Collection[str]) -> SegmentConfig:
         config.stride = None
     if "warmup-steps" not in given and config.steps < base["steps"]:
         config.warmup_steps = int(base["warmup_steps"] / base["steps"] * config.steps)
-    if config.random_init and "layer-decay" not in given:
+    if config.from_scratch and "layer-decay" not in given:
         config.layer_decay = 1.0
     if config.head == "linear" and "lr" not in given:
         config.lr = None  # a preset's is for all layers

@@ -24,7 +24,7 @@ class SupervisedConfig(SourceConfig):
     """Labelled data."""
     out: str = ""
     """Folder of the run; it must not hold another one. Default: in the source's run, or here: finetune-NAME,
-    scratch-NAME (--from-scratch), eval-NAME (--eval), segment-NAME, or segment-NAME-random (--random-init)."""
+    scratch-NAME (--from-scratch), eval-NAME (--eval), segment-NAME, or segment-NAME-scratch (--from-scratch)."""
     heldout_share: float = 0.1
     """Share of the training images that is never trained on: the best checkpoint is chosen on them."""
 

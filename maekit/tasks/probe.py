@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ from maekit.training import evaluation, keras_probe
 from maekit.training.anew import LabelledPool, choose_paper, train_supervised
 from maekit.training.attentive import choose_attentive, tokens_bytes, tokens_of
 from maekit.training.capacity import RAM_SHARE, free_bytes
-from maekit.training.card import NOTE, Row, columns_of, line_of, score_of
+from maekit.training.card import NOTE, Row, columns_of, line_of, score_of, seconds_of
 from maekit.training.evaluation import Chosen, TestImages, TrainSet
 from maekit.training.features import (
     PIXEL_SIDE,
@@ -130,6 +130,7 @@ def main(sources: list[str], config: ProbeConfig) -> int:
             row, train, test = measure_encoder(job, label, encoder, train, test, attentive)
             if config.protocol == "keras":
                 add_keras(job, row, encoder, data)
+            console.print(seconds_of(row), style="dim", markup=False)
             rows.append(row)
         opened[shape] = train, test
 
@@ -138,6 +139,7 @@ def main(sources: list[str], config: ProbeConfig) -> int:
     train, test = opened[first.size_hw, first.in_chans]
     if config.baselines and pixels_fit(job, train, first.size_hw):
         rows.append(measure_pixels(job, train, test))
+        console.print(seconds_of(rows[-1]), style="dim", markup=False)
 
     # ---- what came out ----
     left_out = [line for splits in opened.values() for split in splits for line in split.unreadable()]
@@ -186,9 +188,8 @@ def measure_encoder(
     kinds = kinds_of(config, model)
     width, depth = int(model.encoder.embed_dim), len(model.encoder.blocks)
     mirrored = wants_mirrored(config, model, len(train.ids), job.device)
-    blocks = blocks_of(config, label, model)
-    if config.protocol == "paper" and blocks is not None:
-        blocks = (*blocks, depth)
+    asked = blocks_of(config, label, model)
+    blocks = (*asked, depth) if asked is not None and config.protocol == "paper" else asked
     images = len(train.ids) * (1 + mirrored)
     plan = plan_features(images, width, depth, kinds, blocks, free_bytes(job.device))
     begun = time.perf_counter()
@@ -200,7 +201,8 @@ def measure_encoder(
     job.console.print(f"{label}: {told}", style="dim", markup=False)
 
     divided = evaluation.divide(features, train.labels, train.ids)
-    search, views, probes = choose(job, label, divided, seconds)
+    searched = [block for block in features.blocks if asked is None or block in asked] or features.blocks
+    search, views, probes = choose(job, label, divided, searched, seconds)
     begun = time.perf_counter()
     if attentive:
         with counting(job.console, f"{label}: attentive probe") as progress, job.arithmetic():
@@ -240,6 +242,7 @@ def measure_encoder(
 
 def add_keras(job: Job, row: Row, model: MaskedAutoencoder, data: Source) -> None:
     """Measure by the Keras tutorial's own probe too, which chooses nothing; it reads the images in its own way."""
+    begun = time.perf_counter()
     reading = keras_probe.reading(model.config, job.config.data, job.config.seed)
     with counting(job.console, f"{row.source}: the tutorial's probe") as progress, job.arithmetic():
         fitting, scoring = open_splits(data, reading, job.device, progress)
@@ -255,16 +258,17 @@ def add_keras(job: Job, row: Row, model: MaskedAutoencoder, data: Source) -> Non
         )  # fmt: skip
     row.test["keras"] = [found.test]
     row.keras.update({"test": found.test, "train": found.train})
+    row.seconds["keras"] = time.perf_counter() - begun
 
 
 def choose(
-    job: Job, label: str, train: TrainSet, seconds: dict[str, float]
+    job: Job, label: str, train: TrainSet, blocks: Sequence[int], seconds: dict[str, float]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, list[Chosen]]]:
     """Where the best features are, by held-out accuracy, and each probe's setting there; k-NN has its own place."""
     clock = time.perf_counter
     begun = clock()
     with counting(job.console, f"{label}: blocks and poolings") as progress:
-        search = evaluation.search_blocks(train, progress)
+        search = evaluation.search_blocks(train, blocks, progress)
     best, nearest = (max(search, key=lambda found, by=by: found[by]) for by in ("linear", "knn"))  # type: ignore[misc]
     place = best["block"], best["pooling"]
     views, tried = evaluation.choose_views(train, *place)
@@ -291,9 +295,11 @@ def choose(
 def measure_pixels(job: Job, train: Split, test: Split) -> Row:
     """The pixels themselves as features: what an encoder must beat."""
     seconds: dict[str, float] = {}
+    begun = time.perf_counter()
     rows_SD = raw_pixels(train.pool, train.ids, job.config.batch_size)
+    seconds["training pixels"] = time.perf_counter() - begun
     divided = evaluation.divide(of_pixels(rows_SD), train.labels, train.ids)
-    search, views, probes = choose(job, "raw pixels", divided, seconds)
+    search, views, probes = choose(job, "raw pixels", divided, divided.features.blocks, seconds)
     begun = time.perf_counter()
     found = TestImages(of_pixels(raw_pixels(test.pool, test.ids, job.config.batch_size)), tuple)
     reached = score_test(probes, found, test)

@@ -1,7 +1,7 @@
 """Semantic segmentation: a head on a pretrained encoder, trained on pairs of images and class maps, scored by mIoU.
 
     maekit segment runs/c10 --data camvid/
-    maekit segment runs/c10 --data camvid/ --random-init --out runs/scratch
+    maekit segment runs/c10 --data camvid/ --from-scratch --out runs/scratch
     maekit resume runs/c10/segment-camvid
     maekit segment runs/c10/segment-camvid --predict photos/ --out masks/
 
@@ -175,7 +175,7 @@ def describe(job: SegmentJob) -> dict[str, str]:
         f"{0 if val is None else len(val):,} to validate",
         "classes": f"{len(job.pairs.class_names)}; {void / max(1, pixels):.1%} of the pixels are void",
         "run": str(job.run.out),
-        "encoder": f"{config.source}{' (random weights)' if config.random_init else ''}, {millions[0]:.2f} M "
+        "encoder": f"{config.source}{' (random weights)' if config.from_scratch else ''}, {millions[0]:.2f} M "
         f"parameters{frozen}",
         "head": head + (f"; auxiliary loss x {config.aux_weight:g}" if model.auxiliary is not None else ""),
         "crop": f"{config.crop_hw[0]} x {config.crop_hw[1]} px of images scaled by {config.scale_range[0]:g} to "

@@ -55,6 +55,12 @@ def line_of(row: Row, columns: Sequence[str], count: int) -> list[str]:
     return [row.source, place_of(row), *(cell(row.test.get(column, []), count) for column in columns)]
 
 
+def seconds_of(row: Row) -> str:
+    """Where a row's time went, in words."""
+    spent = ", ".join(f"{name} {value:.0f}" for name, value in row.seconds.items() if value >= 0.5)
+    return f"{row.source}: {sum(row.seconds.values()):.0f} s" + (f" ({spent})" if spent else "")
+
+
 def cell(shares: Sequence[float], count: int) -> str:
     """Percent and half the width of the interval; of several draws mean and deviation; - where there is none."""
     if not shares:

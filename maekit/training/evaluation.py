@@ -29,7 +29,7 @@ HELDOUT_SHARE = 0.1
 """Share of the training split on which everything is chosen."""
 SEARCH_IMAGES, SEARCH_STRENGTHS = 10_000, (1e-4, 1e-3, 1e-2, 1e-1)
 """Block and pooling are searched by closed-form linear probes on at most so many training images."""
-DECAYS = (1e-5, 1e-4, 1e-3, 1e-2)
+DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """Of the L-BFGS probe: factor of the squared weights."""
 FEW_DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)
 """Of the probes with few labels, which need more."""
@@ -108,12 +108,12 @@ def best_of(sweep: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return max(sweep, key=lambda entry: entry["heldout"])
 
 
-def search_blocks(train: TrainSet, on_progress: Progress | None = None) -> list[dict[str, Any]]:
-    """Held-out accuracies of a closed-form linear probe and of k-NN, after every block with every pooling.
+def search_blocks(train: TrainSet, blocks: Sequence[int], on_progress: Progress | None = None) -> list[dict[str, Any]]:
+    """Held-out accuracies of a closed-form linear probe and of k-NN, after each of the blocks with every pooling.
 
     On plain views of at most SEARCH_IMAGES images: it ranks, and the chosen ones are fitted anew on all.
     """
-    places = [(block, pooling) for block in train.features.blocks for pooling in train.features.poolings]
+    places = [(block, pooling) for block in blocks for pooling in train.features.poolings]
     found = []
     for block, pooling in places:
         fit, labels = train.rows(block, pooling, train.search_S)
@@ -130,6 +130,8 @@ def search_blocks(train: TrainSet, on_progress: Progress | None = None) -> list[
 
 def choose_views(train: TrainSet, block: int, pooling: Pooling) -> tuple[int, list[dict[str, Any]]]:
     """Whether mirrored images help a linear probe (2) or not (1): where left and right differ they may harm."""
+    if train.features.views == 1:
+        return 1, []
     check, check_labels = train.rows(block, pooling, train.held_S)
     sweep = []
     for views in range(1, train.features.views + 1):

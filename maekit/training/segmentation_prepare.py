@@ -117,9 +117,9 @@ def prepare(config: SegmentConfig, resuming: bool, console: Console, stop: StopR
 
 
 def default_out(config: SegmentConfig) -> Path:
-    """segment-NAME (segment-NAME-random) in the folder of the source's run, else here."""
+    """segment-NAME (segment-NAME-scratch) in the folder of the source's run, else here."""
     base = Path(config.source) if Path(config.source).is_dir() else Path()
-    return base / f"segment-{short_name(os.path.expanduser(config.data))}{'-random' if config.random_init else ''}"
+    return base / f"segment-{short_name(os.path.expanduser(config.data))}{'-scratch' if config.from_scratch else ''}"
 
 
 def choose_machine(config: Any) -> dict[str, Choice[Any]]:
@@ -139,9 +139,9 @@ def start_encoder(config: SegmentConfig, console: Console) -> tuple[Any, Passpor
     given = {f.name: getattr(config, f.name) for f in dataclasses.fields(SourceConfig)}
     loaded = load_as(config.source, SourceConfig(**{**given, "encoder_only": True}))
     passport: Passport = loaded.passport
-    if config.random_init:
+    if config.from_scratch:
         loaded = random_model(loaded.config, tuple(passport.mean), tuple(passport.std), seed=config.seed)
-        console.print("the encoder begins with random weights (--random-init)")
+        console.print("the encoder begins with random weights (--from-scratch)")
     else:
         for line in loaded.key_report.remarks():
             console.print(line, style="dim", markup=False)
