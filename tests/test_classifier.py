@@ -17,7 +17,8 @@ import maekit
 from maekit.config import FinetuneConfig, SourceConfig, UserError
 from maekit.models.classifier import HEAD_STD, Classifier
 from maekit.models.mae import MaskedAutoencoder
-from maekit.training.finetuning import make_optimizer
+from maekit.terminal import make_console
+from maekit.training.finetuning import build_model, load_start, make_optimizer
 from maekit.weights.heads import foreign_classes
 from maekit.weights.store import load_as, load_classifier
 
@@ -200,3 +201,20 @@ def test_the_released_classifier_knows_the_names_of_imagenets_folders() -> None:
     names = foreign_classes("ImageNet-1k", 1000)
     assert (names[0], names[388], len(set(names))) == ("n01440764", "n02510455", 1000), "tench and giant panda"
     assert foreign_classes("", 2) == ("class 0", "class 1")
+
+
+def test_patches_are_left_out_in_training_only(tmp_path: Path) -> None:
+    """Of 4 patches and a class token, 0.5 leave 2 patches, others for each image; a score sees all."""
+    config = FinetuneConfig(source=str(tiny.write_encoder(tmp_path / "run")), patch_drop=0.5)
+    start = load_start(config, make_console())
+    model = build_model(config, start, tiny.DIGITS, torch.device("cpu"))
+    seen: list[torch.Tensor] = []
+    model.encoder.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    images = torch.rand(1, 1, 8, 8).repeat(32, 1, 1, 1)
+    model.train()(images)
+    model.eval()(images)
+    assert [tokens.shape[1] for tokens in seen] == [3, 5]
+    some, whole = seen
+    assert torch.equal(some[:, 0], whole[:, 0])
+    kept_BVN = (some[:, 1:, None] == whole[:, None, 1:]).all(dim=-1)
+    assert kept_BVN.sum(dim=(1, 2)).eq(2).all() and len({tuple(one) for one in kept_BVN.any(dim=1).tolist()}) > 3

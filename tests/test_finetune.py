@@ -58,7 +58,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 HARD = (
-    "--steps 10 --eval-every 0.2 --ema 0.8 --accum 2 --clip-grad 1 --auto-augment rand-m9-mstd0.5-inc1 --erase 0.5"
+    "--steps 10 --eval-every 0.2 --ema 0.8 --accum 2 --clip-grad 1 --auto-augment rand-m9-mstd0.5-inc1 --erase 0.5 "
+    "--patch-drop 0.25"
 ).split()
 """With everything that is random or has a state of its own; 22 steps an epoch, so an evaluation every 4."""
 
@@ -340,12 +341,13 @@ def test_problems_are_told_together_before_anything_is_read(tmp_path: Path, caps
     words = (
         "--data nowhere --mixup -1 --smoothing 1 --auto-augment rand-q3 --ema 2 --batch-size 9 --epochs 1 --steps 2 "
     )
-    words += "--cutmix-minmax 0.5 0.5"
+    words += "--cutmix-minmax 0.5 0.5 --patch-drop 1"
     assert cli.main(["finetune", str(tmp_path / "nothing"), *words.split()]) == 2
     told = capsys.readouterr().err
     for word in (
         "--mixup -1",
         "--smoothing 1",
+        "--patch-drop 1: must lie in [0, 1)",
         "rand-q3",
         "--ema 2",
         "--cutmix-minmax 0.5 0.5",

@@ -95,6 +95,9 @@ class FinetuneConfig(SupervisedConfig):
     """Whether a batch, a pair of images or an image has a blend of its own."""
     smoothing: float = 0.1
     """Label smoothing: this share of a label's weight is spread over all classes."""
+    patch_drop: float = 0.0
+    """Leave out this share of each image's patches in training, at random (arXiv 2208.07220): a step costs that much
+    less. An encoder pretrained by masking knows such images. Scores are always of whole images."""
 
     # ---- optimisation ----
     epochs: float | None = 100.0
@@ -143,8 +146,11 @@ class FinetuneConfig(SupervisedConfig):
             for name in ("erase", "mixup_prob", "mixup_switch_prob", "max_bad_share")
             if not 0 <= (value := getattr(self, name)) <= 1
         ]
-        if not 0 <= self.smoothing < 1:
-            found.append(f"--smoothing {self.smoothing:g}: must lie in [0, 1)")
+        found += [
+            f"--{flag(name)} {value:g}: must lie in [0, 1)"
+            for name in ("smoothing", "patch_drop")
+            if not 0 <= (value := getattr(self, name)) < 1
+        ]
         if not 0 < self.train_share <= 1:
             found.append(f"--train-share {self.train_share:g}: must lie above 0 and at most at 1")
         if self.ema is not None and not 0 < self.ema < 1:

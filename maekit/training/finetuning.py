@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from rich.console import Console
+from timm.layers import PatchDropout
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
@@ -203,7 +204,7 @@ def start_of_run(out: Path) -> Start:
 
 
 def build_model(config: FinetuneConfig, start: Start, classes: tuple[str, ...], device: torch.device) -> Classifier:
-    """The classifier with the encoder's weights, a new linear layer, and this run's stochastic depth."""
+    """The classifier with the encoder's weights, a new linear layer, and this run's stochastic depth and patches."""
     passport = start.passport
     seed_everything(config.seed)
     sized = dataclasses.replace(passport.model, drop_path=config.drop_path)
@@ -211,6 +212,8 @@ def build_model(config: FinetuneConfig, start: Start, classes: tuple[str, ...], 
     if start.encoder is not None:
         model.take_encoder(start.encoder)
     set_eps(model, passport.eps)
+    if config.patch_drop:
+        model.encoder.patch_drop = PatchDropout(config.patch_drop, num_prefix_tokens=model.num_prefix)
     return model.to(device)
 
 
@@ -283,6 +286,7 @@ def describe(job: FinetuneJob) -> dict[str, str | Choice[Any]]:
     changes += [config.policy] if config.policy else []
     changes += [f"colour jitter {config.color_jitter:g}"] if config.color_jitter else []
     changes += [f"erasing {config.erase:g}"] if config.erase else []
+    changes += [f"{config.patch_drop:g} of the patches left out"] if config.patch_drop else []
     if config.mixes:
         changes.append(f"mixup {config.mixup:g}, CutMix {config.cutmix:g}")
     return {
