@@ -223,7 +223,7 @@ def starting(bench: Bench) -> list[Row]:
 def accelerated(bench: Bench) -> list[Row]:
     """ViT-B, L and H in bfloat16, and the cifar10 recipe, beside Hugging Face as it comes, and compiled."""
     rows = []
-    shapes = (("in1k-vit-base", 512), ("in1k-vit-large", 256), ("in1k-vit-huge", 128), ("cifar10", 256))
+    shapes = (("in1k-vit-base", 512), ("in1k-vit-large", 256), ("in1k-vit-huge", 128), ("cifar10", 128))
     for number, (recipe, batch) in enumerate(shapes, 1):
         for compiled in ("off", "on")[: 1 if bench.config.tiny else 2]:
             result = bench.step(

@@ -195,9 +195,9 @@ def test_each_row_of_the_ablation_adds_to_the_one_before(monkeypatch: pytest.Mon
         cli.adapt_durations(config, base)
         configs.append(dataclasses.asdict(config))
     one, other = configs
-    rest = {"recipe", "train_images", "mean", "std", "decoder_dim"}
-    unread = {"resize_to", "blr", "lr"}  # of other crops; the rate is 5e-4 either way
+    rest = {"recipe", "train_images", "mean", "std"}
+    rest |= {"decoder", "decoder_dim", "decoder_depth", "predict_share", "mask_ratio", "batch_size", "lr"}  # the search
+    unread = {"resize_to", "blr"}  # of other crops; the rate is given
     same = {"embed_dim": 192, "num_heads": 3, "mlp_ratio": 4.0, "class_token": True}  # the model's own, in the recipe
     assert all(one[name] == value and other[name] in (value, None) for name, value in same.items())
     assert {name for name in one if one[name] != other[name]} - unread - same.keys() == rest
-    assert one["lr"] == other["blr"] * other["batch_size"] / 256

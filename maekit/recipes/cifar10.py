@@ -3,9 +3,8 @@
 Command: maekit pretrain cifar10 --data cifar10 --out runs/c10
 Cost: 100 epochs, about 4 hours on 2 CPU cores without matrix units (370 images/s).
 Expected: 100 epochs are not measured yet.
-Source: chosen on held-out training images among nine settings at 5 epochs (docs/ablation.md): public CIFAR runs of this size
-(reference: github.com/wsjdsg/Bootstrapped-MAE) hide 0.3 to 0.9 and take self-attention in the decoder; the decoder here is
-CrossMAE's (arXiv 2401.14391), with 0.4 of the patches predicted.
+Source: chosen on held-out training images (docs/ablation.md) around public CIFAR runs of this size, which hide 0.3 to
+0.9 (reference: github.com/wsjdsg/Bootstrapped-MAE); the decoder is CrossMAE's (arXiv 2401.14391), with 0.4 predicted.
 """
 
 from maekit.config import PretrainConfig
