@@ -21,6 +21,7 @@ from maekit.data.parts import ArrayPart
 from maekit.models.mae import MaskedAutoencoder
 from maekit.training import evaluation
 from maekit.training.attentive import AttentivePool, choose_attentive
+from maekit.training.card import Row, seconds_of
 from maekit.training.evaluation import TestImages as Images
 from maekit.training.evaluation import (
     TrainSet,
@@ -292,3 +293,8 @@ def test_the_picture_takes_any_names(tmp_path: Path) -> None:
     draw_card(curves, tmp_path / "card.png", title="$data_", note="n")
     draw_card(curves[2:], tmp_path / "pixels.png", title="t", note="")
     assert (tmp_path / "card.png").stat().st_size > 10_000
+
+
+def test_a_rows_seconds_are_told_without_what_took_none() -> None:
+    row = Row("mine", 8, "", [], [], {}, {}, {"search": 3.4, "knn": 0.2, "linear": 12.0})
+    assert seconds_of(row) == "mine: 16 s (search 3, linear 12)"

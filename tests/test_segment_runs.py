@@ -205,7 +205,7 @@ def test_accumulated_parts_weigh_by_their_pixels() -> None:
     assert float(sum(parts)) == pytest.approx(float(whole), rel=1e-6)
 
 
-def test_random_init_has_other_weights_and_one_rate(place: Path) -> None:
+def test_from_scratch_has_other_weights_and_one_rate(place: Path) -> None:
     config = preset("small")
     config.source, config.crop = str(place / "mae.safetensors"), (16,)
     same, _ = segmentation_prepare.start_encoder(config, make_console())
