@@ -25,7 +25,7 @@ from maekit.data.transforms import apply_to_image, centre_crops
 from maekit.models.mae import MaskedAutoencoder
 from maekit.tasks import convert
 from maekit.weights.card import hub_license
-from maekit.weights.export import obstacles, to_hf, to_official
+from maekit.weights.export import obstacles, timm_config, to_hf, to_official
 from maekit.weights.store import random_model
 
 SQUARE: dict[str, Any] = {"img_size": (16,), "target": "pixels"}
@@ -98,13 +98,17 @@ def test_hugging_face(tmp_path: Path, target: str) -> None:
     assert list(told.image_mean) == list(ours.passport.mean)
 
 
-def test_their_processor_cuts_as_we_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_their_processor_cuts_as_we_do(tmp_path: Path, interpolation: Any) -> None:
     """A photograph that is not square: the same pixels as `embed` takes, from the processor beside the weights."""
     transformers: Any = pytest.importorskip("transformers")
     weights, ours = save(tmp_path, **SQUARE)
+    ours.passport.interpolation = interpolation
+    save_file(ours.state_dict(), weights, metadata=ours.passport.to_metadata())
     assert cli.main(["convert", weights, "--to", "hf", "--out", str(tmp_path / "out")]) == 0
+    assert timm_config(ours.passport, "mean")["pretrained_cfg"]["interpolation"] == interpolation
     image_HWC = np.random.default_rng(0).integers(0, 256, (40, 90, 3), np.uint8)
-    crops = centre_crops(np.array([[40, 90]], np.int64), (16, 16))
+    crops = centre_crops(np.array([[40, 90]], np.int64), (16, 16), interpolation)
     mine = ours.normalize(apply_to_image(image_HWC, crops, 0, (16, 16)))[0]
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
     theirs = processor(Image.fromarray(image_HWC), return_tensors="pt")["pixel_values"][0]

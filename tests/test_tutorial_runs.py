@@ -17,11 +17,14 @@ from tiny_runs import assert_same_run, run
 
 import maekit
 from maekit import cli
-from maekit.config import ModelConfig, UserError
+from maekit.config import FinetuneConfig, ModelConfig, ProbeConfig, UserError
+from maekit.data.centres import read_centres
 from maekit.data.loader import choose_training, split_heldout
+from maekit.data.transforms import apply_to_image, centre_crops
 from maekit.models.encoder import resolve
 from maekit.models.mae import MaskedAutoencoder
-from maekit.tasks import pretrain
+from maekit.tasks import pretrain, probe
+from maekit.training.finetuning import reading_config
 from maekit.weights.export import obstacles
 from maekit.weights.passport import Passport
 
@@ -119,6 +122,29 @@ def test_every_command_takes_its_weights(finished: Path, tmp_path: Path, capsys:
     assert float(model(torch.rand(2, 3, 12, 12)).pred_BMP.detach().min()) >= 0
 
 
+def test_later_commands_resize_as_its_training_did(finished: Path, tmp_path: Path) -> None:
+    """Bilinear, as the passport says: rows of `embed`, and what `probe`, `finetune` and `attend` read."""
+    (tmp_path / "images").mkdir()
+    image_HWC = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)
+    Image.fromarray(image_HWC).save(tmp_path / "images" / "one.png")
+    words = ["embed", str(finished), "--data", str(tmp_path / "images"), "--out", str(tmp_path / "f.npz")]
+    assert cli.main([*words, "--workers", "0"]) == 0
+    model = maekit.load(finished)
+    assert model.passport.interpolation == "bilinear"
+
+    def centre(interpolation: str) -> torch.Tensor:
+        return apply_to_image(image_HWC, centre_crops(np.array([[20, 20]]), (12, 12), interpolation), 0, (12, 12))
+
+    row = torch.from_numpy(np.load(tmp_path / "f.npz")["features"])
+    with torch.no_grad():
+        torch.testing.assert_close(row, model.encode(model.normalize(centre("bilinear")[None])), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(row, model.encode(model.normalize(centre("bicubic")[None])), rtol=1e-3, atol=1e-3)
+    (image,) = read_centres([str(tmp_path / "images" / "one.png")], model.config, model.passport.interpolation)
+    assert torch.equal(image, centre("bilinear") / 255)
+    assert reading_config(FinetuneConfig(data="-"), model.passport).interpolation == "bilinear"
+    assert probe.reading_config(ProbeConfig(data="-"), model.passport).interpolation == "bilinear"
+
+
 def test_another_size_starts_the_decoder_anew(finished: Path) -> None:
     """Its weights belong to places of one grid: it is said to be missing, and the encoder's features are there."""
     model = maekit.load(finished, img_size=24)
@@ -138,6 +164,7 @@ def test_files_from_before_these_fields_are_read(tmp_path: Path) -> None:
     passport = json.loads(metadata["maekit"])
     for name in ("head_dim", "mlp_act", "target_cut"):
         del passport["model"][name]
+    del passport["interpolation"]
     save_file(model.state_dict(), tmp_path / "old.safetensors", metadata | {"maekit": json.dumps(passport)})
     loaded = maekit.load(tmp_path / "old.safetensors")
     images = torch.rand(2, 3, 8, 8)

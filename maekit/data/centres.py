@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from maekit.config import UserError
+from maekit.config import ModelConfig, UserError
 from maekit.data.images import BadImage, decode
 from maekit.data.parts import Part
 from maekit.data.transforms import apply_to_image, centre_crops
@@ -24,32 +24,33 @@ Centre = tuple[Tensor | None, str]
 class Centres(Dataset[Centre]):
     """Sample id -> the image's centre at the model's size [C, H, W], or None and why it cannot be read."""
 
-    def __init__(self, part: Part, size_hw: tuple[int, int]) -> None:
-        self.part, self.size_hw = part, size_hw
+    def __init__(self, part: Part, size_hw: tuple[int, int], interpolation: str = "bicubic") -> None:
+        self.part, self.size_hw, self.interpolation = part, size_hw, interpolation
 
     def __getitem__(self, index: int) -> Centre:
         try:
             image = self.part.read(index)
         except BadImage as error:
             return None, str(error)
-        crops = centre_crops(np.array([image.shape[:2]], np.int64), self.size_hw)
+        crops = centre_crops(np.array([image.shape[:2]], np.int64), self.size_hw, self.interpolation)
         return apply_to_image(image, crops, 0, self.size_hw), ""
 
 
-def read_centres(names: Sequence[str], size_hw: tuple[int, int], in_chans: int) -> Tensor:
+def read_centres(names: Sequence[str], model: ModelConfig, interpolation: str = "bicubic") -> Tensor:
     """The centres of image files at the model's size, floats in 0..1 [B, C, H, W].
 
     Raises:
         UserError: files that cannot be read; all of them are named.
     """
+    size_hw = model.size_hw
     found, problems = [], []
     for name in names:
         try:
-            image = decode(Path(name).expanduser(), in_chans)
+            image = decode(Path(name).expanduser(), model.in_chans)
         except BadImage as error:
             problems.append(f"--image {name}: {error}")
             continue
-        crops = centre_crops(np.array([image.shape[:2]], np.int64), size_hw)
+        crops = centre_crops(np.array([image.shape[:2]], np.int64), size_hw, interpolation)
         pixels = apply_to_image(image, crops, 0, size_hw)
         found.append(pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels)
     if problems:

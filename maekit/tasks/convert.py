@@ -183,7 +183,7 @@ def save_weights(state: dict[str, Tensor], folder: Path, model: MaskedAutoencode
 
 def write_timm(folder: Path, out: Path, model: MaskedAutoencoder, pool: str) -> str:
     """config.json and model.safetensors, as timm's own `local-dir:` and `hf-hub:` read them."""
-    config = timm_config(model.config, model.passport.mean, model.passport.std, pool)
+    config = timm_config(model.passport, pool)
     config["pretrained_cfg"]["license"] = model.passport.weights_license
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     state = to_timm(model.state_dict(), model.config)
@@ -205,7 +205,7 @@ def write_hf(folder: Path, out: Path, model: MaskedAutoencoder, with_decoder: bo
         size={"shortest_edge": min(height, width)},  # the centre, as `encode` is given it: no aspect is changed
         do_center_crop=True,
         crop_size={"height": height, "width": width},
-        resample=3,  # bicubic
+        resample={"bilinear": 2, "bicubic": 3}[model.passport.interpolation],  # Pillow's numbers
         image_mean=list(model.passport.mean),
         image_std=list(model.passport.std),
     ).save_pretrained(folder)

@@ -239,7 +239,7 @@ def write_chunks(
     ]
     workers = choose_workers(encoder.config.workers, 1).value
     loader: DataLoader[Any] = DataLoader(
-        Centres(part, encoder.model.config.size_hw),
+        Centres(part, encoder.model.config.size_hw, encoder.model.passport.interpolation),
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate_centres,

@@ -253,7 +253,7 @@ def finish(job: FinetuneJob, first_step: int, seconds: float) -> bool:
     labels = labels_of(splits.test, config.data)
     pool = job.pool
     if splits.test is not splits.train:
-        reading = dataclasses.replace(reading_config(config, model.config), in_memory="auto")
+        reading = dataclasses.replace(reading_config(config, run.passport()), in_memory="auto")
         with counting(run.console, "reading test images") as progress:
             pool, _ = open_pool(splits.test, reading, run.accelerator.device, job.choices["workers"], progress)
     model.eval()
@@ -365,7 +365,7 @@ def score_again(source: str, config: FinetuneConfig) -> int:
     )
     pool: Pool
     with counting(console, "reading images") as progress:
-        reading = reading_config(config, model.config)
+        reading = reading_config(config, model.passport)
         pool, _ = open_pool(part, reading, device, choose_workers(config.workers, 1), progress)
     with counting(console, "scoring") as progress:
         answers = answer(model, pool, ids, labels, EVAL_BATCH, precision, progress)

@@ -50,6 +50,7 @@ from maekit.training.features import (
 )
 from maekit.training.probe_choices import blocks_of, encoder_kind, kinds_of, wanted, wants_mirrored
 from maekit.viz.card import Curves, draw_card
+from maekit.weights.passport import Passport
 from maekit.weights.store import load_as, random_model
 
 NAMED = 5
@@ -94,9 +95,8 @@ def main(sources: list[str], config: ProbeConfig) -> int:
     floors: list[tuple[Any, ...]] = []
     for name, model in models:
         # ---- the images at this model's size, read once for all sources that share it ----
-        reading = PretrainConfig(data=config.data, img_size=model.config.size_hw, in_chans=model.config.in_chans)
-        reading.crop_scale, reading.flip, reading.seed = config.crop_scale, config.flip != "no", config.seed
-        shape = (model.config.size_hw, model.config.in_chans)
+        reading = reading_config(config, model.passport)
+        shape = (model.config.size_hw, model.config.in_chans, reading.interpolation)
         data = open_source(
             config.data,
             in_chans=model.config.in_chans,
@@ -136,7 +136,7 @@ def main(sources: list[str], config: ProbeConfig) -> int:
 
     # ---- raw pixels at the first model's size, the floor under all of them ----
     first = models[0][1].config
-    train, test = opened[first.size_hw, first.in_chans]
+    train, test = opened[first.size_hw, first.in_chans, models[0][1].passport.interpolation]
     if config.baselines and pixels_fit(job, train, first.size_hw):
         rows.append(measure_pixels(job, train, test))
         console.print(seconds_of(rows[-1]), style="dim", markup=False)
@@ -178,6 +178,14 @@ def main(sources: list[str], config: ProbeConfig) -> int:
     draw_card(curves, folder / "card.png", title=f"{data.name}: accuracy after each block", note=searched)
     console.print(f"card: {folder / 'card.json'}, {folder / 'card.png'}")
     return 0
+
+
+def reading_config(config: ProbeConfig, passport: Passport) -> PretrainConfig:
+    """How images are read: at the encoder's size, resized as its training did."""
+    return PretrainConfig(
+        data=config.data, img_size=passport.model.size_hw, in_chans=passport.model.in_chans, seed=config.seed,
+        crop_scale=config.crop_scale, flip=config.flip != "no", interpolation=passport.interpolation,
+    )  # fmt: skip
 
 
 def measure_encoder(

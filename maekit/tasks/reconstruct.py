@@ -61,7 +61,7 @@ def main(source: str, config: ReconstructConfig) -> int:
     if config.data:
         images_BCHW, names, keep, masked = score_data(console, config, model)
     else:
-        images_BCHW = read_centres(config.image, model.config.size_hw, model.config.in_chans).to(device)
+        images_BCHW = read_centres(config.image, model.config, model.passport.interpolation).to(device)
         names = [Path(name).name for name in config.image]
         ratio = model.config.mask_ratio if config.mask_ratio is None else config.mask_ratio
         kind = config.mask or model.config.mask
@@ -88,7 +88,10 @@ def score_data(
     source = open_source(config.data, in_chans=model.config.in_chans, image_column=config.image_column)
     word = config.part or ("test" if source.test is not None else "val" if source.val is not None else "train")
     part = choose_parts(source, word, config.data)[word]
-    reading = PretrainConfig(data=config.data, img_size=model.config.size_hw, in_chans=model.config.in_chans)
+    reading = PretrainConfig(
+        data=config.data, img_size=model.config.size_hw, in_chans=model.config.in_chans,
+        interpolation=model.passport.interpolation,
+    )  # fmt: skip
     ids = np.arange(len(part), dtype=np.int64)
     with counting(console, "reading images") as progress:
         pool, _ = open_pool(part, reading, device, choose_workers(None, 1), progress)

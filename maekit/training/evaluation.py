@@ -22,7 +22,7 @@ from maekit.data.loader import lowest_hash
 from maekit.rng import Purpose, random_bits
 from maekit.training.features import BlockFeatures, Pooling
 from maekit.training.linear_probe import RATES, LarsSweep, scaled_batch, train_sweep
-from maekit.training.probes import LinearProbe, fit_linear, knn_predict, ridge_predict
+from maekit.training.probes import LinearProbe, fit_linear, fit_linear_path, knn_predict, ridge_predict
 
 LEAST_IMAGES = 8
 HELDOUT_SHARE = 0.1
@@ -147,8 +147,8 @@ def choose_linear(
     """The L-BFGS probe: its weight decay chosen, then fitted on all training images."""
     fit, check = train.rows(block, pooling, train.fit_S, views), train.rows(block, pooling, train.held_S)
     sweep = []
-    for done, decay in enumerate(DECAYS):
-        sweep.append({"decay": decay, "heldout": fit_linear(*fit, train.classes, decay).accuracy(*check)})
+    for done, probe in enumerate(fit_linear_path(*fit, train.classes, DECAYS)):
+        sweep.append({"decay": probe.decay, "heldout": probe.accuracy(*check)})
         if on_progress is not None:
             on_progress(done + 1, len(DECAYS) + 1)
     best = best_of(sweep)
@@ -262,7 +262,7 @@ def choose_few(train: TrainSet, block: int, pooling: Pooling, views: int, share:
     for draw in range(DRAWS):
         images = draw_balanced(train.labels_S, train.fit_S, per_class, draw)
         rows = train.rows(block, pooling, images, views)
-        probes = [fit_linear(*rows, train.classes, decay) for decay in FEW_DECAYS]
+        probes = list(fit_linear_path(*rows, train.classes, FEW_DECAYS))
         sweep = [{"decay": probe.decay, "heldout": probe.accuracy(*check)} for probe in probes]
         best = best_of(sweep)
         setting = {"share": share, "labels": len(images), "draw": draw, "decay": best["decay"]}

@@ -17,7 +17,7 @@ from timm.layers import PatchDropout
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
-from maekit.config import FinetuneConfig, ModelConfig, PretrainConfig, SourceConfig, UserError
+from maekit.config import FinetuneConfig, PretrainConfig, SourceConfig, UserError
 from maekit.data.augment import Augment
 from maekit.data.labelled import Splits, check_augmentable, open_augmented, split_labelled
 from maekit.data.loader import Pool, Quarantine, SampleOrder
@@ -106,7 +106,7 @@ def prepare(config: FinetuneConfig, out: Path, console: Console, stop: StopReque
     if resumed and splits.classes != start.passport.classes:
         raise UserError(f"--data {config.data}: labels of other classes than {out} was trained on")
     order = SampleOrder(splits.train_ids, config.batch_size, config.seed)
-    reading = reading_config(config, model_config)
+    reading = reading_config(config, start.passport)
     augment = None
     if config.policy or config.color_jitter:
         check_augmentable(splits.train, splits.train_ids, "--auto-augment and --color-jitter")
@@ -237,12 +237,12 @@ def _wants_decay(name: str, config: FinetuneConfig) -> bool:
     return config.norm_weight_decay if is_norm else config.bias_weight_decay and name.endswith(".bias")
 
 
-def reading_config(config: FinetuneConfig, model: ModelConfig) -> PretrainConfig:
+def reading_config(config: FinetuneConfig, passport: Passport) -> PretrainConfig:
     """What the pools of images must know, in the words of a pretraining."""
     names = ("crop", "crop_scale", "resize_to", "pad", "flip", "seed", "heldout_share", "max_bad_share", "in_memory")
     return PretrainConfig(
-        data=config.data, img_size=model.size_hw, in_chans=model.in_chans,
-        **{name: getattr(config, name) for name in names},
+        data=config.data, img_size=passport.model.size_hw, in_chans=passport.model.in_chans,
+        interpolation=passport.interpolation, **{name: getattr(config, name) for name in names},
     )  # fmt: skip
 
 
@@ -263,7 +263,8 @@ def passport_of(job: FinetuneJob, start: Start) -> Passport:
     model = job.model
     passport = Passport(
         model=model.config, mean=tuple(start.passport.mean), std=tuple(start.passport.std), kind="classifier",
-        classes=model.classes, head=HeadFacts(kind="linear", pool=model.pool), eps=start.passport.eps,
+        interpolation=start.passport.interpolation, classes=model.classes,
+        head=HeadFacts(kind="linear", pool=model.pool), eps=start.passport.eps,
         grid=model.grid_hw, steps=job.run.position.step, epochs=job.epochs_done, data=job.source.name,
         fingerprint=job.splits.train.fingerprint, recipe=f"finetune, {job.config.preset}", origin=start.origin,
         versions=package_versions(),

@@ -5,7 +5,7 @@ Shapes: S samples, D features, K or C classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ KNN_NEIGHBOURS, KNN_TEMPERATURE = 20, 0.07
 """Wu et al. 2018 (arXiv 1805.01978) use 200 and 0.07 on ImageNet; 20 suits sets of some thousand images."""
 KNN_BLOCK = 2**26
 """Similarities that are in memory at once: 256 MiB."""
+CURVATURE_ROWS = 10_000
+"""Samples, about, that the curvature of a linear probe's loss is taken from: it decides how fast, not where to."""
 
 
 def knn_accuracy(
@@ -123,27 +125,61 @@ class LinearProbe:
         return float((self.predict(features_SD) == labels_S).double().mean())
 
 
-def fit_linear(features_SD: Tensor, labels_S: Tensor, num_classes: int, decay: float, steps: int = 60) -> LinearProbe:
-    """Multinomial logistic regression by L-BFGS on standardised features.
+def fit_linear(features_SD: Tensor, labels_S: Tensor, num_classes: int, decay: float) -> LinearProbe:
+    """One of `fit_linear_path`."""
+    return next(fit_linear_path(features_SD, labels_S, num_classes, (decay,)))
+
+
+def fit_linear_path(
+    features_SD: Tensor, labels_S: Tensor, num_classes: int, decays: Sequence[float]
+) -> Iterator[LinearProbe]:
+    """Multinomial logistic regression by L-BFGS on standardised features, for one decay after the other.
 
     Standardising is the paper's batch normalisation without affine (appendix A.1) computed over the whole set.
-    decay: factor of the squared weights in the mean loss; the bias is free.
+    decays: factors of the squared weights in the mean loss; the bias is free.
     """
     mean = features_SD.mean(dim=0)
     deviation = features_SD.std(dim=0).clamp_min(1e-6)
-    inputs = (features_SD - mean) / deviation
+    inputs_SD = (features_SD - mean) / deviation
+    some_SD = inputs_SD[:: max(1, len(inputs_SD) // CURVATURE_ROWS)]
+    curvature_DD = (some_SD.T @ some_SD).cpu().double() / (len(some_SD) * num_classes)
+    for decay in decays:
+        whitening_DD = _whitening(curvature_DD, 2 * decay).to(inputs_SD)
+        weight_KD, bias_K = _minimise(inputs_SD, labels_S, num_classes, decay, whitening_DD)
+        yield LinearProbe(mean, deviation, weight_KD.T, bias_K, decay)
+
+
+def _whitening(curvature_DD: Tensor, damping: float) -> Tensor:
+    """R with R (curvature + damping) R' = 1."""
+    damped_DD = curvature_DD.clone()
+    damped_DD.diagonal().add_(max(damping, 1e-6))
+    factor_DD = torch.linalg.cholesky(damped_DD)
+    one_DD = torch.eye(len(factor_DD), dtype=factor_DD.dtype)
+    solved_DD: Tensor = torch.linalg.solve_triangular(factor_DD, one_DD, upper=False)
+    return solved_DD
+
+
+def _minimise(
+    inputs_SD: Tensor, labels_S: Tensor, num_classes: int, decay: float, whitening_DD: Tensor, steps: int = 100
+) -> tuple[Tensor, Tensor]:
+    """Weights [K, D] and biases [K] of the least mean cross-entropy + decay x |weights|^2.
+
+    L-BFGS works on u, where the weights are u R and the loss's curvature in u is about 1: 20 to 50 evaluations come to
+    a minimum that plain L-BFGS is far from after 60 (raw pixels, decay 1e-5: a loss of 1.476 against 1.632).
+    """
     # [K, D] as in F.linear: the gradient of an [S, D] @ [D, K] product takes 7 times as long where D >> K (MKL, AVX2).
-    weight_KD = torch.zeros(num_classes, inputs.shape[1], device=inputs.device, requires_grad=True)
-    bias = torch.zeros(num_classes, device=inputs.device, requires_grad=True)
+    u_KD = torch.zeros(num_classes, inputs_SD.shape[1], device=inputs_SD.device, requires_grad=True)
+    bias_K = torch.zeros(num_classes, device=inputs_SD.device, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [weight_KD, bias], max_iter=steps, history_size=10, line_search_fn="strong_wolfe", tolerance_change=1e-7
+        [u_KD, bias_K], max_iter=steps, history_size=10, line_search_fn="strong_wolfe", tolerance_change=1e-6
     )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(F.linear(inputs, weight_KD, bias), labels_S) + decay * weight_KD.square().sum()
+        weight_KD = u_KD @ whitening_DD
+        loss = F.cross_entropy(F.linear(inputs_SD, weight_KD, bias_K), labels_S) + decay * weight_KD.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    return LinearProbe(mean, deviation, weight_KD.detach().T, bias.detach(), decay)
+    return (u_KD @ whitening_DD).detach(), bias_K.detach()

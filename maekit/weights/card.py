@@ -49,6 +49,7 @@ def model_card(title: str, passport: Passport, usage: str, cards: Mapping[str, A
         "encoder": f"{model.model}, {model.depth} blocks, width {model.embed_dim}, {model.num_heads} heads{extras}",
         "input": f"{size} pixels, {model.in_chans} channels, patches of {model.patch_size} px",
         "normalisation": f"pixels in 0..1, minus mean ({mean}), over deviation ({std})",
+        "resizing": f"{passport.interpolation}, antialiased",
         "fine-tuning" if classifies else "pretraining": f"{passport.epochs:.4g} epochs ({passport.steps:,} steps) on "
         f"{passport.data or 'no data'}, "
         + (

@@ -17,6 +17,7 @@ from maekit.config import ModelConfig
 from maekit.models.encoder import EPS, OFFICIAL_MODELS
 from maekit.models.mae import MaskedAutoencoder
 from maekit.weights.layouts import LAYOUTS, State
+from maekit.weights.passport import Passport
 
 Target = Literal["timm", "hf", "official", "onnx", "torch-export"]
 
@@ -106,13 +107,13 @@ def to_timm(state: Mapping[str, Tensor], config: ModelConfig) -> State:
     return {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
 
 
-def timm_config(config: ModelConfig, mean: tuple[float, ...], std: tuple[float, ...], pool: str) -> dict[str, Any]:
+def timm_config(passport: Passport, pool: str) -> dict[str, Any]:
     """What timm's `local-dir:` and `hf-hub:` read from config.json.
 
     The pooling is timm's: "avg" is the mean of the normalised patch tokens (`fc_norm` off: timm would otherwise
     normalise after the mean), "token" the class token, "" none. The resizing is that of `encode`'s centre crops.
     """
-    size = [config.in_chans, *config.size_hw]
+    config = passport.model
     return {
         "architecture": OFFICIAL_MODELS.get(config.model, config.model),
         "num_classes": 0,
@@ -125,9 +126,10 @@ def timm_config(config: ModelConfig, mean: tuple[float, ...], std: tuple[float, 
             "num_classes": 0, "global_pool": _TIMM_POOL[pool], "fc_norm": False,
         },
         "pretrained_cfg": {
-            "tag": "mae", "custom_load": False, "input_size": size, "fixed_input_size": True, "num_classes": 0,
-            "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center", "mean": list(mean), "std": list(std),
-            "pool_size": None, "first_conv": "patch_embed.proj", "classifier": "head",
+            "tag": "mae", "custom_load": False, "input_size": [config.in_chans, *config.size_hw],
+            "fixed_input_size": True, "num_classes": 0, "interpolation": passport.interpolation, "crop_pct": 1.0,
+            "crop_mode": "center", "mean": list(passport.mean), "std": list(passport.std), "pool_size": None,
+            "first_conv": "patch_embed.proj", "classifier": "head",
         },
     }  # fmt: skip
 

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -35,6 +35,7 @@ class Hints:
     target: facts.Target | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     grid: tuple[int, int] | None = None
     mask_ratio: float | None = None
     epochs: float = 0.0
@@ -112,8 +113,9 @@ def identify(raw: Raw, source: str, file_name: str, given: SourceConfig, hints: 
     if problems := size_problems(config):
         raise UserError(*(f"{source}: {problem}" for problem in problems))
     passport = Passport(
-        model=config, mean=mean, std=std, kind="mae" if has_decoder else "encoder", eps=hints.eps, grid=grid,
-        epochs=known.epochs, data=known.data, weights_license=known.license, origin=f"{layout.name}: {file_name}"[:300],
+        model=config, mean=mean, std=std, interpolation=hints.interpolation,
+        kind="mae" if has_decoder else "encoder", eps=hints.eps, grid=grid, epochs=known.epochs,
+        data=known.data, weights_license=known.license, origin=f"{layout.name}: {file_name}"[:300],
     )  # fmt: skip
     # A decoder that is not there is built anew by whoever needs one; its names are listed by then.
     return Material(passport, state, report, known.what or _what(tensors, layout, has_decoder), needs)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 from maekit.config import ModelConfig, PretrainConfig, UserError
 from maekit.configfile import from_json
@@ -54,6 +55,8 @@ class Passport:
     """Per-channel mean of the pixels in 0..1 that the input is normalised by."""
     std: tuple[float, ...]
     """Per-channel standard deviation that the input is normalised by."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """How images were brought to the input's size, always with antialiasing."""
     format: int = FORMAT
     """Version of this passport's layout."""
     kind: str = "mae"

@@ -225,6 +225,7 @@ def _hints(folder: Path) -> Hints:
     if (folder / "preprocessor_config.json").is_file():
         beside = read_json(folder / "preprocessor_config.json")
         hints.mean, hints.std = _floats(beside.get("image_mean")), _floats(beside.get("image_std"))
+        hints.interpolation = "bilinear" if beside.get("resample") == 2 else "bicubic"  # Pillow's number
     return hints
 
 
@@ -286,6 +287,7 @@ def _timm_hints(architecture: str, pretrained: Any, arguments: Any = None) -> Hi
     return Hints(
         model=name, num_heads=_whole(arguments, "num_heads", Path(name)), mean=_floats(pretrained.get("mean")),
         std=_floats(pretrained.get("std")), what=f"timm {architecture}",
+        interpolation="bilinear" if pretrained.get("interpolation") == "bilinear" else "bicubic",
         license=str(license_) if said else facts.UNKNOWN_LICENSE,
     )  # fmt: skip
 
