@@ -243,7 +243,8 @@ def finish(job: SegmentJob, seconds: float, first_step: int) -> bool:
         card = {
             "data": job.pairs.name, "fingerprint": job.pairs.train.fingerprint, "part": what,
             "weights": which, "step": step, "best_step": run.position.best_step,
-            "best_heldout_miou": run.position.best, "last_heldout": job.heldout.to_json(job.pairs.class_names),
+            "best_heldout_miou": run.position.best if run.position.best_step else None,
+            "last_heldout": job.heldout.to_json(job.pairs.class_names),
             "images": {"train": len(job.train_ids), "held-out": len(job.heldout_ids), what: len(ids)},
             "unreadable": unreadable, "view": dataclasses.asdict(job.view),
             "score": result.to_json(job.pairs.class_names),
