@@ -177,13 +177,14 @@ def test_linear_probe_is_logistic_regression(decay: float) -> None:
     assert ours_loss == pytest.approx(theirs_loss, rel=1e-3)
 
 
+@pytest.mark.parametrize("samples", [40, 800])
 @pytest.mark.parametrize("decay", [1e-5, 1e-3])
-def test_linear_probe_reaches_the_minimum(decay: float) -> None:
-    """Of a badly conditioned loss: neighbouring pixels, of which plain L-BFGS takes hundreds of steps."""
+def test_linear_probe_reaches_the_minimum(decay: float, samples: int) -> None:
+    """Of a badly conditioned loss, as of neighbouring pixels; also with fewer samples than features."""
     generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(800) % 4
-    smooth = torch.eye(60).cumsum(dim=0)  # columns that hardly differ from their neighbours
-    features = (torch.randn(800, 60, generator=generator) + 2 * torch.eye(60)[labels]) @ smooth
+    labels = torch.arange(samples) % 4
+    smooth = torch.eye(60).cumsum(dim=0)
+    features = (torch.randn(samples, 60, generator=generator) + 2 * torch.eye(60)[labels]) @ smooth
     standard = (features - features.mean(dim=0)) / features.std(dim=0)
     *_, probe = fit_linear_path(features, labels, 4, (1e-1, decay))
     assert probe.decay == decay
@@ -192,7 +193,7 @@ def test_linear_probe_reaches_the_minimum(decay: float) -> None:
         losses = F.cross_entropy(standard.double() @ weight_DK.double() + bias_K.double(), labels)
         return float(losses + decay * weight_DK.double().square().sum())
 
-    theirs = LogisticRegression(C=1 / (2 * 800 * decay), solver="newton-cg", max_iter=1000, tol=1e-8)
+    theirs = LogisticRegression(C=1 / (2 * samples * decay), solver="newton-cg", max_iter=1000, tol=1e-8)
     theirs.fit(standard.double().numpy(), labels.numpy())
     least = loss_of(torch.from_numpy(theirs.coef_.T), torch.from_numpy(theirs.intercept_))
     assert least - 1e-7 <= loss_of(probe.weight_DK, probe.bias_K) <= least + 2e-5

@@ -29,9 +29,9 @@ HELDOUT_SHARE = 0.1
 """Share of the training split on which everything is chosen."""
 SEARCH_IMAGES, SEARCH_STRENGTHS = 10_000, (1e-4, 1e-3, 1e-2, 1e-1)
 """Block and pooling are searched by closed-form linear probes on at most so many training images."""
-DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+DECAYS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 """Of the L-BFGS probe: factor of the squared weights."""
-FEW_DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)
+FEW_DECAYS = (1e-1, 1e-2, 1e-3, 1e-4)
 """Of the probes with few labels, which need more."""
 NEIGHBOURS, TEMPERATURES = (5, 10, 20, 50, 200), (0.02, 0.07, 0.2)
 KNN_QUERIES = 2000

@@ -16,8 +16,8 @@ KNN_NEIGHBOURS, KNN_TEMPERATURE = 20, 0.07
 """Wu et al. 2018 (arXiv 1805.01978) use 200 and 0.07 on ImageNet; 20 suits sets of some thousand images."""
 KNN_BLOCK = 2**26
 """Similarities that are in memory at once: 256 MiB."""
-CURVATURE_ROWS = 10_000
-"""Samples, about, that the curvature of a linear probe's loss is taken from: it decides how fast, not where to."""
+AXES_ROWS = 10_000
+"""Samples, about, that principal axes are taken from."""
 
 
 def knn_accuracy(
@@ -136,50 +136,60 @@ def fit_linear_path(
     """Multinomial logistic regression by L-BFGS on standardised features, for one decay after the other.
 
     Standardising is the paper's batch normalisation without affine (appendix A.1) computed over the whole set.
-    decays: factors of the squared weights in the mean loss; the bias is free.
+    decays: factors of the squared weights in the mean loss, best from large to small: each fit begins where the last
+    one ended; the bias is free.
     """
     mean = features_SD.mean(dim=0)
     deviation = features_SD.std(dim=0).clamp_min(1e-6)
     inputs_SD = (features_SD - mean) / deviation
-    some_SD = inputs_SD[:: max(1, len(inputs_SD) // CURVATURE_ROWS)]
-    curvature_DD = (some_SD.T @ some_SD).cpu().double() / (len(some_SD) * num_classes)
+    axes_DR, variance_R = _principal_axes(inputs_SD)
+    turned_SR = inputs_SD @ axes_DR
+    weight_KR, bias_K = turned_SR.new_zeros(num_classes, len(variance_R)), turned_SR.new_zeros(num_classes)
     for decay in decays:
-        whitening_DD = _whitening(curvature_DD, 2 * decay).to(inputs_SD)
-        weight_KD, bias_K = _minimise(inputs_SD, labels_S, num_classes, decay, whitening_DD)
-        yield LinearProbe(mean, deviation, weight_KD.T, bias_K, decay)
+        # The loss's curvature at zero weights, along the axes: x x' / K + 2 decay.
+        scale_R = (variance_R / num_classes + max(2 * decay, 1e-6)).rsqrt()
+        weight_KR, bias_K = _minimise(turned_SR, labels_S, decay, scale_R, weight_KR, bias_K)
+        yield LinearProbe(mean, deviation, axes_DR @ weight_KR.T, bias_K, decay)
 
 
-def _whitening(curvature_DD: Tensor, damping: float) -> Tensor:
-    """R with R (curvature + damping) R' = 1."""
-    damped_DD = curvature_DD.clone()
-    damped_DD.diagonal().add_(max(damping, 1e-6))
-    factor_DD = torch.linalg.cholesky(damped_DD)
-    one_DD = torch.eye(len(factor_DD), dtype=factor_DD.dtype)
-    solved_DD: Tensor = torch.linalg.solve_triangular(factor_DD, one_DD, upper=False)
-    return solved_DD
+def _principal_axes(inputs_SD: Tensor) -> tuple[Tensor, Tensor]:
+    """Axes [D, R] that span all inputs, and the variance along each; of fewer samples than features as many as samples.
+
+    Taken from a part of many samples: that decides how fast a fit is, not where it goes.
+    """
+    samples, width = inputs_SD.shape
+    some_SD = inputs_SD[:: max(1, samples // max(AXES_ROWS, 2 * width))]
+    precise = torch.device("cpu") if inputs_SD.device.type == "mps" else inputs_SD.device
+    if samples >= width:
+        variance_R, axes_DR = torch.linalg.eigh((some_SD.T @ some_SD).to(precise) / len(some_SD))
+        return axes_DR.to(inputs_SD.device), variance_R.clamp_min(0).to(inputs_SD.device)
+    variance_R, left_SR = torch.linalg.eigh((some_SD @ some_SD.T).to(precise) / samples)
+    kept_R = variance_R > 1e-6 * variance_R[-1]
+    variance_R, left_SR = variance_R[kept_R].to(inputs_SD.device), left_SR[:, kept_R].to(inputs_SD.device)
+    return some_SD.T @ (left_SR / (samples * variance_R).sqrt()), variance_R
 
 
 def _minimise(
-    inputs_SD: Tensor, labels_S: Tensor, num_classes: int, decay: float, whitening_DD: Tensor, steps: int = 100
-) -> tuple[Tensor, Tensor]:
-    """Weights [K, D] and biases [K] of the least mean cross-entropy + decay x |weights|^2.
+    inputs_SR: Tensor, labels_S: Tensor, decay: float, scale_R: Tensor, weight_KR: Tensor, bias_K: Tensor,
+    steps: int = 100,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Weights [K, R] and biases [K] of the least mean cross-entropy + decay x |weights|^2, searched from those given.
 
-    L-BFGS works on u, where the weights are u R and the loss's curvature in u is about 1: 20 to 50 evaluations come to
-    a minimum that plain L-BFGS is far from after 60 (raw pixels, decay 1e-5: a loss of 1.476 against 1.632).
+    L-BFGS works on u, where the weights are u x scale and the loss's curvature in u is about 1: 20 to 50 evaluations
+    come to a minimum that plain L-BFGS is far from after 60 (raw pixels, decay 1e-5: a loss of 1.476 against 1.632).
     """
-    # [K, D] as in F.linear: the gradient of an [S, D] @ [D, K] product takes 7 times as long where D >> K (MKL, AVX2).
-    u_KD = torch.zeros(num_classes, inputs_SD.shape[1], device=inputs_SD.device, requires_grad=True)
-    bias_K = torch.zeros(num_classes, device=inputs_SD.device, requires_grad=True)
+    # [K, R] as in F.linear: the gradient of an [S, R] @ [R, K] product takes 7 times as long where R >> K (MKL, AVX2).
+    u_KR, bias_K = (weight_KR / scale_R).requires_grad_(), bias_K.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [u_KD, bias_K], max_iter=steps, history_size=10, line_search_fn="strong_wolfe", tolerance_change=1e-6
+        [u_KR, bias_K], max_iter=steps, history_size=10, line_search_fn="strong_wolfe", tolerance_change=1e-6
     )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        weight_KD = u_KD @ whitening_DD
-        loss = F.cross_entropy(F.linear(inputs_SD, weight_KD, bias_K), labels_S) + decay * weight_KD.square().sum()
+        weight_KR = u_KR * scale_R
+        loss = F.cross_entropy(F.linear(inputs_SR, weight_KR, bias_K), labels_S) + decay * weight_KR.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    return (u_KD @ whitening_DD).detach(), bias_K.detach()
+    return (u_KR * scale_R).detach(), bias_K.detach()
