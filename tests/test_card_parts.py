@@ -19,13 +19,14 @@ from maekit.config import PretrainConfig, UserError
 from maekit.data.loader import MemoryPool
 from maekit.data.parts import ArrayPart
 from maekit.models.mae import MaskedAutoencoder
-from maekit.training import evaluation
+from maekit.training import evaluation, probes
 from maekit.training.attentive import AttentivePool, choose_attentive
 from maekit.training.card import Row, seconds_of
 from maekit.training.evaluation import TestImages as Images
 from maekit.training.evaluation import (
     TrainSet,
     choose_few,
+    choose_linear,
     divide,
     draw_balanced,
     labels_per_class,
@@ -260,6 +261,22 @@ def test_few_labels_are_all_that_is_fitted(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(evaluation, "DRAWS", 1)
     one, two = (choose_few(data, 2, "mean", 1, 0.1)[0] for data in (train, again))
     assert torch.equal(one.predict(images), two.predict(images))
+
+
+@pytest.mark.parametrize(
+    ("shares", "tried", "chosen"),
+    [((0.5, 0.6, 0.55, 0.6, 0.9), 4, 1), ((0.5, 0.6, 0.55, 0.7, 0.6), 5, 3), ((0.1, 0.2, 0.3, 0.4, 0.5), 5, 4)],
+)
+def test_weaker_decays_are_tried_until_two_do_not_help(
+    shares: tuple[float, ...], tried: int, chosen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, train = bright_set()
+    heldout = dict(zip(evaluation.DECAYS, shares, strict=True))
+    monkeypatch.setattr(probes.LinearProbe, "accuracy", lambda probe, *_: heldout[probe.decay])
+    found = choose_linear(train, 2, "mean", 1)
+    assert [entry["decay"] for entry in found.sweep] == list(evaluation.DECAYS[:tried])
+    assert found.setting["decay"] == evaluation.DECAYS[chosen]
+    assert list(evaluation.DECAYS) == sorted(evaluation.DECAYS, reverse=True)
 
 
 def test_the_parts_of_the_training_split() -> None:
