@@ -24,7 +24,7 @@ def main(asked: DemoConfig) -> int:
     if code:
         return code
     # The quick part of the evaluation card; `maekit probe RUN --data photos` makes the whole of it.
-    probe.main([str(out)], ProbeConfig(data="photos", probes=(), blocks=(-1,), flip="no"))
+    probe.main([str(out)], ProbeConfig(data="photos", probes=(), flip="no"))
     panel = max((out / "panels").iterdir())
     print(f"\nreconstruction panel: {panel}\nthe run's folder:     {out}")
     command = "maekit" if shutil.which("maekit") else f"{sys.executable} -m maekit"

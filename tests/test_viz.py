@@ -227,6 +227,10 @@ def step(epoch: object, **values: object) -> dict[str, object]:
     return {"kind": "step", "step": 1, "epoch": epoch, **values}
 
 
+def heldout(epoch: float, **values: object) -> dict[str, object]:
+    return step(epoch, **values) | {"kind": "heldout"}
+
+
 GOOD: list[dict[str, object]] = [
     *(step(e / 10, loss=1.0 - e / 100, skill=e / 100, lr=1e-3, images_per_s=10.0) for e in range(1, 41)),
     *({"kind": "heldout", "epoch": float(e), "loss": 1.0 - e / 10, "skill": e / 10} for e in range(1, 5)),
@@ -281,6 +285,18 @@ def test_curves_take_each_value_to_its_axes() -> None:
     assert [[0.0, 0.0], [1.0, 0.0]] in [np.array(line.get_xydata()).tolist() for line in skill.get_lines()], "zero line"
     assert "not finite, not drawn: 1" in [text.get_text() for text in loss.texts]
     assert not rate.texts
+
+
+def test_untrained_values_do_not_flatten_the_rest() -> None:
+    """The frame begins with the first held-out pass after training; with nothing else the untrained one is seen."""
+    records = [heldout(0.0, loss=2.4, skill=-3.0), step(0.5, loss=1.9, skill=-2.0)]
+    loss, skill = plots.figure_of(plots.collect(records), title="x").axes[:2]
+    assert loss.get_ylim()[1] > 2.4
+    assert skill.get_ylim()[0] < -3
+    records += [heldout(1.0, loss=0.5, skill=0.05), step(1.5, loss=0.45, skill=0.1), heldout(2.0, loss=0.4, skill=0.2)]
+    loss, skill = plots.figure_of(plots.collect(records), title="x").axes[:2]
+    assert 0.5 < loss.get_ylim()[1] < 0.55
+    assert -0.05 < skill.get_ylim()[0] < 0
 
 
 def test_long_curves_keep_their_spikes() -> None:

@@ -193,11 +193,16 @@ def _lone(curve: Curve) -> dict[str, Any]:
 
 
 def _limit(axes: Axes, train: Curve, heldout: Curve, keep: float | None = None) -> None:
-    """Let the bulk of the training values and every held-out value be seen: a few spikes may leave the frame."""
-    shown = list(heldout.values) + ([] if keep is None else [keep])
-    if train.values:
-        few = len(train.values) < 20
-        shown += [float(value) for value in np.percentile(train.values, (0, 100) if few else (2, 98))]
+    """Let the bulk of the training values and every held-out value be seen: a few spikes may leave the frame.
+
+    So may what stands before the first held-out pass of a trained model: untrained values flatten all that follow.
+    """
+    begin = min((epoch for epoch in heldout.epochs if epoch > 0), default=0.0)
+    shown = [value for epoch, value in zip(heldout.epochs, heldout.values, strict=True) if epoch >= begin]
+    shown += [] if keep is None else [keep]
+    values = [value for epoch, value in zip(train.epochs, train.values, strict=True) if epoch >= begin]
+    if values:
+        shown += [float(value) for value in np.percentile(values, (0, 100) if len(values) < 20 else (2, 98))]
     if not shown:
         return
     low, high = min(shown), max(shown)
