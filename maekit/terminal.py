@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -51,6 +53,30 @@ def short_time(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+class Pace:
+    """Images a second and the time left, evaluation included, by the last few times of asking: an hour in which the
+    machine was slow or asleep is soon forgotten."""
+
+    ASKED = 10
+
+    def __init__(self, step: int, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.past = collections.deque([(time.monotonic(), step)], self.ASKED + 1)
+
+    def told(self, step: int, total: int) -> str:
+        """The end of a line, empty where nothing was done yet or steps were taken back."""
+        now = time.monotonic()
+        if step <= self.past[-1][1]:
+            self.past.clear()
+        self.past.append((now, step))
+        began, first = self.past[0]
+        if step == first or now <= began:
+            return ""
+        seconds = (now - began) / (step - first)
+        left = f"  {short_time((total - step) * seconds)} left" if step < total else ""
+        return f"  {self.batch_size / seconds:,.0f} images/s{left}"
 
 
 def print_settings(console: Console, title: str, settings: Mapping[str, str | Choice[Any]]) -> None:

@@ -35,7 +35,7 @@ from maekit.models.encoder import use_fused_attention
 from maekit.runtime import choose_attention, choose_device, choose_precision, compile_or_eager
 from maekit.seeding import seed_step
 from maekit.stopping import StopRequest
-from maekit.terminal import counting, make_console, make_progress, print_settings, short_time
+from maekit.terminal import Pace, counting, make_console, make_progress, print_settings, short_time
 from maekit.training import lock
 from maekit.training.finetuning import FinetuneJob, describe, labels_in, prepare, reading_config
 from maekit.training.guard import Guard, backward, guarded_update
@@ -86,6 +86,7 @@ def main(source: str, config: FinetuneConfig, resumed: bool = False) -> int:
         loss_sum = torch.tensor(position.loss_sum, device=accelerator.device)
         began = logged = time.monotonic()
         logged_step = first_step = position.step
+        pace = Pace(position.step, config.batch_size)
         drawn, lr = began, 0.0
         eval_steps = max(1, round(config.eval_every * job.order.steps_per_epoch))
         model.train()
@@ -112,7 +113,7 @@ def main(source: str, config: FinetuneConfig, resumed: bool = False) -> int:
                     progress.update(bar, loss=f"{loss:.4f}", speed=f"{speed:,.0f}")
                 progress.update(bar, completed=position.step, description=f"epoch {job.epochs_done:.0f}")
                 if eval_due and not stopping:
-                    stopping = not watch(job, first_step, paused - began)
+                    stopping = not watch(job, pace)
                     if last or time.monotonic() - drawn > DRAW_SECONDS:
                         draw_curves(job)
                         drawn = time.monotonic()
@@ -192,7 +193,7 @@ def report_unreadable(job: FinetuneJob, batch: Batch) -> None:
         job.run.console.print(f"[yellow]unreadable, another image takes its place:[/yellow] {escape(line)}")
 
 
-def watch(job: FinetuneJob, first_step: int, seconds: float) -> bool:
+def watch(job: FinetuneJob, pace: Pace) -> bool:
     """Score the held-out images, and keep the weights where they are the best so far; False where a signal came."""
     found = score_heldout(job)
     if found is None:
@@ -201,9 +202,7 @@ def watch(job: FinetuneJob, first_step: int, seconds: float) -> bool:
     run.log({"kind": "heldout", "epoch": job.epochs_done, "loss": found.loss, "top1": found.top1, "top5": found.top5})
     is_best = run.keep_best(found.rank)
     position.watched = position.step
-    steps, left = position.step - first_step, position.total_steps - position.step
-    speed = f"  {steps * job.config.batch_size / seconds:,.0f} images/s" if steps and seconds else ""
-    speed += f"  {short_time(left * seconds / steps)} left" if steps and left else ""
+    speed = pace.told(position.step, position.total_steps)
     run.console.print(
         f"epoch {job.epochs_done:.4g}  step {position.step:,}  held-out top-1 {found.top1:.1%}  top-5 {found.top5:.1%}"
         f"  loss {found.loss:.4f}{speed}" + ("  best so far" if is_best else "")

@@ -24,7 +24,7 @@ from maekit.data.loader import lowest_hash
 from maekit.rng import Purpose
 from maekit.runtime import compile_or_eager
 from maekit.stopping import StopRequest
-from maekit.terminal import make_console, make_progress, print_settings
+from maekit.terminal import Pace, make_console, make_progress, print_settings
 from maekit.training import lock
 from maekit.training.checkpoint import latest
 from maekit.training.guard import Guard, backward, guarded_update
@@ -81,6 +81,7 @@ def main(config: PretrainConfig, resume_from: Path | None = None, again: bool = 
         loss_sum = torch.tensor(position.loss_sum, device=accelerator.device)
         began = logged = time.monotonic()
         logged_step = first_step = position.step
+        pace = Pace(position.step, config.batch_size)
         lr = 0.0
         model.train()
         # The first step compiles, which may take minutes; it gets some seconds, since its checkpoint stands already.
@@ -122,7 +123,7 @@ def main(config: PretrainConfig, resume_from: Path | None = None, again: bool = 
                 epochs_begun = position.step // job.order.steps_per_epoch + 1
                 progress.update(bar, completed=position.step, description=f"epoch {epochs_begun}")
                 if not stopping:
-                    stopping = not watch(job, first_step, paused - began)
+                    stopping = not watch(job, pace)
                 if last or stopping or save_due or (position.step > first_step and "save" in due(job)):
                     position.loss_sum = float(accelerator.reduce(loss_sum, "mean"))
                     saved = save(job, clock, urgent=last or stopping)
@@ -171,7 +172,7 @@ def main(config: PretrainConfig, resume_from: Path | None = None, again: bool = 
     return stop.exit_code
 
 
-def watch(job: Job, first_step: int, seconds: float) -> bool:
+def watch(job: Job, pace: Pace) -> bool:
     """Held-out loss, probes and pictures that are due; False where a signal cut them short.
 
     Then nothing of them is kept, and a resumed run does them again: the metrics are those of a run left alone.
@@ -181,7 +182,7 @@ def watch(job: Job, first_step: int, seconds: float) -> bool:
     written, names = job.metrics.position, due(job)
     whole = "eval" not in names or evaluate(job)
     if whole and "eval" in names:
-        say_heldout(job, first_step, seconds)
+        say_heldout(job, pace)
     whole = whole and ("probe" not in names or probe(job))
     whole = whole and ("panel" not in names or draw_pictures(job) is not False)
     if whole:

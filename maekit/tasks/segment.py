@@ -31,7 +31,7 @@ from maekit.models.segmentation import pixel_loss
 from maekit.runtime import environment
 from maekit.seeding import seed_step
 from maekit.stopping import StopRequest
-from maekit.terminal import counting, make_console, make_progress, print_settings
+from maekit.terminal import Pace, counting, make_console, make_progress, print_settings
 from maekit.training import lock
 from maekit.training.guard import Guard, backward, guarded_update, put_back
 from maekit.training.saving import write_whole
@@ -81,6 +81,7 @@ def main(config: SegmentConfig, resuming: bool = False) -> int:
         loss_sum = torch.tensor(position.loss_sum, device=device)
         began = logged = time.monotonic()
         logged_step = first_step = position.step
+        pace = Pace(position.step, config.batch_size)
         job.model.train()
         stop.patience = None  # from here on there is a checkpoint to go on from
         with make_progress(
@@ -109,7 +110,7 @@ def main(config: SegmentConfig, resuming: bool = False) -> int:
                     and position.watched != position.step
                     and (last or position.step % config.eval_every == 0)
                 ):
-                    stopping = not (evaluate(job) and draw_pictures(job))
+                    stopping = not (evaluate(job, pace) and draw_pictures(job))
                     if job.heldout is not None:
                         progress.update(bar, miou=f"{100 * job.heldout.miou:.2f} %")
                 if last or stopping or save_due:

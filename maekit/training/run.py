@@ -33,7 +33,7 @@ from maekit.models.mae import MaskedAutoencoder
 from maekit.rng import Purpose
 from maekit.runtime import Choice
 from maekit.stopping import StopRequest
-from maekit.terminal import short_time
+from maekit.terminal import Pace
 from maekit.training.diary import MOST_UNWRITTEN, note
 from maekit.training.guard import SPIKE_HISTORY, Guard, is_spike, note_bad_steps
 from maekit.training.metrics import MetricsLog
@@ -260,15 +260,12 @@ def evaluate(job: Job, with_trivial: bool = False) -> bool:
     return True
 
 
-def say_heldout(job: Job, first_step: int, seconds: float) -> None:
+def say_heldout(job: Job, pace: Pace) -> None:
     """One line after each held-out pass, which is all that a log file without a terminal shows."""
     assert job.heldout is not None
-    steps, left = job.position.step - first_step, job.position.total_steps - job.position.step
-    speed = f"  {steps * job.config.batch_size / seconds:,.0f} images/s" if steps and seconds else ""
-    speed += f"  {short_time(left * seconds / steps)} left" if steps else ""
     job.console.print(
         f"epoch {job.epochs_done:.4g}  step {job.position.step:,}  held-out loss {job.heldout.loss:.4f}  "
-        f"skill {job.heldout.skill:.3f}{speed}"
+        f"skill {job.heldout.skill:.3f}{pace.told(job.position.step, job.position.total_steps)}"
     )
 
 

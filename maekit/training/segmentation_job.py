@@ -24,6 +24,7 @@ from maekit.data.pairs import VOID, PairPart, Pairs, PartCheck
 from maekit.models.segmentation import Segmenter, loss_denominator
 from maekit.rng import Purpose
 from maekit.runtime import Choice
+from maekit.terminal import Pace
 from maekit.training.optim import learning_rate
 from maekit.training.segmentation_inference import View, predict_classes
 from maekit.training.segmentation_metrics import Confusion, SegmentationScore, score
@@ -187,7 +188,7 @@ def measure_heldout(job: SegmentJob) -> bool:
     return True
 
 
-def evaluate(job: SegmentJob) -> bool:
+def evaluate(job: SegmentJob, pace: Pace) -> bool:
     """Score the held-out images, log the score, keep the best weights; False where a signal cut it short."""
     run = job.run
     if not measure_heldout(job):
@@ -199,7 +200,8 @@ def evaluate(job: SegmentJob) -> bool:
     best = run.keep_best(miou)
     run.console.print(
         f"step {run.position.step:,}  held-out mIoU {100 * miou:.2f} %  pixel accuracy "
-        f"{100 * job.heldout.pixel_accuracy:.2f} %" + ("  (best so far)" if best else "")
+        f"{100 * job.heldout.pixel_accuracy:.2f} %{pace.told(run.position.step, job.config.steps)}"
+        + ("  best so far" if best else "")
     )
     run.position.watched = run.position.step
     return True
