@@ -48,7 +48,8 @@ def hugging_face(folder: Path, **changes: Any) -> Any:
             parameter.add_(torch.randn(parameter.shape) * 0.2)
     model.save_pretrained(folder)
     files.write_json(
-        folder / "preprocessor_config.json", {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.25, 0.3]}
+        folder / "preprocessor_config.json",
+        {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.25, 0.3], "resample": 2},
     )
     return model
 
@@ -72,6 +73,7 @@ def test_a_folder_that_transformers_saved(norm_pix_loss: bool, tmp_path: Path) -
     same_as_hugging_face(mae, model)
     assert mae.config.target == ("norm-pixels" if norm_pix_loss else "pixels")
     assert mae.config.mask_ratio == 0.5
+    assert mae.passport.interpolation == "bilinear"  # resample 2, as Pillow counts
     assert (mae.config.num_heads, mae.config.decoder_heads) == (4, 2)
     assert mae.passport.eps == 1e-3
     assert mae.passport.mean == (0.5, 0.4, 0.3)

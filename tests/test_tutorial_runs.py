@@ -142,6 +142,7 @@ def test_later_commands_resize_as_its_training_did(finished: Path, tmp_path: Pat
     (image,) = read_centres([str(tmp_path / "images" / "one.png")], model.config, model.passport.interpolation)
     assert torch.equal(image, centre("bilinear") / 255)
     assert reading_config(FinetuneConfig(data="-"), model.passport).interpolation == "bilinear"
+    assert model.passport.reading("-").size_hw == (12, 12)
     assert probe.reading_config(ProbeConfig(data="-"), model.passport).interpolation == "bilinear"
 
 

@@ -24,7 +24,7 @@ Centre = tuple[Tensor | None, str]
 class Centres(Dataset[Centre]):
     """Sample id -> the image's centre at the model's size [C, H, W], or None and why it cannot be read."""
 
-    def __init__(self, part: Part, size_hw: tuple[int, int], interpolation: str = "bicubic") -> None:
+    def __init__(self, part: Part, size_hw: tuple[int, int], interpolation: str) -> None:
         self.part, self.size_hw, self.interpolation = part, size_hw, interpolation
 
     def __getitem__(self, index: int) -> Centre:
@@ -36,7 +36,7 @@ class Centres(Dataset[Centre]):
         return apply_to_image(image, crops, 0, self.size_hw), ""
 
 
-def read_centres(names: Sequence[str], model: ModelConfig, interpolation: str = "bicubic") -> Tensor:
+def read_centres(names: Sequence[str], model: ModelConfig, interpolation: str) -> Tensor:
     """The centres of image files at the model's size, floats in 0..1 [B, C, H, W].
 
     Raises:

@@ -181,11 +181,8 @@ def main(sources: list[str], config: ProbeConfig) -> int:
 
 
 def reading_config(config: ProbeConfig, passport: Passport) -> PretrainConfig:
-    """How images are read: at the encoder's size, resized as its training did."""
-    return PretrainConfig(
-        data=config.data, img_size=passport.model.size_hw, in_chans=passport.model.in_chans, seed=config.seed,
-        crop_scale=config.crop_scale, flip=config.flip != "no", interpolation=passport.interpolation,
-    )  # fmt: skip
+    """How images are read for an encoder; crops and flips are those of the probes that see images anew."""
+    return passport.reading(config.data, seed=config.seed, crop_scale=config.crop_scale, flip=config.flip != "no")
 
 
 def measure_encoder(

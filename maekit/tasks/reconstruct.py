@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from maekit.config import MAX_MASK_RATIO, PretrainConfig, ReconstructConfig, UserError
+from maekit.config import MAX_MASK_RATIO, ReconstructConfig, UserError
 from maekit.data.centres import read_centres
 from maekit.data.loader import lowest_hash, open_pool
 from maekit.data.sources import choose_parts, open_source
@@ -88,10 +88,7 @@ def score_data(
     source = open_source(config.data, in_chans=model.config.in_chans, image_column=config.image_column)
     word = config.part or ("test" if source.test is not None else "val" if source.val is not None else "train")
     part = choose_parts(source, word, config.data)[word]
-    reading = PretrainConfig(
-        data=config.data, img_size=model.config.size_hw, in_chans=model.config.in_chans,
-        interpolation=model.passport.interpolation,
-    )  # fmt: skip
+    reading = model.passport.reading(config.data)
     ids = np.arange(len(part), dtype=np.int64)
     with counting(console, "reading images") as progress:
         pool, _ = open_pool(part, reading, device, choose_workers(None, 1), progress)

@@ -240,10 +240,7 @@ def _wants_decay(name: str, config: FinetuneConfig) -> bool:
 def reading_config(config: FinetuneConfig, passport: Passport) -> PretrainConfig:
     """What the pools of images must know, in the words of a pretraining."""
     names = ("crop", "crop_scale", "resize_to", "pad", "flip", "seed", "heldout_share", "max_bad_share", "in_memory")
-    return PretrainConfig(
-        data=config.data, img_size=passport.model.size_hw, in_chans=passport.model.in_chans,
-        interpolation=passport.interpolation, **{name: getattr(config, name) for name in names},
-    )  # fmt: skip
+    return passport.reading(config.data, **{name: getattr(config, name) for name in names})
 
 
 def settled(config: FinetuneConfig, out: Path, choices: dict[str, Choice[Any]]) -> FinetuneConfig:

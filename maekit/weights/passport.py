@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from maekit.config import ModelConfig, PretrainConfig, UserError
 from maekit.configfile import from_json
@@ -107,6 +107,13 @@ class Passport:
         if problems := passport.problems():
             raise UserError(*(f"{source}, passport: {problem}" for problem in problems))
         return passport
+
+    def reading(self, data: str, **more: Any) -> PretrainConfig:
+        """How data are read for this model: its size and channels, resized as in its training; more: other fields."""
+        return PretrainConfig(
+            data=data, img_size=self.model.size_hw, in_chans=self.model.in_chans, interpolation=self.interpolation,
+            **more,
+        )  # fmt: skip
 
     def problems(self) -> list[str]:
         """All that cannot be true of a model; nothing is built to find out."""
