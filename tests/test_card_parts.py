@@ -156,16 +156,16 @@ def test_knn_by_a_slow_loop() -> None:
 
 def test_ridge_is_scikit_learns() -> None:
     """A strength s is their alpha of s x samples, on standardised features."""
-    features, labels = toy_labels(500, 4, 10, 1.0)
-    features = features * torch.logspace(-2, 2, 10) + 3
+    features, labels = toy_labels(2300, 4, 10, 1.0)
+    features = features @ torch.eye(10).cumsum(dim=0) * torch.logspace(-2, 2, 10) + 3
     train, test = features[:300], features[300:]
     mean, deviation = train.mean(dim=0), train.std(dim=0)
     for strength, predicted in ridge_predict(train, labels[:300], 4, test, (1e-3, 0.1, 10.0)).items():
         theirs = RidgeClassifier(alpha=strength * 300)
         theirs.fit(((train - mean) / deviation).numpy(), labels[:300].numpy())
         expected = theirs.predict(((test - mean) / deviation).numpy())
-        assert (predicted.numpy() == expected).mean() >= 0.99
-        assert 0.5 < (predicted == labels[300:]).float().mean() < 0.95
+        assert (predicted.numpy() == expected).mean() >= 0.999
+        assert 0.3 < (predicted == labels[300:]).float().mean() < 0.95
 
 
 @pytest.mark.parametrize(("right", "count"), [(0, 10), (8, 10), (10, 10), (4433, 10_000)])

@@ -23,7 +23,7 @@ from maekit.data.loader import choose_training, split_heldout
 from maekit.data.transforms import apply_to_image, centre_crops
 from maekit.models.encoder import resolve
 from maekit.models.mae import MaskedAutoencoder
-from maekit.tasks import pretrain, probe
+from maekit.tasks import attend, predict, pretrain, probe, reconstruct
 from maekit.training.finetuning import reading_config
 from maekit.weights.export import obstacles
 from maekit.weights.passport import Passport
@@ -144,6 +144,31 @@ def test_later_commands_resize_as_its_training_did(finished: Path, tmp_path: Pat
     assert reading_config(FinetuneConfig(data="-"), model.passport).interpolation == "bilinear"
     assert model.passport.reading("-").size_hw == (12, 12)
     assert probe.reading_config(ProbeConfig(data="-"), model.passport).interpolation == "bilinear"
+
+
+def test_a_classifier_of_it_and_every_reader_resize_so_too(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fine-tuning writes says bilinear; `predict`, `attend` and `reconstruct` ask for it."""
+    out = tmp_path / "classifier"
+    tuning = [*"--data digits --preset light --steps 1 --warmup-steps 0 --batch-size 64 --workers 0".split()]
+    assert cli.main(["finetune", str(finished), *tuning, "--out", str(out)]) == 0
+    assert maekit.load(out).passport.interpolation == "bilinear"
+
+    asked = []
+
+    def spied(real: Any) -> Any:
+        return lambda *arguments: asked.append(arguments[-1]) or real(*arguments)
+
+    image = tmp_path / "image.png"
+    Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(image)
+    for module, name in ((predict, "Centres"), (attend, "read_centres"), (reconstruct, "read_centres")):
+        monkeypatch.setattr(module, name, spied(getattr(module, name)))
+    rows = ["--data", "digits", "--out", str(tmp_path / "p.csv"), "--workers", "0"]
+    assert cli.main(["predict", str(out), *rows]) == 0
+    assert cli.main(["attend", str(finished), "--image", str(image), "--out", str(tmp_path / "maps.png")]) == 0
+    assert cli.main(["reconstruct", str(finished), "--image", str(image), "--out", str(tmp_path / "panel.png")]) == 0
+    assert set(asked) == {"bilinear"} and len(asked) >= 3
 
 
 def test_another_size_starts_the_decoder_anew(finished: Path) -> None:
