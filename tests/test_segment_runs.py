@@ -30,6 +30,7 @@ from maekit.terminal import make_console
 from maekit.training import segmentation_job, segmentation_metrics, segmentation_prepare
 from maekit.training.segmentation_inference import View, predict_classes
 from maekit.training.segmentation_job import scheduled_rate
+from maekit.training.supervised import SupervisedRun
 from maekit.weights.segmenters import load_segmenter
 
 
@@ -218,6 +219,16 @@ def test_from_scratch_has_other_weights_and_one_rate(place: Path) -> None:
     assert config.layer_decay < 1 and adapted(config, {"--from-scratch"}).layer_decay == 1.0
     config.layer_decay = 0.5
     assert adapted(config, {"--from-scratch", "--layer-decay"}).layer_decay == 0.5
+
+
+def test_without_a_best_file_the_card_names_no_best_score(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a disk that is full: the last weights are scored."""
+    monkeypatch.setattr(SupervisedRun, "keep_best", lambda *_: False)
+    assert train(place, tmp_path / "run", "--score", "best") == 0
+    assert card(tmp_path / "run")["best_heldout_miou"] is None
+    assert card(tmp_path / "run")["weights"] == "last"
 
 
 def test_linear_head_does_not_move_the_encoder_and_its_best_weights_are_scored(
