@@ -158,7 +158,11 @@ def test_a_classifier_of_it_and_every_reader_resize_so_too(
     asked = []
 
     def spied(real: Any) -> Any:
-        return lambda *arguments: asked.append(arguments[-1]) or real(*arguments)
+        def call(*arguments: Any) -> Any:
+            asked.append(arguments[-1])
+            return real(*arguments)
+
+        return call
 
     image = tmp_path / "image.png"
     Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(image)
