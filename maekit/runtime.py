@@ -5,6 +5,7 @@ torch is imported inside the functions, so that the command line can answer befo
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import platform
@@ -12,7 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
@@ -220,6 +221,17 @@ def compile_or_eager(model: torch.nn.Module, how: str, report: Callable[[str], N
         return model(*arguments, **named)
 
     return run
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Around passes that are not the training step: compiled blocks would be compiled anew for the shapes of each, and
+    torch stops compiling after eight, the training step's among them where it comes late.
+    """
+    import torch
+
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def seed_everything(seed: int) -> None:

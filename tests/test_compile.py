@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from tiny_runs import SMALLEST, run
 
+from maekit import runtime
 from maekit.config import PretrainConfig
 from maekit.data.loader import Batch
 from maekit.models.mae import MaskedAutoencoder
@@ -63,3 +66,19 @@ def test_a_failed_compilation_is_said_and_survived(how: str, monkeypatch: pytest
     wanted_loss, wanted = step("off", said)
     assert loss == wanted_loss
     assert torch.equal(gradient, wanted)
+
+
+def test_only_the_training_step_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held-out passes, probes and pictures have other shapes and would each compile both kinds of block again."""
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        compiled.append([tuple(value.shape) for value in inputs])
+        return graph.forward
+
+    in_place = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: in_place(self, backend=backend, **how))
+    monkeypatch.setattr(runtime.shutil, "which", lambda name: name)  # a C++ compiler that is never called
+    words = ["pretrain", "digits", *SMALLEST, "--batch-size", "128", "--compile", "blocks"]
+    assert run([*words, "--drop-path", "0", "--steps", "2", "--probe-every", "1"], tmp_path / "run") == 0
+    assert len(compiled) == 2  # a block of the encoder and one of the decoder

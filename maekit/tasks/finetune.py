@@ -32,7 +32,7 @@ from maekit.data.loader import Batch, Pool, open_pool
 from maekit.data.sources import open_source, short_name
 from maekit.data.workers import choose_workers
 from maekit.models.encoder import use_fused_attention
-from maekit.runtime import choose_attention, choose_device, choose_precision, compile_or_eager
+from maekit.runtime import choose_attention, choose_device, choose_precision, compile_or_eager, uncompiled
 from maekit.seeding import seed_step
 from maekit.stopping import StopRequest
 from maekit.terminal import Pace, counting, make_console, make_progress, print_settings, short_time
@@ -113,7 +113,8 @@ def main(source: str, config: FinetuneConfig, resumed: bool = False) -> int:
                     progress.update(bar, loss=f"{loss:.4f}", speed=f"{speed:,.0f}")
                 progress.update(bar, completed=position.step, description=f"epoch {job.epochs_done:.0f}")
                 if eval_due and not stopping:
-                    stopping = not watch(job, pace)
+                    with uncompiled():
+                        stopping = not watch(job, pace)
                     if last or time.monotonic() - drawn > DRAW_SECONDS:
                         draw_curves(job)
                         drawn = time.monotonic()

@@ -22,7 +22,7 @@ from maekit.config import PretrainConfig, ResumeConfig, UserError
 from maekit.configfile import read
 from maekit.data.loader import lowest_hash
 from maekit.rng import Purpose
-from maekit.runtime import compile_or_eager
+from maekit.runtime import compile_or_eager, uncompiled
 from maekit.stopping import StopRequest
 from maekit.terminal import Pace, make_console, make_progress, print_settings
 from maekit.training import lock
@@ -123,7 +123,8 @@ def main(config: PretrainConfig, resume_from: Path | None = None, again: bool = 
                 epochs_begun = position.step // job.order.steps_per_epoch + 1
                 progress.update(bar, completed=position.step, description=f"epoch {epochs_begun}")
                 if not stopping:
-                    stopping = not watch(job, pace)
+                    with uncompiled():
+                        stopping = not watch(job, pace)
                 if last or stopping or save_due or (position.step > first_step and "save" in due(job)):
                     position.loss_sum = float(accelerator.reduce(loss_sum, "mean"))
                     saved = save(job, clock, urgent=last or stopping)
