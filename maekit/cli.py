@@ -229,9 +229,9 @@ def finetune(words: list[str]) -> int:
     base = finetune_defaults(source[0] if source else "", rest)
     config = parse(FinetuneConfig, "maekit finetune SRC", rest, base)
     adapt_durations(config, base, rest)
-    from maekit.tasks import finetune as task
-
-    return task.main(source[0], config)
+    config.source = source[0]
+    config.adapt_rates([word.partition("=")[0] for word in rest])
+    return int(import_module(f"maekit.tasks.finetune{'_score' if config.eval else ''}").main(source[0], config))
 
 
 def finetune_defaults(source: str, words: list[str]) -> FinetuneConfig:
@@ -272,11 +272,11 @@ def segment(words: list[str]) -> int:
             asked = parse(kind, f"maekit segment RUN {flag}", [word for word in rest if word != "--eval"])
             name = "segment_predict" if flag == "--predict" else "segment_score"
             return int(import_module(f"maekit.tasks.{name}").main(source[0], asked))
-    config = configs.adapted(parse(configs.SegmentConfig, usage, rest, configs.preset(configs.preset_of(rest))), given)
+    config = parse(configs.SegmentConfig, usage, rest, configs.preset(configs.preset_of(rest)))
     config.source = source[0]
     from maekit.tasks import segment as task
 
-    return task.main(config)
+    return task.main(configs.adapted(config, given))
 
 
 def on_source(words: list[str], task: str, kind: type[Any], usage: str) -> int:
@@ -298,20 +298,10 @@ def push(words: list[str]) -> int:
     return task.main(asked[0], asked[1], config)
 
 
-def check_data(words: list[str]) -> int:
-    """maekit check-data --data D"""
-    config = parse(CheckDataConfig, "maekit check-data", words)
-    from maekit.tasks import check_data as task
-
-    return task.main(config)
-
-
-def pack(words: list[str]) -> int:
-    """maekit pack --data D --out SHARDS"""
-    config = parse(PackConfig, "maekit pack", words)
-    from maekit.tasks import pack as task
-
-    return task.main(config)
+def on_data(words: list[str], task: str, kind: type[Any]) -> int:
+    """maekit TASK --flags, of the tasks that take a config and nothing else."""
+    config = parse(kind, f"maekit {task}", words)
+    return int(import_module(f"maekit.tasks.{task.replace('-', '_')}").main(config))
 
 
 def selftest(words: list[str]) -> int:
@@ -389,8 +379,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "attend": partial(on_source, task="attend", kind=AttendConfig, usage="maekit attend SRC --image I"),
     "push": push,
     "info": partial(on_source, task="info", kind=InfoConfig, usage="maekit info SRC"),
-    "check-data": check_data,
-    "pack": pack,
+    "check-data": partial(on_data, task="check-data", kind=CheckDataConfig),
+    "pack": partial(on_data, task="pack", kind=PackConfig),
     "selftest": selftest,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from conftest import TINY
 from tiny_runs import SMALLEST, run
 
-from maekit import runtime
 from maekit.config import PretrainConfig
 from maekit.data.loader import Batch
 from maekit.models.mae import MaskedAutoencoder
@@ -78,7 +78,7 @@ def test_only_the_training_step_is_compiled(tmp_path: Path, monkeypatch: pytest.
 
     in_place = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: in_place(self, backend=backend, **how))
-    monkeypatch.setattr(runtime.shutil, "which", lambda name: name)  # a C++ compiler that is never called
+    monkeypatch.setattr(shutil, "which", lambda name: name)  # a C++ compiler that is never called
     words = ["pretrain", "digits", *SMALLEST, "--batch-size", "128", "--compile", "blocks"]
     assert run([*words, "--drop-path", "0", "--steps", "2", "--probe-every", "1"], tmp_path / "run") == 0
     assert len(compiled) == 2  # a block of the encoder and one of the decoder

@@ -1,4 +1,4 @@
-"""Fine-tuning: what a batch is trained on, what a score says, and whole runs that stop, go on and are scored."""
+"""Fine-tuning: what a score says, and whole runs that stop, go on and are scored."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ import tiny_runs
 import torch
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, top_k_accuracy_score
+from timm.layers import PatchDropout
 from torch import nn
 
 import maekit
 from maekit import cli
-from maekit.config import PRESETS, FinetuneConfig, UserError
-from maekit.data.labelled import split_labelled
-from maekit.data.parts import ArrayPart, Source
+from maekit.config import FinetuneConfig
 from maekit.data.sources import open_source
 from maekit.models import encoder as encoders
 from maekit.models.classifier import Classifier
 from maekit.tasks import finetune
-from maekit.training.mixing import Mixing, soft_loss
+from maekit.training.mixing import Mixing
 from maekit.training.scoring import Answers, answer, score
+from maekit.viz import confusion
 from maekit.weights.sources import read_passport
 
 PLAIN = "--mixup 0 --cutmix 0 --erase 0 --smoothing 0 --drop-path 0 --auto-augment none --crop none --no-flip".split()
@@ -46,7 +46,7 @@ def _quick() -> Any:
     """Pictures take half a second and touch no number; models that are built to be asked for sizes are kept."""
     patch = pytest.MonkeyPatch()
     patch.setattr(finetune, "draw_training", lambda *_, **__: None)
-    patch.setattr(finetune, "draw_confusion", lambda *_, **__: None)
+    patch.setattr(confusion, "draw_confusion", lambda *_, **__: None)
     patch.setattr(encoders, "plain_vit", tiny_runs._plain_vit)
     yield
     patch.undo()
@@ -70,30 +70,6 @@ def alone(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("alone") / "run"
     assert run(source, out, *HARD) == 0
     return out
-
-
-# ---- what a batch is trained on ----
-
-
-def test_mixup_with_smoothing_is_a_hand_calculations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two images, two classes, blend 1/4, smoothing 0.1: labels (0.95, 0.05) and (0.05, 0.95) before the blend."""
-    monkeypatch.setattr(np.random, "beta", lambda *_, **__: 0.25)
-    mixing = Mixing(FinetuneConfig(mixup=0.8, cutmix=0.0, smoothing=0.1, erase=0.0), 2, torch.device("cpu"))
-    images = torch.tensor([8.0, 4.0]).reshape(2, 1, 1, 1).repeat(1, 1, 2, 2)
-    mixed, targets = mixing(images, torch.tensor([0, 1]))
-    assert mixed[:, 0, 0, 0].tolist() == [0.25 * 8 + 0.75 * 4, 0.25 * 4 + 0.75 * 8]
-    torch.testing.assert_close(targets, torch.tensor([[0.275, 0.725], [0.725, 0.275]]))
-    # Logits (0, ln 3) are the probabilities 1/4 and 3/4.
-    loss = soft_loss(torch.tensor([[0.0, np.log(3)], [0.0, np.log(3)]]), targets)
-    by_hand = -np.mean([0.275 * np.log(1 / 4) + 0.725 * np.log(3 / 4), 0.725 * np.log(1 / 4) + 0.275 * np.log(3 / 4)])
-    assert float(loss) == pytest.approx(by_hand, rel=1e-6)
-
-
-def test_without_mixing_labels_are_only_smoothed() -> None:
-    mixing = Mixing(FinetuneConfig(mixup=0.0, cutmix=0.0, smoothing=0.1, erase=0.0), 5, torch.device("cpu"))
-    images, targets = mixing(torch.ones(1, 1, 2, 2), torch.tensor([3]))
-    assert images.eq(1).all()
-    torch.testing.assert_close(targets, torch.tensor([[0.02, 0.02, 0.02, 0.92, 0.02]]))
 
 
 # ---- what a score says ----
@@ -175,9 +151,6 @@ def test_the_scored_weights_are_those_of_the_best_held_out_score(alone: Path) ->
     assert (passport.kind, passport.classes, passport.weights_license) == ("classifier", tiny.DIGITS, "cc0-1.0")
     chosen, kept = (load_file(alone / name) for name in ("model.safetensors", "best.safetensors"))
     assert tiny_runs.equal(chosen, kept)
-    if best["step"] == 10:  # the average, not the weights that are stepped
-        averaged = {name.removeprefix("ema/"): value for name, value in tiny_runs.tensors(alone, "optimizer").items()}
-        assert all(torch.equal(value, averaged[name]) for name, value in kept.items())
 
 
 @pytest.mark.parametrize("at", [1, 6])
@@ -276,6 +249,51 @@ def test_eval_gives_the_cards_numbers_again(alone: Path, tmp_path: Path) -> None
     assert all(one[key] == again[key] for key in ("top1", "top5", "confusion", "per_class", "classes"))
 
 
+def test_clean_epochs_are_trained_on_whole_unmixed_images(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last two of four steps, and those of a run that is taken up there too."""
+    unmixed: list[bool] = []
+    tokens: list[int] = []
+    real = Mixing.__call__
+
+    def look(self: Mixing, images: torch.Tensor, labels: torch.Tensor) -> Any:
+        before = images.clone()  # they are changed in place
+        mixed = real(self, images, labels)
+        unmixed.append(torch.equal(mixed[0], before))
+        return mixed
+
+    def count(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        if isinstance(module, PatchDropout) and module.training:
+            tokens.append(output.shape[1])
+
+    monkeypatch.setattr(Mixing, "__call__", look)
+    with torch.nn.modules.module.register_module_forward_hook(count):
+        words = "--preset light --patch-drop 0.5 --erase 1 --warmup-steps 1 --score last".split()
+        out = tmp_path / "run"
+        assert run(source, out, *words, "--clean-epochs", str(2 / 22), "--steps", "4") == 0
+        assert unmixed == [False, False, True, True]
+        assert tokens == [3, 3, 5, 5]  # half of the four patches, and the class token
+        assert cli.main(["resume", str(out), "--steps", "7"]) == 0
+    assert tokens[4:] == [3, 5, 5]
+
+
+def test_random_weights_are_trained_at_one_rate(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layer decay is care for what was learned; where nothing was, it would only handicap the comparison."""
+    asked: list[FinetuneConfig] = []
+
+    def note(source: str, config: FinetuneConfig) -> int:
+        asked.append(config)
+        return 0
+
+    monkeypatch.setattr(finetune, "main", note)
+    words = ["finetune", str(source), "--data", "digits"]
+    random = ["finetune", "random:vit_tiny_patch16_224", "--data", "digits"]
+    for some in (words, [*words, "--from-scratch"], random, [*words, "--from-scratch", "--layer-decay", "0.5"]):
+        assert cli.main(some) == 0
+    assert [config.layer_decay for config in asked] == [0.75, 1.0, 1.0, 0.5]
+
+
 def test_from_scratch_takes_the_architecture_alone(source: Path, tmp_path: Path) -> None:
     for name, more in (("scratch", ["--from-scratch"]), ("tuned", [])):
         assert run(source, tmp_path / name, *PLAIN, "--steps", "1", "--warmup-steps", "1", *more) == 0
@@ -288,112 +306,3 @@ def test_from_scratch_takes_the_architecture_alone(source: Path, tmp_path: Path)
         )
     assert read_passport(tmp_path / "scratch" / "model.safetensors").origin == ""
     assert read_passport(tmp_path / "tuned" / "model.safetensors").origin == str(source)
-
-
-# ---- what is refused ----
-
-
-def part(labels: list[int]) -> ArrayPart:
-    return ArrayPart(np.zeros((len(labels), 8, 8, 1), np.uint8), np.array(labels, np.int64), ["cat", "dog"], 1)
-
-
-@pytest.mark.parametrize(
-    ("source", "words"),
-    [
-        (Source("x", ArrayPart(np.zeros((40, 8, 8, 1), np.uint8), None, None, 1)), "has no labels"),
-        (Source("x", part([0, 1] * 20), test=part([-1] * 9)), "no image of its test split has a label"),
-        (Source("x", part([-1] * 40), test=part([0, 1])), "none of the training images has a label"),
-        (Source("x", part([1] * 40), test=part([0, 1])), r"are of one class \(dog\)"),
-    ],
-)
-def test_labels_that_cannot_be_learned_from_are_refused(source: Source, words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        split_labelled(source, "x", 0.1)
-
-
-def test_splits_do_not_overlap_and_leave_unlabelled_images_out() -> None:
-    splits = split_labelled(Source("x", part([0, 1, 1, -1] * 100)), "x", 0.1, train_share=0.5)
-    assert splits.test is splits.train
-    ids = [set(some.tolist()) for some in (splits.train_ids, splits.heldout_ids, splits.test_ids)]
-    assert not (ids[0] & ids[1] or ids[0] & ids[2] or ids[1] & ids[2])
-    assert not any(index % 4 == 3 for some in ids for index in some)
-    whole = split_labelled(Source("x", part([0, 1, 1, -1] * 100)), "x", 0.1)
-    assert ids[0] < set(whole.train_ids.tolist())
-    assert len(ids[0]) == round(len(whole.train_ids) / 2)
-
-
-def test_a_run_that_is_refused_leaves_no_folder(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data = tiny.write_images(tmp_path / "data", {"cat": 30})
-    assert run(source, tmp_path / "run", "--data", str(data), "--batch-size", "4", "--steps", "2") == 2
-    assert "has no labels" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
-def test_labels_of_other_classes_are_refused(alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = tiny.write_images(tmp_path / "data", {"cat": 30, "dog": 30})
-    assert cli.main(["finetune", str(alone), "--data", str(data), "--eval", "--out", str(tmp_path / "card")]) == 2
-    assert "labels of other classes (cat, dog)" in capsys.readouterr().err
-
-
-def test_problems_are_told_together_before_anything_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = (
-        "--data nowhere --mixup -1 --smoothing 1 --auto-augment rand-q3 --ema 2 --batch-size 9 --epochs 1 --steps 2 "
-    )
-    words += "--cutmix-minmax 0.5 0.5 --patch-drop 1"
-    assert cli.main(["finetune", str(tmp_path / "nothing"), *words.split()]) == 2
-    told = capsys.readouterr().err
-    for word in (
-        "--mixup -1",
-        "--smoothing 1",
-        "--patch-drop 1: must lie in [0, 1)",
-        "rand-q3",
-        "--ema 2",
-        "--cutmix-minmax 0.5 0.5",
-        "the 9 images",
-        "either as --epochs or as --steps",
-    ):
-        assert word in told, word
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda run: None, "no such run or file"),
-        (lambda run: run.mkdir(), "not a run: no model.safetensors"),
-        (lambda run: tiny.write_encoder(run), "--model vit_base_patch16_224: the passport"),
-    ],
-)
-def test_a_source_that_cannot_be_tuned_is_refused(
-    make: Callable[[Path], Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make(tmp_path / "run")
-    assert run(tmp_path / "run", tmp_path / "out", "--model", "vit_base_patch16_224") == 2
-    assert words in capsys.readouterr().err
-
-
-def test_a_checkpoint_of_another_architecture_is_refused(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "run"
-    assert run(source, out, *PLAIN, "--steps", "2") == 0
-    config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(config | {"pool": "cls"}))
-    assert cli.main(["resume", str(out), "--steps", "3"]) == 2
-    told = capsys.readouterr().err
-    assert "encoder.norm.weight is missing" in told
-    assert "fc_norm.weight is unknown" in told
-
-
-def test_presets_follow_the_runs_images_and_flips(tmp_path: Path) -> None:
-    def write(img_size: list[int], flip: bool) -> str:
-        (tmp_path / "config.json").write_text(json.dumps({"data": "x", "img_size": img_size, "flip": flip}))
-        return str(tmp_path)
-
-    assert cli.finetune_defaults(write([32], False), []) == FinetuneConfig(**vars(PRESETS["small"]) | {"flip": False})
-    assert cli.finetune_defaults(write([224], True), []) == PRESETS["paper"]
-    assert cli.finetune_defaults(write([224], True), ["--preset", "light"]) == PRESETS["light"]
-    assert cli.finetune_defaults("timm:x", ["--preset=official", "--data"]) == PRESETS["official"]
-    with pytest.raises(UserError, match="did you mean small"):
-        cli.finetune_defaults("x", ["--preset", "smal"])

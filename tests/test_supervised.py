@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import tiny_config
+from safetensors.torch import load_file
 from torch import nn
 
 from maekit.config import SupervisedConfig, UserError
@@ -97,7 +99,7 @@ def open_run(out: Path, fingerprint: str = "f", **changes: Any) -> SupervisedRun
         config=config, out=out, console=make_console(), accelerator=Accelerator(cpu=True), model=model,
         optimizer=torch.optim.AdamW(model.parameters(), lr=0.1), position=Position(6, fingerprint=fingerprint),
         passport=lambda: dataclasses.replace(passport, steps=run.position.step), stop=StopRequest(),
-        ema=nn.Linear(4, 3),
+        ema=copy.deepcopy(model),
     )  # fmt: skip
     return run
 
@@ -111,7 +113,7 @@ def take_steps(run: SupervisedRun, until: int) -> None:
         run.optimizer.zero_grad()
         assert run.ema is not None
         with torch.no_grad():
-            for mean, value in zip(run.ema.parameters(), run.model[0].parameters(), strict=True):  # type: ignore[index]
+            for mean, value in zip(run.ema.parameters(), run.model.parameters(), strict=True):
                 mean.lerp_(value, 0.1)
         run.position.step += 1
         run.log({"kind": "step", "loss": 0.5})
@@ -144,12 +146,25 @@ def test_a_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert (passport.kind, passport.classes) == ("classifier", ("a", "b"))
 
 
+def test_what_others_read_is_the_average(tmp_path: Path) -> None:
+    """It is what is measured and kept, so a run that is stopped must leave it too."""
+    run = open_run(tmp_path)
+    take_steps(run, 2)
+    assert run.save() and run.ema is not None
+    averaged, stepped = run.ema.state_dict(), run.model.state_dict()
+    found = load_file(tmp_path / "model.safetensors")
+    assert found.keys() == averaged.keys()
+    for name, value in found.items():
+        assert torch.equal(value, averaged[name]), name
+    assert not torch.equal(found["0.weight"], stepped["0.weight"])
+
+
 def test_only_a_better_score_replaces_the_best_weights(tmp_path: Path) -> None:
     run = open_run(tmp_path)
     assert run.keep_best(0.5)
     before = (tmp_path / BEST_FILE).read_bytes()
     assert run.ema is not None
-    nn.init.zeros_(run.ema.weight)  # type: ignore[arg-type]
+    nn.init.zeros_(next(run.ema.parameters()))
     assert not run.keep_best(0.5)
     assert (tmp_path / BEST_FILE).read_bytes() == before
     assert run.keep_best(0.75)

@@ -32,8 +32,6 @@ class FinetuneConfig(SupervisedConfig):
     released code's command for ViT-B (blr 5e-4, layer decay 0.65, random erasing); small: images of up to 64 px, a
     small encoder and a small batch; light: as small, without what must be done image by image (RandAugment), for a
     CPU. Default: small for pretraining runs of at most 64 px, else paper."""
-    from_scratch: bool = False
-    """Keep the architecture and throw the weights away: the same training without pretraining, to compare with."""
     train_share: float = 1.0
     """Use only this share of the training images (always the same ones): how good is it with few labels?"""
     eval: bool = False
@@ -98,6 +96,9 @@ class FinetuneConfig(SupervisedConfig):
     patch_drop: float = 0.0
     """Leave out this share of each image's patches in training, at random (arXiv 2208.07220): a step costs that much
     less. An encoder pretrained by masking knows such images. Scores are always of whole images."""
+    clean_epochs: float = 0.0
+    """In so many epochs at the end, images are whole and unmixed (no erasing, mixup, CutMix or --patch-drop), so that
+    the weights settle on images as they are scored. Crops, flips and --auto-augment stay."""
 
     # ---- optimisation ----
     epochs: float | None = 100.0
@@ -138,7 +139,7 @@ class FinetuneConfig(SupervisedConfig):
         ]
         found += [
             f"--{flag(name)} {value:g}: must not be negative"
-            for name in ("warmup_epochs", "warmup_steps", "mixup", "cutmix", "color_jitter", "pad")
+            for name in ("warmup_epochs", "warmup_steps", "clean_epochs", "mixup", "cutmix", "color_jitter", "pad")
             if (value := getattr(self, name)) is not None and not value >= 0
         ]
         found += [
@@ -155,13 +156,11 @@ class FinetuneConfig(SupervisedConfig):
             found.append(f"--train-share {self.train_share:g}: must lie above 0 and at most at 1")
         if self.ema is not None and not 0 < self.ema < 1:
             found.append(f"--ema {self.ema:g}: must lie between 0 and 1, such as 0.9999")
-        if self.cutmix_minmax is not None and not self.cutmix_minmax[0] < self.cutmix_minmax[1]:
-            found.append(f"--cutmix-minmax {spaced(self.cutmix_minmax)}: the second must be larger than the first")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             found.append(f"--crop-scale {low:g} {high:g}: needs 0 < smallest <= largest <= 1")
-        if self.cutmix_minmax is not None and not 0 <= self.cutmix_minmax[0] <= self.cutmix_minmax[1] <= 1:
-            found.append(f"--cutmix-minmax {spaced(self.cutmix_minmax)}: needs 0 <= smallest <= largest <= 1")
+        if self.cutmix_minmax is not None and not 0 <= self.cutmix_minmax[0] < self.cutmix_minmax[1] <= 1:
+            found.append(f"--cutmix-minmax {spaced(self.cutmix_minmax)}: needs 0 <= smallest < largest <= 1")
         if self.policy and not _POLICY.fullmatch(self.policy):
             found.append(
                 f"--auto-augment {self.auto_augment}: no policy of timm's; such as rand-m9-mstd0.5-inc1 or none"

@@ -120,9 +120,6 @@ class SegmentConfig(PairsConfig, ViewConfig, SupervisedConfig):
     mixes them place by place, for little."""
     aux_weight: float = 0.4
     """upernet: weight of the loss of an auxiliary head on the third block, in training only. 0: no such head."""
-    from_scratch: bool = False
-    """Begin with random weights in the encoder too, the architecture being that of the source: what the pretraining is
-    to be compared with."""
 
     # ---- augmentation ----
     crop: tuple[int, ...] = (240,)
@@ -238,10 +235,10 @@ def preset_of(words: Sequence[str]) -> str:
 def adapted(config: SegmentConfig, given: Collection[str]) -> SegmentConfig:
     """What the flags that were given (as they were typed) mean for the preset's other values.
 
-    A shorter run keeps the share of its warm-up. Random weights have no layers to be careful with, so without a word
-    they are trained at one rate: a comparison must not handicap them.
+    A shorter run keeps the share of its warm-up, and a linear head its own rate.
     """
     base = PRESETS[config.preset]
+    config.adapt_rates(given)
     given = {flag(word.lstrip("-")) for word in given}
     if config.inference == "whole" and not {"window", "stride"} & given:
         config.window = config.stride = None
@@ -249,8 +246,6 @@ def adapted(config: SegmentConfig, given: Collection[str]) -> SegmentConfig:
         config.stride = None
     if "warmup-steps" not in given and config.steps < base["steps"]:
         config.warmup_steps = int(base["warmup_steps"] / base["steps"] * config.steps)
-    if config.from_scratch and "layer-decay" not in given:
-        config.layer_decay = 1.0
     if config.head == "linear" and "lr" not in given:
         config.lr = None  # a preset's is for all layers
     return config

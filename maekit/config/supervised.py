@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +26,9 @@ class SupervisedConfig(SourceConfig):
     out: str = ""
     """Folder of the run; it must not hold another one. Default: in the source's run, or here: finetune-NAME,
     scratch-NAME (--from-scratch), eval-NAME (--eval), segment-NAME, or segment-NAME-scratch (--from-scratch)."""
+    from_scratch: bool = False
+    """Begin with random weights, the architecture being that of the source: what the pretraining is to be compared
+    with."""
     heldout_share: float = 0.1
     """Share of the training images that is never trained on: the best checkpoint is chosen on them."""
 
@@ -43,7 +47,7 @@ class SupervisedConfig(SourceConfig):
     """AdamW's two decay rates."""
     layer_decay: float = 0.75
     """The learning rate shrinks by this factor from each block to the one before it (BEiT, arXiv 2106.08254). 1: the
-    same rate everywhere."""
+    same rate everywhere, which is the default of random weights."""
     drop_path: float = 0.1
     """Stochastic depth in the encoder: it grows from 0 at the first block to this at the last."""
     clip_grad: float | None = None
@@ -105,3 +109,15 @@ class SupervisedConfig(SourceConfig):
         if self.device.split(":")[0] not in ("auto", "cpu", "cuda", "mps"):
             found.append(f"--device {self.device}: choose auto, cpu, cuda or mps")
         return found
+
+    @property
+    def begins_at_random(self) -> bool:
+        """Whether the encoder begins with random weights."""
+        return self.from_scratch or self.source.startswith("random:")
+
+    def adapt_rates(self, typed: Collection[str]) -> None:
+        """Random weights have no layers to be careful with, so they are trained at one rate unless --layer-decay is
+        among the flags that were typed: a comparison must not handicap them.
+        """
+        if self.begins_at_random and not {"--layer-decay", "--layer_decay"} & set(typed):
+            self.layer_decay = 1.0

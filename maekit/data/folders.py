@@ -92,7 +92,8 @@ def open_folder(root: bytes, spec: str, name: str, in_chans: int) -> Source:
         if found
     }
     notes = _left_out(os.path.join(root, prefix), subfolders, parts, spec)
-    return Source(name, opened["train"], opened.get("val"), opened.get("test"), notes)
+    empty = tuple(part for part in names if part not in opened)
+    return Source(name, opened["train"], opened.get("val"), opened.get("test"), notes, empty)
 
 
 def _left_out(base: str | bytes, subfolders: list[bytes], parts: dict[str, bytes], spec: str) -> tuple[str, ...]:

@@ -66,17 +66,34 @@ def kept_for_report(count: int) -> Ids:
     return lowest_hash(everyone, max(1, round(TEST_SHARE * count)), Purpose.TEST_SPLIT)
 
 
+def part_for_report(source: Source, data: str) -> tuple[str, Part | None]:
+    """What a report is about, in words, and where: the test part; else the validation part, also where nobody has the
+    test part's labels, as with ImageNet's; None: the data have neither.
+
+    Raises:
+        UserError: the part is there and holds no image.
+    """
+    named = (("test", "test", source.test), ("validation", "val", source.val))
+    for what, name, part in named:
+        if name in source.empty:
+            raise UserError(f"--data {data}: its {what} split holds no image; put images there, or remove it")
+        if part is not None and part.labels is not None and (part.labels >= 0).any():
+            return what, part
+    return next(((what, part) for what, _, part in named if part is not None), ("test", None))
+
+
 def test_images(source: Source, data: str) -> tuple[Part, Ids, str]:
     """The labelled images that a report is about: part, sample ids, and what they are in words.
 
     Raises:
         UserError: no labels, or none on those images.
     """
-    what, part = ("test split", source.test) if source.test is not None else ("validation split", source.val)
-    if part is None:
+    name, found = part_for_report(source, data)
+    if found is None:
         what, part = f"a fixed {TEST_SHARE:.0%} of the images, as the data have no test split", source.train
         ids = kept_for_report(len(part))
     else:
+        what, part = f"{name} split", found
         ids = np.arange(len(part), dtype=np.int64)
     ids = ids[labels_of(part, data)[ids] >= 0]
     if not len(ids):

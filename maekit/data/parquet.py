@@ -199,7 +199,8 @@ def open_parquet(
     if not len(opened["train"]):
         raise UserError(f"--data {spec}: the training part has no rows")
     rest = {part: table for part, table in opened.items() if len(table)}
-    return Source(name, opened["train"], rest.get("val"), rest.get("test"))
+    empty = tuple(part for part in opened if part not in rest)
+    return Source(name, opened["train"], rest.get("val"), rest.get("test"), empty=empty)
 
 
 def by_part(files: list[str], spec: str) -> dict[str, list[str]]:

@@ -72,6 +72,8 @@ class Source:
     test: Part | None = None
     notes: tuple[str, ...] = ()
     """What a user should know of them: folders that are left out."""
+    empty: tuple[str, ...] = ()
+    """Parts that have a place and no image in it: nobody is in their way but a report that would be about them."""
 
 
 def evenly_spaced(num: int, count: int) -> Labels:

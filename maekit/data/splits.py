@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from maekit.config import PretrainConfig, UserError
-from maekit.data.labelled import kept_for_report
+from maekit.data.labelled import kept_for_report, part_for_report
 from maekit.data.loader import Pool, open_pool
 from maekit.data.parts import Part
 from maekit.data.sources import Source
@@ -77,10 +77,9 @@ def open_splits(
         pool = pools[id(part)]
         return Split(part, pool, ids, torch.from_numpy(part.labels[ids]).to(device), what)
 
-    test_part = data.test or data.val
+    what, test_part = part_for_report(data, reading.data)
     train_ids = np.arange(len(data.train), dtype=np.int64)
     if test_part is not None:
-        what = "test" if data.test is not None else "validation"
         test = open_split(test_part, np.arange(len(test_part), dtype=np.int64), what)
     else:
         test_ids = kept_for_report(len(train_ids))

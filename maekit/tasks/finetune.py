@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -21,34 +20,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.markup import escape
 from safetensors.torch import load_file
 
-from maekit.config import FinetuneConfig, ResumeConfig, SourceConfig, UserError
+from maekit.config import FinetuneConfig, ResumeConfig, UserError
 from maekit.configfile import read
-from maekit.data.labelled import class_map, labels_of, take_good_slots, test_images
-from maekit.data.loader import Batch, Pool, open_pool
-from maekit.data.sources import open_source, short_name
-from maekit.data.workers import choose_workers
-from maekit.models.encoder import use_fused_attention
-from maekit.runtime import choose_attention, choose_device, choose_precision, compile_or_eager, uncompiled
-from maekit.seeding import seed_step
+from maekit.data.labelled import labels_of, take_good_slots
+from maekit.data.loader import Batch, open_pool
+from maekit.runtime import compile_or_eager, uncompiled
 from maekit.stopping import StopRequest
 from maekit.terminal import Pace, counting, make_console, make_progress, print_settings, short_time
 from maekit.training import lock
-from maekit.training.finetuning import FinetuneJob, describe, labels_in, prepare, reading_config
+from maekit.training.finetuning import FinetuneJob, default_out, describe, prepare, reading_config
 from maekit.training.guard import Guard, backward, guarded_update
 from maekit.training.mixing import soft_loss
 from maekit.training.optim import learning_rate
 from maekit.training.scorecard import CARD, print_score, with_interval, write_card
-from maekit.training.scoring import Score, answer, of_all, score
+from maekit.training.scoring import EVAL_BATCH, Score, answer, of_all, score
 from maekit.training.supervised import BEST_FILE, mean_loss, set_scaled_rate, write_weights
-from maekit.viz.confusion import draw_confusion, draw_training
-from maekit.weights.store import WEIGHTS_FILE, load_classifier
+from maekit.viz.confusion import draw_training, picture_confusion
+from maekit.weights.store import WEIGHTS_FILE
 
-EVAL_BATCH = 256
-"""Images per forward pass in evaluation; it has no say in the numbers."""
 DRAW_SECONDS = 60.0
 """curves.png is drawn anew not more often than this, and at the end."""
 
@@ -64,8 +56,6 @@ def main(source: str, config: FinetuneConfig, resumed: bool = False) -> int:
         UserError: everything that is wrong with the config, before anything is read; then what is wrong with weights
             or data.
     """
-    if config.eval:
-        return score_again(source, config)
     console = make_console()
     out = Path(config.out) if config.out else default_out(source, config)
     config = dataclasses.replace(config, source=source)
@@ -134,7 +124,7 @@ def main(source: str, config: FinetuneConfig, resumed: bool = False) -> int:
                 step = position.step
                 lr = learning_rate(step, total, job.warmup_steps, job.peak_lr, config.min_lr, position.schedule_start)
                 set_scaled_rate(run.optimizer, lr)
-                seed_step(config.seed, step, accelerator.process_index)  # erasing, mixing, stochastic depth
+                job.begin_step()
                 loss_of_step = torch.zeros_like(loss_sum)
                 for part_number in range(config.accum):
                     batch = next_batch(job, batches, begun=part_number > 0)
@@ -279,10 +269,10 @@ def finish(job: FinetuneJob, first_step: int, seconds: float) -> bool:
         "epochs": job.epochs_done, "steps": run.position.step, "seed": config.seed,
     }  # fmt: skip
     unreadable = len(splits.test_ids) - found.images
-    write_card(run.out, facts, found, model.classes, splits.test_what, unreadable, run.accelerator.device)
     title = f"{run.out.name}: {splits.test_what}, top-1 {found.top1:.1%}"
+    write_card(run.out, facts, found, model.classes, splits.test_what, unreadable, run.accelerator.device)
     print_score(run.console, found, model.classes, title)
-    picture(run.console, run.out, found, model.classes, title)
+    picture_confusion(found.confusion_KK, model.classes, run.out / "confusion.png", title, run.console.print)
     images = (run.position.step - first_step) * config.batch_size
     heldout: dict[str, Any] = next(
         (r for r in reversed(run.metrics.read()) if r.get("kind") == "heldout" and r["step"] == step), {}
@@ -321,67 +311,6 @@ def choose_weights(job: FinetuneJob) -> tuple[str, int]:
     if run.accelerator.is_main_process:
         write_weights(weights, model, run.passport())
     return "last", position.step
-
-
-def picture(console: Console, folder: Path, found: Score, classes: tuple[str, ...], title: str) -> None:
-    """confusion.png beside the card."""
-    if found.confusion_KK is None:
-        return
-    try:
-        draw_confusion(found.confusion_KK, classes, folder / "confusion.png", title=title)
-    except OSError as error:
-        console.print(f"[red]confusion.png cannot be written:[/red] {error}")
-
-
-def default_out(source: str, config: FinetuneConfig) -> Path:
-    """finetune-NAME (scratch-NAME, eval-NAME) in the source's run, else here."""
-    base = Path(source).expanduser()
-    verb = "eval" if config.eval else "scratch" if config.from_scratch else "finetune"
-    return (base if base.is_dir() else Path()) / f"{verb}-{short_name(os.path.expanduser(config.data))}"
-
-
-def score_again(source: str, config: FinetuneConfig) -> int:
-    """--eval: the score of a classifier on the test split of labelled data, as the run that trained it gave.
-
-    Raises:
-        UserError: no classifier, or labels of other classes than its own.
-    """
-    console = make_console()
-    if problems := config.problems():
-        raise UserError(*problems)
-    device = choose_device(config.device).value
-    precision = choose_precision(config.precision, device).value
-    given = SourceConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(SourceConfig)})
-    model = load_classifier(source, given, device)
-    for line in model.key_report.remarks():
-        console.print(line, style="dim", markup=False)
-    use_fused_attention(model, choose_attention(device, precision).value)
-    data = open_source(
-        config.data, in_chans=model.config.in_chans, image_column=config.image_column, label_column=config.label_column
-    )
-    part, ids, what = test_images(data, config.data)
-    labels = labels_in(
-        labels_of(part, config.data), class_map(part.class_names or [], model.classes, config.data, source)
-    )
-    pool: Pool
-    with counting(console, "reading images") as progress:
-        reading = reading_config(config, model.passport)
-        pool, _ = open_pool(part, reading, device, choose_workers(config.workers, 1), progress)
-    with counting(console, "scoring") as progress:
-        answers = answer(model, pool, ids, labels, EVAL_BATCH, precision, progress)
-    if not len(answers.labels):
-        raise UserError(f"--data {config.data}: none of the images of its {what} can be read")
-    found = score(answers, len(model.classes))
-    folder = Path(config.out) if config.out else default_out(source, config)
-    facts = {"task": "eval", "source": source, "data": data.name, "fingerprint": part.fingerprint,
-             "epochs": model.passport.epochs, "steps": model.passport.steps}  # fmt: skip
-    write_card(folder, facts, found, model.classes, what, len(ids) - found.images, device)
-    title = f"{source}: {what} of {data.name}, top-1 {found.top1:.1%}"
-    print_score(console, found, model.classes, title)
-    picture(console, folder, found, model.classes, title)
-    console.print(f"top-1 {with_interval(found)}; top-5 {found.top5:.2%}")
-    console.print(f"card: {folder / CARD}", markup=False)
-    return 0
 
 
 @lock.letting_go

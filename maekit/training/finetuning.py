@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from maekit.config import FinetuneConfig, PretrainConfig, SourceConfig, UserErro
 from maekit.data.augment import Augment
 from maekit.data.labelled import Splits, check_augmentable, open_augmented, split_labelled
 from maekit.data.loader import Pool, Quarantine, SampleOrder
-from maekit.data.sources import Source, lasting, open_source
+from maekit.data.sources import Source, lasting, open_source, short_name
 from maekit.models.classifier import Classifier
 from maekit.models.encoder import EPS, set_eps, use_fused_attention
 from maekit.runtime import (
@@ -29,6 +30,7 @@ from maekit.runtime import (
     package_versions,
     seed_everything,
 )
+from maekit.seeding import seed_step
 from maekit.stopping import StopRequest
 from maekit.terminal import counting
 from maekit.training import checkpoint as checkpoints
@@ -68,6 +70,8 @@ class FinetuneJob:
     choices: dict[str, Choice[Any]]
     peak_lr: float
     warmup_steps: int
+    clean_from: int
+    """Steps done when the last --clean-epochs begin."""
     labels: Tensor
     """Class ids of all images of the training part, on the device."""
     averaged: ModelEmaV3 | None
@@ -86,6 +90,17 @@ class FinetuneJob:
         """Passes over the training images so far."""
         return self.run.position.step / self.order.steps_per_epoch
 
+    def begin_step(self) -> None:
+        """Seed what the next step draws at random, and leave its images whole and unmixed if it is a clean one.
+
+        The step's number decides, so a resumed run does the same.
+        """
+        step = self.run.position.step
+        seed_step(self.config.seed, step, self.run.accelerator.process_index)
+        self.mixing.is_off = step >= self.clean_from
+        if self.config.patch_drop:
+            self.model.encoder.patch_drop.prob = 0.0 if self.mixing.is_off else self.config.patch_drop
+
 
 def prepare(config: FinetuneConfig, out: Path, console: Console, stop: StopRequest, resumed: bool) -> FinetuneJob:
     """Check the config, take the folder, read the weights, open the data, build the model; then take up a checkpoint.
@@ -99,6 +114,7 @@ def prepare(config: FinetuneConfig, out: Path, console: Console, stop: StopReque
     choices, accelerator = open_paired_machine(config, out)
     start = start_of_run(out) if resumed else load_start(config, console)
     model_config = start.passport.model
+    check_boxes(config, model_config.size_hw)
     source = open_source(
         config.data, in_chans=model_config.in_chans, image_column=config.image_column, label_column=config.label_column
     )
@@ -134,6 +150,7 @@ def prepare(config: FinetuneConfig, out: Path, console: Console, stop: StopReque
         mixing=Mixing(config, len(splits.classes), accelerator.device),
         quarantine=Quarantine(out / "quarantine.jsonl", splits.train, config.max_bad_share), choices=choices,
         peak_lr=peak, warmup_steps=min(warmup, total),
+        clean_from=total - round(config.clean_epochs * order.steps_per_epoch),
         labels=torch.from_numpy(splits.train.labels).to(accelerator.device), averaged=averaged,
     )  # fmt: skip
     if resumed:
@@ -166,6 +183,23 @@ def open_paired_machine(config: FinetuneConfig, out: Path) -> tuple[dict[str, Ch
     return choices, accelerator
 
 
+def check_boxes(config: FinetuneConfig, size_hw: tuple[int, int]) -> None:
+    """Refuse shares of a side that timm, which takes whole pixels from the smaller up to below the larger, cannot draw.
+
+    Raises:
+        UserError: they are the same number of pixels.
+    """
+    if config.cutmix_minmax is None:
+        return
+    low, high = config.cutmix_minmax
+    for side in size_hw:
+        if int(side * low) >= int(side * high):
+            raise UserError(
+                f"--cutmix-minmax {low:g} {high:g}: both are {int(side * low)} of {side} pixels; "
+                "take them further apart"
+            )
+
+
 def load_start(config: FinetuneConfig, console: Console) -> Start:
     """The encoder that the source holds, or its architecture alone where the run is to begin from scratch.
 
@@ -176,14 +210,13 @@ def load_start(config: FinetuneConfig, console: Console) -> Start:
     given.encoder_only = not config.source.startswith("random:")
     model = load_as(config.source, given)
     passport: Passport = model.passport
-    from_scratch = config.from_scratch or config.source.startswith("random:")
-    if not from_scratch:
+    if not config.begins_at_random:
         report = model.key_report  # its decoder has no place in a classifier, which needs no word
         report.missing = [name for name in report.missing if not name.startswith("decoder.")]
         report.unused = [name for name in report.unused if not name.startswith("decoder.")]
         for line in report.remarks():
             console.print(line, style="dim", markup=False)
-    if from_scratch:
+    if config.begins_at_random:
         return Start(dataclasses.replace(passport, eps=EPS), None)
     return Start(passport, model.encoder.state_dict(), config.source, passport.weights_license)
 
@@ -287,12 +320,14 @@ def describe(job: FinetuneJob) -> dict[str, str | Choice[Any]]:
     changes += [f"{config.patch_drop:g} of the patches left out"] if config.patch_drop else []
     if config.mixes:
         changes.append(f"mixup {config.mixup:g}, CutMix {config.cutmix:g}")
+    if config.clean_epochs:
+        changes.append(f"images whole and unmixed in the last {config.clean_epochs:g} epochs")
     return {
         "data": f"{config.data}: {len(splits.train_ids):,} images to train on, {len(splits.heldout_ids):,} held out, "
         f"{len(splits.classes)} classes",
         "report": f"{splits.test_what}: {len(splits.test_ids):,} images, scored once, at the end",
         "run": str(run.out),
-        "begins with": "random weights" if config.from_scratch else config.source,
+        "begins with": "random weights" if config.begins_at_random else config.source,
         "model": f"{model.config.model}, {millions:.2f} M parameters, pooling by "
         f"{'the mean' if model.pool == 'mean' else 'the class token'}, drop path {config.drop_path:g}",
         "preset": config.preset,
@@ -310,3 +345,10 @@ def describe(job: FinetuneJob) -> dict[str, str | Choice[Any]]:
 def labels_in(part_labels: npt.NDArray[np.int64], mapping: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """A part's labels as a classifier's class ids; -1 stays."""
     return np.where(part_labels >= 0, mapping[np.maximum(part_labels, 0)], -1).astype(np.int64)
+
+
+def default_out(source: str, config: FinetuneConfig) -> Path:
+    """finetune-NAME (scratch-NAME, eval-NAME) in the source's run, else here."""
+    base = Path(source).expanduser()
+    verb = "eval" if config.eval else "scratch" if config.from_scratch else "finetune"
+    return (base if base.is_dir() else Path()) / f"{verb}-{short_name(os.path.expanduser(config.data))}"

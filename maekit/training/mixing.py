@@ -22,6 +22,7 @@ class Mixing:
 
     def __init__(self, config: FinetuneConfig, classes: int, device: torch.device) -> None:
         self.classes, self.smoothing = classes, config.smoothing
+        self.is_off = False
         self.erase: Any = None
         if config.erase > 0:
             self.erase = RandomErasing(
@@ -35,10 +36,13 @@ class Mixing:
             )  # fmt: skip
 
     def __call__(self, images_BCHW: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B, C, H, W], which are changed in place, and the probability of each class [B, K]."""
-        if self.erase is not None:
+        """Images [B, C, H, W], which are changed in place, and the probability of each class [B, K].
+
+        While `is_off`, images stay as they are and labels are only smoothed.
+        """
+        if self.erase is not None and not self.is_off:
             images_BCHW = self.erase(images_BCHW)
-        if self.mix is not None:
+        if self.mix is not None and not self.is_off:
             mixed: tuple[Tensor, Tensor] = self.mix(images_BCHW, labels_B)
             return mixed
         return images_BCHW, mixup_target(labels_B, self.classes, 1.0, self.smoothing)

@@ -22,6 +22,8 @@ from maekit.training.interval import wilson
 Ints = npt.NDArray[np.int64]
 MAX_CONFUSION = 2000
 """Classes up to which the whole table of confusions is kept."""
+EVAL_BATCH = 256
+"""Images per forward pass; it has no say in the numbers."""
 
 
 class Answers(NamedTuple):

@@ -40,8 +40,9 @@ from maekit.weights.sources import read_passport
 from maekit.weights.store import WEIGHTS_FILE, check_names
 
 BEST_FILE = "best.safetensors"
-_EMA = "ema/"
-"""What the names of averaged weights begin with in a checkpoint's optimizer.safetensors."""
+_STEPPED = "stepped/"
+"""Where a run averages its weights, the average is a checkpoint's model, since it is what is used; what the names of
+the weights that the optimiser steps begin with in optimizer.safetensors."""
 
 
 @dataclass
@@ -152,11 +153,11 @@ class SupervisedRun:
         write_lines(self)
         self.metrics.sync()
         self.position.metrics_bytes = self.metrics.position
-        averaged = {} if self.ema is None else self.ema.state_dict()
+        stepped = {} if self.ema is None else self.model.state_dict()
         content = checkpoints.Checkpoint(
-            model=self.model.state_dict(),
+            model=(self.ema or self.model).state_dict(),
             optimizer=optimizer_tensors(self.optimizer, self.model.named_parameters())
-            | {_EMA + name: value for name, value in averaged.items()},
+            | {_STEPPED + name: value for name, value in stepped.items()},
             rng={},
             state=dataclasses.asdict(self.position),
             model_metadata=self.passport().to_metadata(),
@@ -189,13 +190,13 @@ class SupervisedRun:
             raise UserError(
                 f"{self.out}: was trained by {position.world} processes and these are {world}: start as many"
             )
-        check_names(self.model, saved.model, str(path), any_type=True)
-        self.model.load_state_dict(saved.model)
-        averaged = {name: value for name, value in saved.optimizer.items() if name.startswith(_EMA)}
-        moments = {name: value for name, value in saved.optimizer.items() if name not in averaged}
+        check_names(self.ema or self.model, saved.model, str(path), any_type=True)
+        (self.ema or self.model).load_state_dict(saved.model)
+        stepped = {name: value for name, value in saved.optimizer.items() if name.startswith(_STEPPED)}
+        moments = {name: value for name, value in saved.optimizer.items() if name not in stepped}
         load_optimizer_tensors(self.optimizer, self.model.named_parameters(), moments)
         if self.ema is not None:
-            self.ema.load_state_dict({name.removeprefix(_EMA): value for name, value in averaged.items()})
+            self.model.load_state_dict({name.removeprefix(_STEPPED): value for name, value in stepped.items()})
         if self.position.total_steps < position.step:
             raise UserError(
                 f"the run is at step {position.step:,}, beyond the new end at {self.position.total_steps:,}"

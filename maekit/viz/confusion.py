@@ -6,7 +6,7 @@ Shapes: K classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.style
@@ -24,6 +24,22 @@ _MOST_NAMES = 60
 _LONGEST = 18
 """Letters of a class's name."""
 _TRAIN, _HELDOUT, _SECOND, _PALE = "#8fb3d9", "#1f4e79", "#2a7f62", "#666666"
+
+
+def picture_confusion(
+    confusion_KK: npt.NDArray[np.int64] | None,
+    classes: Sequence[str],
+    path: Path,
+    title: str,
+    say: Callable[[str], None],
+) -> None:
+    """`draw_confusion` where there is a table; a file that cannot be written is only said."""
+    if confusion_KK is None:
+        return
+    try:
+        draw_confusion(confusion_KK, classes, path, title=title)
+    except OSError as error:
+        say(f"[red]{path.name} cannot be written:[/red] {error}")
 
 
 def draw_confusion(

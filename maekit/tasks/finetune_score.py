@@ -1,0 +1,72 @@
+"""Score a classifier again on the test split of labelled data.
+
+    maekit finetune runs/c10/finetune-cifar10 --data cifar10 --eval
+
+Cost: one forward pass for each image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from maekit.config import FinetuneConfig, SourceConfig, UserError
+from maekit.data.labelled import class_map, labels_of, test_images
+from maekit.data.loader import Pool, open_pool
+from maekit.data.sources import open_source
+from maekit.data.workers import choose_workers
+from maekit.models.encoder import use_fused_attention
+from maekit.runtime import choose_attention, choose_device, choose_precision
+from maekit.terminal import counting, make_console
+from maekit.training.finetuning import default_out, labels_in, reading_config
+from maekit.training.scorecard import CARD, print_score, with_interval, write_card
+from maekit.training.scoring import EVAL_BATCH, answer, score
+from maekit.viz.confusion import picture_confusion
+from maekit.weights.store import load_classifier
+
+
+def main(source: str, config: FinetuneConfig) -> int:
+    """The score of a classifier on the test split of labelled data, as the run that trained it gave.
+
+    Raises:
+        UserError: no classifier, or labels of other classes than its own.
+    """
+    console = make_console()
+    folder = Path(config.out) if config.out else default_out(source, config)
+    problems = config.problems()
+    if (folder / "config.json").exists():
+        problems.append(f"--out {folder}: holds a run, whose own card would be lost; name another folder")
+    if problems:
+        raise UserError(*problems)
+    device = choose_device(config.device).value
+    precision = choose_precision(config.precision, device).value
+    given = SourceConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(SourceConfig)})
+    model = load_classifier(source, given, device)
+    for line in model.key_report.remarks():
+        console.print(line, style="dim", markup=False)
+    use_fused_attention(model, choose_attention(device, precision).value)
+    data = open_source(
+        config.data, in_chans=model.config.in_chans, image_column=config.image_column, label_column=config.label_column
+    )
+    part, ids, what = test_images(data, config.data)
+    labels = labels_in(
+        labels_of(part, config.data), class_map(part.class_names or [], model.classes, config.data, source)
+    )
+    pool: Pool
+    with counting(console, "reading images") as progress:
+        reading = reading_config(config, model.passport)
+        pool, _ = open_pool(part, reading, device, choose_workers(config.workers, 1), progress)
+    with counting(console, "scoring") as progress:
+        answers = answer(model, pool, ids, labels, EVAL_BATCH, precision, progress)
+    if not len(answers.labels):
+        raise UserError(f"--data {config.data}: none of the images of its {what} can be read")
+    found = score(answers, len(model.classes))
+    facts = {"task": "eval", "source": source, "data": data.name, "fingerprint": part.fingerprint,
+             "epochs": model.passport.epochs, "steps": model.passport.steps}  # fmt: skip
+    write_card(folder, facts, found, model.classes, what, len(ids) - found.images, device)
+    title = f"{source}: {what} of {data.name}, top-1 {found.top1:.1%}"
+    print_score(console, found, model.classes, title)
+    picture_confusion(found.confusion_KK, model.classes, folder / "confusion.png", title, console.print)
+    console.print(f"top-1 {with_interval(found)}; top-5 {found.top5:.2%}")
+    console.print(f"card: {folder / CARD}", markup=False)
+    return 0
