@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
+from rich.text import Text
 from scipy.stats import binomtest
 from sklearn.linear_model import RidgeClassifier
 from sklearn.neighbors import KNeighborsClassifier
@@ -20,8 +22,8 @@ from maekit.data.loader import MemoryPool
 from maekit.data.parts import ArrayPart
 from maekit.models.mae import MaskedAutoencoder
 from maekit.training import evaluation, probes
-from maekit.training.attentive import AttentivePool, choose_attentive
-from maekit.training.card import Row, seconds_of
+from maekit.training.attentive import LEAST_STEPS, AttentivePool, batch_for, choose_attentive
+from maekit.training.card import Row, cell, line_of, seconds_of
 from maekit.training.evaluation import TestImages as Images
 from maekit.training.evaluation import (
     TrainSet,
@@ -256,7 +258,7 @@ def test_few_labels_are_all_that_is_fitted(monkeypatch: pytest.MonkeyPatch) -> N
     rest[train.held_S] = False
     other[rest] = 1 - other[rest]
     images = Images(train.features, list)
-    again = TrainSet(train.features, other, 2, train.fit_S, train.held_S, train.search_S)
+    again = TrainSet(train.features, other, 2, train.fit_S, train.held_S, train.search_S, train.queries_S)
     monkeypatch.setattr(evaluation, "draw_balanced", lambda *_: drawn)
     monkeypatch.setattr(evaluation, "DRAWS", 1)
     one, two = (choose_few(data, 2, "mean", 1, 0.1)[0] for data in (train, again))
@@ -288,6 +290,41 @@ def test_the_parts_of_the_training_split() -> None:
     assert set(train.search_S.tolist()) <= set(train.fit_S.tolist())
     back = divide(of_pixels(torch.zeros(40_000, 1)), torch.arange(40_000) % 2, ids[::-1].copy())
     assert torch.equal(back.held_S, 39_999 - train.held_S.flip(0))
+
+
+def test_k_nn_is_chosen_on_images_of_every_class() -> None:
+    """Folders come class by class, so the first held-out images are of the first classes only."""
+    labels = torch.arange(40_000) // 4000
+    train = divide(of_pixels(torch.zeros(40_000, 1)), labels, np.arange(40_000, dtype=np.int64))
+    assert len(train.queries_S) == evaluation.KNN_QUERIES
+    assert set(train.queries_S.tolist()) <= set(train.held_S.tolist())
+    assert torch.bincount(labels[train.queries_S], minlength=10).min() > 120
+
+
+def test_a_scored_choice_predicts_no_more() -> None:
+    _, _, train = bright_set()
+    chosen = choose_linear(train, 2, "mean", 1).scored()
+    with pytest.raises(AssertionError, match="scored once"):
+        chosen.predict(Images(train.features, list))
+
+
+def test_few_images_make_small_batches_for_the_attentive_probe() -> None:
+    """Batches of digits (1,294) have 500 steps or are of 32; CIFAR-10's 45,000 images need nothing of the kind."""
+    assert [batch_for(images, 10) for images in (45_000, 5_400, 1_294, 20)] == [256, 64, 32, 20]
+    assert 5_400 // 64 * 10 >= LEAST_STEPS > 5_400 // 128 * 10
+
+
+def test_the_cell_holds_the_intervals_longer_side() -> None:
+    """Wilson's interval is not centred: 12 of 12 are 75.8 to 100 %, which 100 +- 12 would not say."""
+    assert cell([1.0], 12) == "100.0 +- 24.2"
+    assert cell([0.5], 10_000) == "50.0 +- 1.0"
+
+
+def test_a_name_is_no_markup() -> None:
+    setting = {"block": 1, "pooling": "mean"}
+    probes: dict[str, Any] = {name: [SimpleNamespace(setting=setting)] for name in ("linear", "knn")}
+    row = Row("runs/exp[lr=1e-3]", 8, "", [], [], probes, {}, {})
+    assert Text.from_markup(line_of(row, [], 10)[0]).plain == "runs/exp[lr=1e-3]"
 
 
 def test_the_search_finds_the_good_block() -> None:

@@ -19,7 +19,8 @@ class ProbeConfig(SourceConfig):
     data: str
     """Labelled images: a known name, a folder with one folder per class, or a Parquet file or folder."""
     out: str | None = None
-    """Folder for card.json and card.png. Default: RUN/probe-NAME for a run, ./probe-NAME otherwise."""
+    """Folder for card.json and card.png. Default: probe-NAME, in the run's folder if the only source is a run; the
+    protocols paper and keras have one of their own, such as probe-NAME-paper."""
     pool: Literal["cls", "mean"] | None = None
     """Which tokens are the features. Default: the class token, the mean of the patches and both together are tried, the
     held-out part decides."""
@@ -48,7 +49,7 @@ class ProbeConfig(SourceConfig):
     """Shares of the labels for the probe with few labels, each class alike. Default: 0.01 and 0.1, as far as they give
     every class a label."""
     attentive_epochs: int = 10
-    """Epochs of the attentive probe."""
+    """Epochs of the attentive probe, in batches of 256, or down to 32 where there would be less than 500 steps."""
     scratch: bool = False
     """Also train the first source's encoder with the labels, from random weights, and probe it in the same way. As dear
     as a training run; maekit finetune --from-scratch has the knobs, this is a plain baseline."""

@@ -42,11 +42,15 @@ class Split:
         """Without the images that are False."""
         return replace(self, ids=self.ids[kept_S], labels=self.labels[torch.from_numpy(kept_S).to(self.labels.device)])
 
-    def unreadable(self) -> list[str]:
-        """Names and reasons of its labelled images that could not be read so far."""
+    def unreadable(self) -> dict[tuple[int, int], str]:
+        """Labelled images of its part that could not be read so far: name and reason by a key of part and image."""
         found = sorted(self.pool.unreadable.items())
         labels = self.part.labels
-        return [f"{self.part.name(i)}: {why}" for i, why in found if labels is not None and labels[i] >= 0]
+        return {
+            (id(self.part), i): f"{self.part.name(i)}: {why}"
+            for i, why in found
+            if labels is not None and labels[i] >= 0
+        }
 
 
 def open_splits(
@@ -84,5 +88,7 @@ def open_splits(
     else:
         test_ids = kept_for_report(len(train_ids))
         train_ids = np.setdiff1d(train_ids, test_ids)
-        test = replace(open_split(data.train, test_ids, "test"), what="a fixed fifth of the images, not trained on")
+        test = replace(
+            open_split(data.train, test_ids, "test"), what="a fixed fifth of the images, which no probe is fitted on"
+        )
     return open_split(data.train, train_ids, "training"), test

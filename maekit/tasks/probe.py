@@ -3,8 +3,8 @@
     maekit probe runs/c10 --data cifar10
 
 Features are taken once from centre crops, after every block: of training images, where it is cheap or asked for, from
-mirrored crops too. Blocks, poolings and all settings are chosen on a held-out tenth of the training split; each probe
-is then fitted on all of it, and the test split is scored once, at the end.
+mirrored crops too. Blocks, poolings and all settings are chosen on a held-out tenth of the training split; L-BFGS, LARS
+and k-NN are then fitted on all of it, and the test split is scored once, at the end of each encoder.
 Cost: a forward pass over the data for each encoder (and one more over the training images for mirrored crops), and
 for CIFAR-10 about a minute of one core for the classifiers of each.
 """
@@ -12,7 +12,6 @@ for CIFAR-10 about a minute of one core for the classifiers of each.
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -23,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.markup import escape
 
 from maekit.config import PretrainConfig, ProbeConfig, UserError
 from maekit.data.loader import choose_training, split_heldout
@@ -37,11 +35,21 @@ from maekit.training import evaluation, keras_probe
 from maekit.training.anew import LabelledPool, choose_paper, train_supervised
 from maekit.training.attentive import choose_attentive, tokens_bytes, tokens_of
 from maekit.training.capacity import RAM_SHARE, free_bytes
-from maekit.training.card import NOTE, Row, columns_of, line_of, score_of, seconds_of
+from maekit.training.card import (
+    NOTE,
+    Card,
+    Row,
+    columns_of,
+    line_of,
+    say_left_out,
+    say_what_is_doubtful,
+    seconds_of,
+)
 from maekit.training.evaluation import Chosen, TestImages, TrainSet
 from maekit.training.features import (
     PIXEL_SIDE,
     WORKING_COPIES,
+    BlockFeatures,
     Plan,
     extract_blocks,
     of_pixels,
@@ -53,8 +61,6 @@ from maekit.viz.card import Curves, draw_card
 from maekit.weights.passport import Passport
 from maekit.weights.store import load_as, random_model
 
-NAMED = 5
-"""Unreadable images that are named."""
 ATTENTIVE_BYTES = 2**28
 """The attentive probe reads every token; it is run by default where they take no more."""
 HEADINGS = {"linear": "linear %", "lars": "LARS %", "knn": "k-NN %", "attentive": "attentive %", "paper": "paper's %",
@@ -90,32 +96,34 @@ def main(sources: list[str], config: ProbeConfig) -> int:
         kinds_of(config, model)
         blocks_of(config, name, model)
 
-    rows: list[Row] = []
+    card = Card(Path(), {"sources": sources} | dataclasses.asdict(config))
+    read: dict[int, Source] = {}
     opened: dict[tuple[Any, ...], tuple[Split, Split]] = {}
     floors: list[tuple[Any, ...]] = []
     for name, model in models:
         # ---- the images at this model's size, read once for all sources that share it ----
         reading = reading_config(config, model.passport)
         shape = (model.config.size_hw, model.config.in_chans, reading.interpolation)
-        data = open_source(
-            config.data,
-            in_chans=model.config.in_chans,
-            image_column=config.image_column,
+        data = read.get(model.config.in_chans) or open_source(
+            config.data, in_chans=model.config.in_chans, image_column=config.image_column,
             label_column=config.label_column,
-        )
+        )  # fmt: skip
+        read[model.config.in_chans] = data
         if shape not in opened:
             with counting(console, "reading images") as progress:
                 opened[shape] = open_splits(data, reading, device, progress)
         train, test = opened[shape]
         evaluation.check_labels(train.labels, config.few_labels)
+        say_what_is_doubtful(console, name, model.passport, data, len(train.ids))
+        card.open(card_folder(config, sources, data.name))
 
         # ---- this encoder, then the same one with random weights, and trained with labels ----
         candidates = [(name, model)]
         kind = encoder_kind(model)
         if config.baselines and kind not in floors and model.passport.recipe != "random":
-            floors.append(kind)
             floor = random_model(model.config, model.passport.mean, model.passport.std, seed=config.seed).to(device)
             candidates.append((f"{name}, random weights", floor))
+        floors.append(kind)
         if config.scratch and name == sources[0]:
             fresh = random_model(model.config, model.passport.mean, model.passport.std, seed=config.seed).to(device)
             candidates.append((f"{name}, trained with labels", fresh))
@@ -131,19 +139,23 @@ def main(sources: list[str], config: ProbeConfig) -> int:
             if config.protocol == "keras":
                 add_keras(job, row, encoder, data)
             console.print(seconds_of(row), style="dim", markup=False)
-            rows.append(row)
+            card.add(row, len(test.ids))
         opened[shape] = train, test
 
     # ---- raw pixels at the first model's size, the floor under all of them ----
     first = models[0][1].config
     train, test = opened[first.size_hw, first.in_chans, models[0][1].passport.interpolation]
     if config.baselines and pixels_fit(job, train, first.size_hw):
-        rows.append(measure_pixels(job, train, test))
-        console.print(seconds_of(rows[-1]), style="dim", markup=False)
+        card.add(measure_pixels(job, train, test), len(test.ids))
+        console.print(seconds_of(card.rows[-1]), style="dim", markup=False)
 
     # ---- what came out ----
-    left_out = [line for splits in opened.values() for split in splits for line in split.unreadable()]
-    say_left_out(console, left_out)
+    left_out: dict[tuple[int, int], str] = {}
+    for splits in opened.values():
+        for split in splits:
+            left_out |= split.unreadable()
+    say_left_out(console, list(left_out.values()))
+    rows = card.rows
     count = len(test.ids)
     classes = len(torch.unique(train.labels))
     title = f"{data.name}: {classes} classes, {len(train.ids):,} training and {count:,} test images ({test.what})"
@@ -151,28 +163,25 @@ def main(sources: list[str], config: ProbeConfig) -> int:
     headings = ["features", "block", *(HEADINGS.get(column, column) for column in columns)]
     console.print(make_table(title, headings, [line_of(row, columns, count) for row in rows]))
     console.print(NOTE, style="dim", highlight=False)
-    folder = card_folder(config, sources[0], data.name)
-    card = {
+    facts = {
         "data": data.name,
         "fingerprint": data.train.fingerprint,
         "training_images": len(train.ids),
         "test_images": count,
         "test": test.what,
-        "heldout_images": max(1, round(evaluation.HELDOUT_SHARE * len(train.ids))),
+        "heldout_images": evaluation.heldout_count(len(train.ids)),
         "unreadable": len(left_out),
         "classes": classes,
         "most_frequent_class": float(torch.bincount(test.labels).max()) / len(test.labels),
         "protocol": config.protocol,
         "interval": "Wilson's score interval at 95 %, of the test sample",
-        "search": f"blocks and poolings in closed form on up to {evaluation.SEARCH_IMAGES:,} images; then on all",
-        "scores": [score_of(row, count) for row in rows],
+        "search": f"blocks and poolings in closed form on up to {evaluation.SEARCH_IMAGES:,} images, for k-NN by votes "
+        f"for up to {evaluation.KNN_QUERIES:,} held-out ones; then on all",
         "environment": environment(device),
         "seconds": round(time.perf_counter() - started, 1),
     }
-    asked = {"sources": sources} | dataclasses.asdict(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
-    (folder / "config.json").write_text(json.dumps(asked, indent=2) + "\n")
+    card.finish(facts, count)
+    folder = card.folder
     curves = [Curves(row.source, row.search, floor=row.source.endswith(", random weights")) for row in rows]
     searched = f"searched on up to {evaluation.SEARCH_IMAGES:,} training images"
     draw_card(curves, folder / "card.png", title=f"{data.name}: accuracy after each block", note=searched)
@@ -190,21 +199,10 @@ def measure_encoder(
 ) -> tuple[Row, Split, Split]:
     """Features after every block, all choices, then the test split; and the splits without unreadable images."""
     config, seconds = job.config, {}
-    kinds = kinds_of(config, model)
-    width, depth = int(model.encoder.embed_dim), len(model.encoder.blocks)
-    mirrored = wants_mirrored(config, model, len(train.ids), job.device)
-    asked = blocks_of(config, label, model)
-    blocks = (*asked, depth) if asked is not None and config.protocol == "paper" else asked
-    images = len(train.ids) * (1 + mirrored)
-    plan = plan_features(images, width, depth, kinds, blocks, free_bytes(job.device))
     begun = time.perf_counter()
-    with counting(job.console, f"{label}: training images") as progress, job.arithmetic():
-        features = extract_blocks(model, train.pool, train.ids, config.batch_size, plan, mirrored, progress)
-    features, train = features.kept(train.readable_S), train.kept(train.readable_S)
+    features, train, told = training_features(job, label, model, train)
     seconds["training features"] = time.perf_counter() - begun
-    told = f"{plan.reason}; {'plain and mirrored' if mirrored else 'plain'} crops"
-    job.console.print(f"{label}: {told}", style="dim", markup=False)
-
+    asked = blocks_of(config, label, model)
     divided = evaluation.divide(features, train.labels, train.ids)
     searched = [block for block in features.blocks if asked is None or block in asked] or features.blocks
     search, views, probes = choose(job, label, divided, searched, seconds)
@@ -230,10 +228,12 @@ def measure_encoder(
     # Everything is chosen and fitted. Only now is the test split looked at.
     begun = time.perf_counter()
     used = tuple(sorted({one.setting["block"] for chosen in probes.values() for one in chosen}))
-    used_plan = Plan(used, kinds, torch.float32, "")
+    used_plan = Plan(used, features.kinds, torch.float32, "")
     with counting(job.console, f"{label}: test images") as progress, job.arithmetic():
         found = extract_blocks(model, test.pool, test.ids, config.batch_size, used_plan, on_progress=progress)
     found, test = found.kept(test.readable_S), test.kept(test.readable_S)
+    if not len(test.ids):
+        raise UserError(f"--data {config.data}: none of its labelled {test.what} images can be read")
     ids = test.ids
 
     def tokens() -> Iterator[torch.Tensor]:
@@ -242,7 +242,32 @@ def measure_encoder(
 
     reached = score_test(probes, TestImages(found, tokens), test)
     seconds["test"] = time.perf_counter() - begun
-    return Row(label, width, told, search, views, probes, reached, seconds), train, test
+    return Row(label, int(model.encoder.embed_dim), told, search, views, probes, reached, seconds), train, test
+
+
+def training_features(job: Job, label: str, model: MaskedAutoencoder, train: Split) -> tuple[BlockFeatures, Split, str]:
+    """Features of the training images after every block that is kept, the split without unreadable ones, and both in
+    words.
+
+    Raises:
+        UserError: they do not fit into memory, are no numbers, or are of readable images of one class only.
+    """
+    config, depth = job.config, len(model.encoder.blocks)
+    mirrored = wants_mirrored(config, model, len(train.ids), job.device)
+    asked = blocks_of(config, label, model)
+    blocks = (*asked, depth) if asked is not None and config.protocol == "paper" else asked
+    images, classes = len(train.ids) * (1 + mirrored), int(train.labels.max()) + 1
+    width, kinds = int(model.encoder.embed_dim), kinds_of(config, model)
+    plan = plan_features(images, width, depth, kinds, blocks, free_bytes(job.device), classes)
+    with counting(job.console, f"{label}: training images") as progress, job.arithmetic():
+        features = extract_blocks(model, train.pool, train.ids, config.batch_size, plan, mirrored, progress)
+    features, train = features.kept(train.readable_S), train.kept(train.readable_S)
+    evaluation.check_labels(train.labels, config.few_labels)
+    if broken := [block for block in features.blocks if not features.is_finite(block)]:
+        raise UserError(f"{label}: features after block {broken[0]} are not finite: the weights are broken")
+    told = f"{plan.reason}; {'plain and mirrored' if mirrored else 'plain'} crops"
+    job.console.print(f"{label}: {told}", style="dim", markup=False)
+    return features, train, told
 
 
 def add_keras(job: Job, row: Row, model: MaskedAutoencoder, data: Source) -> None:
@@ -274,7 +299,8 @@ def choose(
     begun = clock()
     with counting(job.console, f"{label}: blocks and poolings") as progress:
         search = evaluation.search_blocks(train, blocks, progress)
-    best, nearest = (max(search, key=lambda found, by=by: found[by]) for by in ("linear", "knn"))  # type: ignore[misc]
+    # Of equals the last block: few held-out images make many, and the first blocks are no better for being first.
+    best, nearest = (max(search, key=lambda found, by=by: (found[by], found["block"])) for by in ("linear", "knn"))  # type: ignore[misc]
     place = best["block"], best["pooling"]
     views, tried = evaluation.choose_views(train, *place)
     seconds["search"] = clock() - begun
@@ -324,11 +350,12 @@ def pixels_fit(job: Job, train: Split, size_hw: tuple[int, int]) -> bool:
 
 
 def score_test(probes: dict[str, list[Chosen]], images: TestImages, test: Split) -> dict[str, list[float]]:
-    """Accuracy of every fitted probe on the test split: the one place where test labels are read."""
-    return {
-        name: [evaluation.share_right(one.predict(images), test.labels) for one in chosen]
-        for name, chosen in probes.items()
-    }
+    """Accuracy of every fitted probe on the test split: the one place where test labels are read. They are used up."""
+    reached: dict[str, list[float]] = {}
+    for name, chosen in probes.items():
+        reached[name] = [evaluation.share_right(one.predict(images), test.labels) for one in chosen]
+        probes[name] = [one.scored() for one in chosen]
+    return reached
 
 
 def fitting_pool(train: Split) -> LabelledPool:
@@ -339,11 +366,8 @@ def fitting_pool(train: Split) -> LabelledPool:
 
 
 def check_settings(config: ProbeConfig) -> None:
-    """Refuse settings that cannot be, and an --out that is a file, before anything is computed."""
-    problems = config.problems()
-    if config.out is not None and Path(config.out).exists() and not Path(config.out).is_dir():
-        problems.append(f"--out {config.out}: is a file; name a folder for card.json")
-    if problems:
+    """Refuse settings that cannot be, before anything is computed."""
+    if problems := config.problems():
         raise UserError(*problems)
 
 
@@ -361,17 +385,9 @@ def wants_attentive(job: Job, model: MaskedAutoencoder, images: int) -> bool:
     return size <= ATTENTIVE_BYTES
 
 
-def say_left_out(console: Console, lines: list[str]) -> None:
-    """Name a few of the images that could not be read."""
-    for line in lines[:NAMED]:
-        console.print(f"[yellow]unreadable, left out:[/yellow] {escape(line)}", soft_wrap=True)
-    if len(lines) > NAMED:
-        console.print(f"[yellow]{len(lines)} in all are left out:[/yellow] maekit check-data names them")
-
-
-def card_folder(config: ProbeConfig, source: str, data_name: str) -> Path:
-    """--out, else probe-NAME in the run's folder, else probe-NAME here."""
+def card_folder(config: ProbeConfig, sources: Sequence[str], data_name: str) -> Path:
+    """--out, else probe-NAME (probe-NAME-PROTOCOL) in the run's folder, if one run is measured, else here."""
     if config.out is not None:
         return Path(config.out)
-    base = Path(source) if Path(source).is_dir() else Path()
-    return base / f"probe-{data_name}"
+    base = Path(sources[0]) if len(sources) == 1 and Path(sources[0]).is_dir() else Path()
+    return base / f"probe-{data_name}{'' if config.protocol == 'cached' else f'-{config.protocol}'}"

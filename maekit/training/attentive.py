@@ -26,7 +26,10 @@ from maekit.training.evaluation import Chosen, Progress, TrainSet, best_of
 from maekit.training.optim import learning_rate
 
 RATES = (1e-3, 4e-3, 1.6e-2)
-DECAY, WARMUP_SHARE, BATCH = 0.01, 0.1, 256
+DECAY, WARMUP_SHARE = 0.01, 0.1
+BATCH, LEAST_BATCH, LEAST_STEPS = 256, 32, 500
+"""Few images make smaller batches, so that there are steps enough to learn in; 50 of them, as digits in batches of 256
+have in 10 epochs, leave the probe below a linear one."""
 
 Batches = Callable[[int], Iterable[tuple[Tensor, Tensor]]]
 """Of an epoch: (tokens [B, N, D], labels [B])."""
@@ -115,6 +118,14 @@ def tokens_bytes(model: MaskedAutoencoder, images: int) -> int:
     return 2 * images * tokens * int(model.encoder.embed_dim)
 
 
+def batch_for(images: int, epochs: int) -> int:
+    """BATCH, halved until the epochs have LEAST_STEPS together, or to LEAST_BATCH; never more than there are images."""
+    batch = BATCH
+    while batch > LEAST_BATCH and images // batch * epochs < LEAST_STEPS:
+        batch //= 2
+    return min(batch, images)
+
+
 def choose_attentive(
     model: MaskedAutoencoder,
     pool: Pool,
@@ -133,7 +144,7 @@ def choose_attentive(
     every epoch.
     """
     kept = tokens_bytes(model, len(ids)) <= RAM_SHARE * free / 2
-    batch = min(BATCH, len(train.fit_S))
+    batch = batch_for(len(train.fit_S), epochs)
     steps = len(train.fit_S) // batch
     tokens_SND = _kept(model, pool, ids, batch_size, on_progress) if kept else None
 

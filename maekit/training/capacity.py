@@ -23,11 +23,14 @@ LARGEST_BATCH = 16384
 def free_bytes(device: torch.device) -> int:
     """Memory that is free now: the GPU's, or the machine's within the limit of its container."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, to be used again
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     free = int(psutil.virtual_memory().available)
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        counts = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+        used -= int(counts.get("inactive_file", 0))  # files that were read, and that make room for whoever needs it
     except (OSError, ValueError):
         return free
     return min(free, int(limit) - used) if limit.isdigit() else free

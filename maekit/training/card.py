@@ -1,21 +1,34 @@
-"""An evaluation card's row: what was measured of one set of features, as a line of the table and as JSON."""
+"""An evaluation card: rows of what was measured of one set of features each, as lines of the table and as JSON."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.markup import escape
 
-from maekit.training.evaluation import DRAWS, Chosen
+from maekit.config import UserError
+from maekit.data.sources import Source
+from maekit.training.evaluation import DRAWS, Chosen, heldout_count
 from maekit.training.interval import wilson
+from maekit.training.saving import write_whole
+from maekit.weights.passport import Passport
 
 NOTE = (
     f"test accuracy, +- 95 % interval of the test sample (Wilson); few labels: mean +- deviation of {DRAWS} draws\n"
     "linear: by L-BFGS; LARS: the paper's linear probe, on kept features\n"
-    "blocks, poolings and settings are chosen on held-out training images; the test split is scored once"
+    "blocks, poolings and settings are chosen on a held-out tenth of the training images, also for few labels\n"
+    "L-BFGS, LARS and k-NN are then fitted on that tenth too, the others without it; the test split is scored once"
 )
+NAMED = 5
+"""Unreadable images that are named."""
+FEW_HELD_OUT = 100
+"""Fewer held-out images than this, and a card says that its choices are rough."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +65,7 @@ def place_of(row: Row) -> str:
 
 def line_of(row: Row, columns: Sequence[str], count: int) -> list[str]:
     """The table's line: name, place, and a cell for each probe."""
-    return [row.source, place_of(row), *(cell(row.test.get(column, []), count) for column in columns)]
+    return [escape(row.source), place_of(row), *(cell(row.test.get(column, []), count) for column in columns)]
 
 
 def seconds_of(row: Row) -> str:
@@ -62,13 +75,13 @@ def seconds_of(row: Row) -> str:
 
 
 def cell(shares: Sequence[float], count: int) -> str:
-    """Percent and half the width of the interval; of several draws mean and deviation; - where there is none."""
+    """Percent and the interval's longer side; of several draws mean and deviation; - where there is none."""
     if not shares:
         return "-"
     if len(shares) > 1:
         return f"{100 * np.mean(shares):.1f} +- {100 * np.std(shares, ddof=1):.1f}"
     low, high = wilson(shares[0], count)
-    return f"{100 * shares[0]:.1f} +- {50 * (high - low):.1f}"
+    return f"{100 * shares[0]:.1f} +- {100 * max(high - shares[0], shares[0] - low):.1f}"
 
 
 def score_of(row: Row, count: int) -> dict[str, Any]:
@@ -97,3 +110,60 @@ def score_of(row: Row, count: int) -> dict[str, Any]:
         "views": row.views,
         "seconds": {name: round(value, 2) for name, value in row.seconds.items()},
     }
+
+
+@dataclass
+class Card:
+    """Rows as they come, in a file from the first one on: an error in a later source costs no hours of work."""
+
+    folder: Path
+    asked: dict[str, Any]
+    """What config.json says."""
+    rows: list[Row] = field(default_factory=list)
+
+    def open(self, folder: Path) -> None:
+        """Make the folder and write config.json, before anything is measured.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / "config.json", json.dumps(self.asked, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"--out {folder}: cannot be written: {error.strerror}") from error
+
+    def add(self, row: Row, count: int) -> None:
+        """Keep a row; count: its test images."""
+        self.rows.append(row)
+        self._write("card-unfinished.json", self.asked, count)
+
+    def finish(self, facts: dict[str, Any], count: int) -> None:
+        """Write card.json: what is true of all rows, then the rows."""
+        self._write("card.json", facts, count)
+        (self.folder / "card-unfinished.json").unlink(missing_ok=True)
+
+    def _write(self, name: str, facts: dict[str, Any], count: int) -> None:
+        scores = {"scores": [score_of(row, count) for row in self.rows]}
+        write_whole(self.folder / name, json.dumps(facts | scores, indent=2) + "\n")
+
+
+def say_left_out(console: Console, lines: list[str]) -> None:
+    """Name a few of the images that could not be read."""
+    for line in lines[:NAMED]:
+        console.print(f"[yellow]unreadable, left out:[/yellow] {escape(line)}", soft_wrap=True)
+    if len(lines) > NAMED:
+        console.print(f"[yellow]{len(lines)} in all are left out:[/yellow] maekit check-data names them")
+
+
+def say_what_is_doubtful(console: Console, name: str, passport: Passport, data: Source, images: int) -> None:
+    """What makes a card of these weights on these data say less than it seems to."""
+    held_out = heldout_count(images)
+    if held_out < FEW_HELD_OUT:
+        console.print(f"[yellow]{held_out} held-out images choose blocks and settings:[/yellow] expect rough choices")
+    if passport.recipe.startswith("finetune") and passport.fingerprint == data.train.fingerprint:
+        console.print(
+            f"[yellow]{escape(name)} was trained with these labels:[/yellow] also those of the held-out images, and "
+            "more than the probes with few labels are given"
+        )

@@ -1,7 +1,8 @@
 """What an evaluation card measures of one set of features. Every choice is made here, and no test image is seen here.
 
-A choice comes with a function that predicts, fitted on all training images under the chosen setting; whoever has the
-test split scores that once. Settings are chosen on held-out training images: the lowest hashes of the sample ids.
+A choice comes with a function that predicts under the chosen setting: those of L-BFGS, LARS and k-NN fitted on all
+training images, others without the held-out ones; whoever has the test split scores that once. Settings are chosen on
+held-out training images: the lowest hashes of the sample ids.
 
 Shapes: S images, R rows of features (a view of an image each), D width, C classes, V views.
 """
@@ -9,7 +10,7 @@ Shapes: S images, R rows of features (a view of an image each), D width, C class
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ FEW_DECAYS = (1e-1, 1e-2, 1e-3, 1e-4)
 """Of the probes with few labels, which need more."""
 NEIGHBOURS, TEMPERATURES = (5, 10, 20, 50, 200), (0.02, 0.07, 0.2)
 KNN_QUERIES = 2000
-"""Held-out images, at most, that choose for k-NN."""
+"""Held-out images, at most, that choose for k-NN: those of lowest hash, as the first ones may be of few classes."""
 FEW_LABELS, DRAWS = (0.01, 0.1), 3
 """Shares of the labels for the probes with few, and draws of each."""
 
@@ -52,10 +53,11 @@ class TrainSet:
     fit_S: Tensor
     held_S: Tensor
     search_S: Tensor
+    queries_S: Tensor
 
     def rows(self, block: int, pooling: Pooling, images_S: Tensor, views: int = 1) -> tuple[Tensor, Tensor]:
         """Features [R, D] and labels [R] of some images: all plain views, then all mirrored ones."""
-        features_VSD = self.features.get(block, pooling, images_S)[:views]
+        features_VSD = self.features.get(block, pooling, images_S, views)
         return features_VSD.flatten(0, 1), self.labels_S[images_S].repeat(views)
 
     @property
@@ -81,19 +83,32 @@ class Chosen:
     sweep: list[dict[str, Any]]
     predict: Callable[[TestImages], Tensor] = field(repr=False)
 
+    def scored(self) -> Chosen:
+        """Without what predicts: k-NN's holds as much as the features do."""
+        return replace(self, predict=_used_up)
+
+
+def _used_up(test: TestImages) -> Tensor:
+    raise AssertionError("the test split is scored once")
+
 
 def divide(features: BlockFeatures, labels_S: Tensor, ids: npt.NDArray[np.int64]) -> TrainSet:
-    """The training split with its held-out part and the images that blocks are searched on."""
+    """The training split with its held-out part, the images that blocks are searched on, and k-NN's queries."""
     held = held_out_S(ids)
-    kept = np.flatnonzero(~held)
-    search = np.isin(ids, lowest_hash(ids[kept], SEARCH_IMAGES, Purpose.SUBSET))
-    places = (torch.from_numpy(np.flatnonzero(rows)).to(labels_S.device) for rows in (~held, held, search))
+    search = np.isin(ids, lowest_hash(ids[~held], SEARCH_IMAGES, Purpose.SUBSET))
+    queries = np.isin(ids, lowest_hash(ids[held], KNN_QUERIES, Purpose.SUBSET))
+    places = (torch.from_numpy(np.flatnonzero(rows)).to(labels_S.device) for rows in (~held, held, search, queries))
     return TrainSet(features, labels_S, int(labels_S.max()) + 1, *places)
+
+
+def heldout_count(images: int) -> int:
+    """How many of the training images choose."""
+    return max(1, round(HELDOUT_SHARE * images))
 
 
 def held_out_S(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
     """[S] True for the training images on which everything is chosen: the tenth with the lowest hashes."""
-    lowest = lowest_hash(ids, max(1, round(HELDOUT_SHARE * len(ids))), Purpose.HELDOUT_SPLIT)
+    lowest = lowest_hash(ids, heldout_count(len(ids)), Purpose.HELDOUT_SPLIT)
     held_S: npt.NDArray[np.bool_] = np.isin(ids, lowest)
     return held_S
 
@@ -120,8 +135,8 @@ def search_blocks(train: TrainSet, blocks: Sequence[int], on_progress: Progress 
         check, check_labels = train.rows(block, pooling, train.held_S)
         ridge = ridge_predict(fit, labels, train.classes, check, SEARCH_STRENGTHS)
         linear = max(share_right(predicted, check_labels) for predicted in ridge.values())
-        voted = knn_predict(fit, labels, check[:KNN_QUERIES], (20,), (0.07,))[20, 0.07]
-        knn = share_right(voted, check_labels[:KNN_QUERIES])
+        queries, query_labels = train.rows(block, pooling, train.queries_S)
+        knn = share_right(knn_predict(fit, labels, queries, (20,), (0.07,))[20, 0.07], query_labels)
         found.append({"block": block, "pooling": pooling, "linear": linear, "knn": knn})
         if on_progress is not None:
             on_progress(len(found), len(places))
@@ -195,7 +210,7 @@ def choose_lars(
 
 def choose_knn(train: TrainSet, block: int, pooling: Pooling) -> Chosen:
     """k-NN: neighbours and temperature chosen among the fitting images, then voted by all; plain views only."""
-    check, check_labels = train.rows(block, pooling, train.held_S[:KNN_QUERIES])
+    check, check_labels = train.rows(block, pooling, train.queries_S)
     voted = knn_predict(*train.rows(block, pooling, train.fit_S), check, NEIGHBOURS, TEMPERATURES)
     sweep = [
         {"neighbours": k, "temperature": temperature, "heldout": share_right(classes, check_labels)}
@@ -250,9 +265,10 @@ def draw_balanced(labels_S: Tensor, images_S: Tensor, per_class: int, draw: int)
     """As many images of each class, at random, the same in every run; a class with fewer gives all it has."""
     images, labels = images_S.cpu().numpy(), labels_S[images_S].cpu().numpy()
     keys = random_bits(images, 1, seed=draw + 1, purpose=Purpose.SUBSET)[:, 0]
-    order = np.lexsort((images, keys))
-    chosen = [images[order][labels[order] == one][:per_class] for one in np.unique(labels)]
-    return torch.from_numpy(np.sort(np.concatenate(chosen))).to(images_S.device)
+    order = np.lexsort((images, keys, labels))
+    first = np.searchsorted(labels[order], labels[order])  # where each one's class begins
+    chosen = images[order][np.arange(len(order)) - first < per_class]
+    return torch.from_numpy(np.sort(chosen)).to(images_S.device)
 
 
 def choose_few(train: TrainSet, block: int, pooling: Pooling, views: int, share: float) -> list[Chosen]:

@@ -52,12 +52,20 @@ class BlockFeatures:
         """All that `get` can give: both where both are stored."""
         return (*self.kinds, "both") if len(self.kinds) == 2 else self.kinds
 
-    def get(self, block: int, pooling: Pooling, rows_S: Tensor | None = None) -> Tensor:
-        """Features [V, S, D] (both: [V, S, 2 D], in the order of `kinds`) of all images or of some, float32."""
-        maps_PVSD = self.stored_LPVSD[self.blocks.index(block)]
+    def get(self, block: int, pooling: Pooling, rows_S: Tensor | None = None, views: int | None = None) -> Tensor:
+        """Features [V, S, D] (both: [V, S, 2 D], in the order of `kinds`) of all images or of some, float32.
+
+        views: so many of them; None: all.
+        """
+        maps_PVSD = self.stored_LPVSD[self.blocks.index(block)][:, :views]
         wanted = self.kinds if pooling == "both" else (pooling,)
         maps = [maps_PVSD[self.kinds.index(kind)] for kind in wanted]
-        return torch.cat([one if rows_S is None else one[:, rows_S] for one in maps], dim=-1).float()
+        some = [one if rows_S is None else one[:, rows_S] for one in maps]
+        return (some[0] if len(some) == 1 else torch.cat(some, dim=-1)).float()
+
+    def is_finite(self, block: int) -> bool:
+        """Whether no feature after the block is NaN or infinite."""
+        return bool(self.stored_LPVSD[self.blocks.index(block)].isfinite().all())
 
     def kept(self, kept_S: npt.NDArray[np.bool_]) -> BlockFeatures:
         """Without the images that are False."""
@@ -155,24 +163,26 @@ class Plan:
 
 def plan_features(
     images: int, width: int, depth: int, kinds: tuple[Literal["cls", "mean"], ...], blocks: Sequence[int] | None,
-    free: int,
+    free: int, classes: int = 0,
 ) -> Plan:  # fmt: skip
     """All blocks in float32 where they fit, else in float16, else fewer of them, evenly spaced up to the last.
 
-    images: views of all images together. blocks: those asked for, else all. free: bytes of memory.
+    images: views of all images together. blocks: those asked for, else all. free: bytes of memory. classes: L-BFGS
+    keeps three numbers for each of them and each view.
 
     Raises:
         UserError: not even one block fits.
     """
     wanted = tuple(range(1, depth + 1)) if blocks is None else tuple(sorted(set(blocks)))
-    room = RAM_SHARE * free - WORKING_COPIES * images * width * len(kinds) * 4
+    working = WORKING_COPIES * images * width * len(kinds) * 4 + 3 * images * classes * 4
+    room = RAM_SHARE * free - working
     per_block = images * width * len(kinds)
     for dtype, size in ((torch.float32, 4), (torch.float16, 2)):
         if len(wanted) * per_block * size <= room:
             return Plan(wanted, kinds, dtype, _told(wanted, depth, len(wanted) * per_block * size, dtype))
     fits = int(room // (2 * per_block)) if room > 0 else 0
     if fits < 1:
-        needed = (2 + 4 * WORKING_COPIES) * per_block
+        needed = 2 * per_block + working
         raise UserError(
             f"--data: one block's features of {images:,} views take {needed / 1e9:.1f} GB with what classifiers need, "
             f"and {free / 1e9:.1f} GB are free: give --flip no, --pool mean, or fewer images"

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from maekit.config import ProbeConfig, UserError
+from maekit.config import ModelConfig, ProbeConfig, UserError
 from maekit.models.encoder import flops_per_image
 from maekit.models.mae import MaskedAutoencoder
 
@@ -52,5 +52,6 @@ def wants_mirrored(config: ProbeConfig, model: MaskedAutoencoder, images: int, d
 def encoder_kind(model: MaskedAutoencoder) -> tuple[Any, ...]:
     """What decides a randomly initialised encoder's features: architecture and normalisation, whatever its decoder."""
     plain = dataclasses.replace(model.config, decoder="self", target="pixels", mask="random", mask_ratio=0.75,
-                                decoder_dim=0, decoder_depth=0, decoder_heads=0, predict_share=None)  # fmt: skip
+                                decoder_dim=0, decoder_depth=0, decoder_heads=0, predict_share=None, drop_path=0.0,
+                                target_cut=ModelConfig.target_cut)  # fmt: skip
     return plain, model.passport.mean, model.passport.std
