@@ -17,9 +17,10 @@ from maekit.config import ModelConfig, PretrainConfig
 from maekit.data.loader import MemoryPool
 from maekit.data.parts import ArrayPart
 from maekit.data.transforms import apply_to_batch, apply_to_image, random_crops
+from maekit.models.blocks import start_as_keras
 from maekit.models.encoder import flops_per_image, resolve, use_fused_attention
 from maekit.models.mae import MaskedAutoencoder, model_problems
-from maekit.training.optim import learning_rate
+from maekit.training.optim import learning_rate, make_optimizer
 
 Array = npt.NDArray[np.float64]
 NAMES = {
@@ -186,6 +187,28 @@ def test_a_recipe_is_the_tutorials_experiment(name: str) -> None:
     assert (model.num_patches, model.num_patches - model.num_visible) == (64, hidden)
     assert (config.weight_decay, config.lr, config.batch_size) == (1e-5 if depth == 9 else 1e-4, 5e-3, 256)
     assert "deviations" in recipes.header(name)
+
+
+def test_first_values_are_keras_own() -> None:
+    """Its fans of a kernel [a, b, c] are a b and a c: queries of 4 heads of 128 from 128 wide tokens begin within
+    sqrt(6 / (128 x 4 + 128 x 128)); the rest begins as it does without a word.
+    """
+    config = recipes.get("keras-6x2-m75")
+    torch.manual_seed(0)
+    model = MaskedAutoencoder(config, (0.0,) * 3, (1.0,) * 3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    start_as_keras(model)
+    limits = {"encoder.pos_embed": 0.05}
+    for part, dim, heads, width in (("encoder", 128, 4, 128), ("decoder", 64, 4, 64)):
+        limits[f"{part}.blocks.1.attn.qkv.weight"] = math.sqrt(6 / (dim * heads + dim * width))
+        limits[f"{part}.blocks.1.attn.proj.weight"] = math.sqrt(6 / (heads * width + heads * dim))
+    for name, value in model.state_dict().items():
+        if name in limits:
+            assert 0.99 * limits[name] < float(value.abs().max()) <= limits[name], name
+        elif "attn" not in name:
+            assert torch.equal(value, before[name]), name
+    assert (config.first_values, config.adam_eps) == ("keras", 1e-7)
+    assert make_optimizer(model, config, 1.0).defaults["eps"] == 1e-7
 
 
 def test_the_schedule_is_the_tutorials() -> None:

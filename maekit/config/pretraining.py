@@ -118,6 +118,9 @@ class PretrainConfig(ModelConfig, DataConfig):
     """Weights to begin with, of any source that maekit reads, with a schedule of their own (to go on with a run:
     maekit resume). Mean and deviation are then theirs, unless the recipe or a flag says others. Default: random
     weights."""
+    first_values: Literal["xavier", "keras"] = "xavier"
+    """Random weights. xavier: as in the paper; keras: as Keras has them, with attention's smaller (its fans are those
+    of a three-dimensional kernel) and learned positions uniform within 0.05."""
     init_decoder: bool = True
     """Take the decoder along where --init has one."""
     decoder_warmup_epochs: float | None = None
@@ -167,6 +170,8 @@ class PretrainConfig(ModelConfig, DataConfig):
     """AdamW's weight decay; none on one-dimensional parameters and tokens."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's two decay rates."""
+    adam_eps: float = 1e-8
+    """AdamW's epsilon: a weight whose gradient is not far above it moves less than the others."""
     clip_grad: float | None = None
     """Clip the gradient to this norm. The paper does not clip."""
     max_bad_steps: int = 5
@@ -220,7 +225,8 @@ class PretrainConfig(ModelConfig, DataConfig):
             for name in ("epochs", "steps", "batch_size", "accum", "log_every", "eval_every", "save_every", "keep",
                          "save_minutes", "max_unsaved_minutes", "max_bad_steps", "decoder_dim", "decoder_heads",
                          "in_chans", "patch_size", "embed_dim", "depth", "num_heads", "head_dim", "mlp_ratio", "blr",
-                         "lr", "clip_grad", "resize_to", "processes", "masks_per_image", "train_images", "target_cut")
+                         "lr", "clip_grad", "resize_to", "processes", "masks_per_image", "train_images", "target_cut",
+                         "adam_eps")
             if (value := getattr(self, name)) is not None and not value > 0
         ]  # fmt: skip
         found += [

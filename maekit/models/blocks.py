@@ -6,10 +6,12 @@ Parameters keep timm's names, so a block made of them is read and written like a
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
+import torch
 from timm.layers import Attention, Mlp
-from torch import Tensor
+from torch import Tensor, nn
 
 FLAT_MLP_RATIO = 2.0
 """Width of the MLP over its own width in the blocks of the flat decoder, as in the tutorial (64, 128, 64)."""
@@ -27,6 +29,27 @@ def attention_of_width(head_dim: int) -> type[Attention]:
             super().__init__(dim, num_heads, attn_head_dim=head_dim, **options)
 
     return WideAttention
+
+
+@torch.no_grad()
+def start_as_keras(model: nn.Module) -> None:
+    """Draw anew what Keras begins otherwise than the paper: weights of attention, and learned positions.
+
+    Its Glorot-uniform limit is sqrt(6 / (fan in + fan out)), whose fans of a kernel [a, b, c] are a x b and a x c. It
+    holds queries, keys and values of H heads of K as [D, H, K], and the output as [H, K, D]; positions are an
+    embedding, uniform within 0.05 (keras.initializers). Other linear layers begin alike.
+    """
+    for module in model.modules():
+        if isinstance(module, Attention):
+            dim, heads, width = module.qkv.in_features, module.num_heads, module.head_dim
+            for weight, limit in (
+                (module.qkv.weight, math.sqrt(6 / (dim * (heads + width)))),
+                (module.proj.weight, math.sqrt(6 / (heads * (width + dim)))),
+            ):
+                nn.init.uniform_(weight, -limit, limit)
+    for name, positions in model.named_parameters():
+        if name.endswith("pos_embed") and positions.requires_grad:
+            nn.init.uniform_(positions, -0.05, 0.05)
 
 
 class TwiceActivatedMlp(Mlp):

@@ -25,7 +25,7 @@ def make_optimizer(model: nn.Module, config: PretrainConfig, peak_lr: float) -> 
         if (some := [parameter for parameter in group["params"] if (id(parameter) in encoder) == of_encoder])
     ]
     fused = all(parameter.device.type in ("cuda", "cpu") for parameter in model.parameters())
-    return torch.optim.AdamW(groups, lr=peak_lr, betas=config.betas, fused=fused)
+    return torch.optim.AdamW(groups, lr=peak_lr, betas=config.betas, eps=config.adam_eps, fused=fused)
 
 
 def peak_learning_rate(config: PretrainConfig) -> tuple[float, str]:

@@ -22,6 +22,7 @@ from maekit.data.loader import (
 from maekit.data.sources import lasting, open_source
 from maekit.data.speed import worker_images_per_second
 from maekit.data.workers import choose_workers
+from maekit.models.blocks import start_as_keras
 from maekit.models.encoder import use_fused_attention
 from maekit.models.mae import MaskedAutoencoder, model_problems
 from maekit.runtime import (
@@ -74,6 +75,8 @@ def prepare(config: PretrainConfig, resume_from: Path | None, console: Console, 
 
     seed_everything(config.seed)
     model = MaskedAutoencoder(config, config.mean, config.std).to(accelerator.device)
+    if config.first_values == "keras":
+        start_as_keras(model)
     if start is not None:
         take_over(model, start, console)
     use_fused_attention(model, choices["attention"].value)
