@@ -230,7 +230,7 @@ def finetune(words: list[str]) -> int:
     config = parse(FinetuneConfig, "maekit finetune SRC", rest, base)
     adapt_durations(config, base, rest)
     config.source = source[0]
-    config.adapt_rates([word.partition("=")[0] for word in rest])
+    config.adapt([word.partition("=")[0] for word in rest])
     return int(import_module(f"maekit.tasks.finetune{'_score' if config.eval else ''}").main(source[0], config))
 
 

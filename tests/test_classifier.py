@@ -195,6 +195,8 @@ def test_others_fine_tuned_files_are_classifiers_too(tmp_path: Path, pool: str, 
     images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
     torch.testing.assert_close(back(images), other(back.normalize(images)), rtol=1e-5, atol=1e-5)
     assert back.classes == ("class 0", "class 1", "class 2")
+    assert back.passport.crop_pct == 0.875  # their code scores 224 px cut from 256
+    assert load_as(path, said).passport.crop_pct == 1.0
 
 
 def test_the_released_classifier_knows_the_names_of_imagenets_folders() -> None:

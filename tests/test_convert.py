@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import maekit
 from maekit import cli
 from maekit.config import ModelConfig
 from maekit.data.transforms import apply_to_image, centre_crops
@@ -98,17 +99,19 @@ def test_hugging_face(tmp_path: Path, target: str) -> None:
     assert list(told.image_mean) == list(ours.passport.mean)
 
 
-@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_their_processor_cuts_as_we_do(tmp_path: Path, interpolation: Any) -> None:
+@pytest.mark.parametrize(("interpolation", "crop_pct"), [("bicubic", 1.0), ("bilinear", 0.8)])
+def test_their_processor_cuts_as_we_do(tmp_path: Path, interpolation: Any, crop_pct: float) -> None:
     """A photograph that is not square: the same pixels as `embed` takes, from the processor beside the weights."""
     transformers: Any = pytest.importorskip("transformers")
     weights, ours = save(tmp_path, **SQUARE)
-    ours.passport.interpolation = interpolation
+    ours.passport.interpolation, ours.passport.crop_pct = interpolation, crop_pct
     save_file(ours.state_dict(), weights, metadata=ours.passport.to_metadata())
     assert cli.main(["convert", weights, "--to", "hf", "--out", str(tmp_path / "out")]) == 0
-    assert timm_config(ours.passport, "mean")["pretrained_cfg"]["interpolation"] == interpolation
+    told = timm_config(ours.passport, "mean")["pretrained_cfg"]
+    assert (told["interpolation"], told["crop_pct"]) == (interpolation, crop_pct)
+    assert maekit.load(tmp_path / "out").passport.crop_pct == crop_pct
     image_HWC = np.random.default_rng(0).integers(0, 256, (40, 90, 3), np.uint8)
-    crops = centre_crops(np.array([[40, 90]], np.int64), (16, 16), interpolation)
+    crops = centre_crops(np.array([[40, 90]], np.int64), (16, 16), interpolation, crop_pct)
     mine = ours.normalize(apply_to_image(image_HWC, crops, 0, (16, 16)))[0]
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
     theirs = processor(Image.fromarray(image_HWC), return_tensors="pt")["pixel_values"][0]

@@ -155,7 +155,8 @@ def test_a_folder_that_timm_would_read(name: str, changes: dict[str, Any], tmp_p
     """timm's local-dir form: config.json with architecture and pretrained_cfg, weights beside it."""
     model = timm_model(name, **changes)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
-    cfg = {"mean": [0.5] * 3, "std": [0.25] * 3, "license": "apache-2.0", "interpolation": "bilinear"}
+    cfg: dict[str, Any] = {"mean": [0.5] * 3, "std": [0.25] * 3, "license": "apache-2.0"}
+    cfg |= {"interpolation": "bilinear", "crop_pct": 0.9}
     files.write_json(
         tmp_path / "config.json",
         {"architecture": f"{name}.some_tag", "pretrained_cfg": cfg, "model_args": {"num_heads": 4, "embed_dim": 32}},
@@ -166,7 +167,7 @@ def test_a_folder_that_timm_would_read(name: str, changes: dict[str, Any], tmp_p
     assert mae.passport.kind == "encoder"
     assert (mae.passport.mean, mae.passport.std) == ((0.5,) * 3, (0.25,) * 3)
     assert mae.passport.weights_license == "apache-2.0"
-    assert mae.passport.interpolation == "bilinear"
+    assert (mae.passport.interpolation, mae.passport.crop_pct) == ("bilinear", 0.9)
     for source in (f"local-dir:{tmp_path}", f"timm:local-dir:{tmp_path}"):
         assert gather(source, SourceConfig()).passport == mae.passport
     assert set(mae.key_report.missing) == {name for name in mae.state_dict() if name.startswith("decoder.")}

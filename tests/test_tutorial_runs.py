@@ -139,7 +139,7 @@ def test_later_commands_resize_as_its_training_did(finished: Path, tmp_path: Pat
     with torch.no_grad():
         torch.testing.assert_close(row, model.encode(model.normalize(centre("bilinear")[None])), rtol=1e-4, atol=1e-4)
         assert not torch.allclose(row, model.encode(model.normalize(centre("bicubic")[None])), rtol=1e-3, atol=1e-3)
-    (image,) = read_centres([str(tmp_path / "images" / "one.png")], model.config, model.passport.interpolation)
+    (image,) = read_centres([str(tmp_path / "images" / "one.png")], model.config, model.passport.interpolation, 1.0)
     assert torch.equal(image, centre("bilinear") / 255)
     assert reading_config(FinetuneConfig(data="-"), model.passport).interpolation == "bilinear"
     assert model.passport.reading("-").size_hw == (12, 12)
@@ -149,17 +149,17 @@ def test_later_commands_resize_as_its_training_did(finished: Path, tmp_path: Pat
 def test_a_classifier_of_it_and_every_reader_resize_so_too(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What fine-tuning writes says bilinear; `predict`, `attend` and `reconstruct` ask for it."""
+    """What fine-tuning writes says bilinear, and which share; `predict`, `attend` and `reconstruct` ask for it."""
     out = tmp_path / "classifier"
     tuning = [*"--data digits --preset light --steps 1 --warmup-steps 0 --batch-size 64 --workers 0".split()]
-    assert cli.main(["finetune", str(finished), *tuning, "--out", str(out)]) == 0
-    assert maekit.load(out).passport.interpolation == "bilinear"
+    assert cli.main(["finetune", str(finished), *tuning, "--crop-pct", "0.75", "--out", str(out)]) == 0
+    assert (maekit.load(out).passport.interpolation, maekit.load(out).passport.crop_pct) == ("bilinear", 0.75)
 
     asked = []
 
     def spied(real: Any) -> Any:
         def call(*arguments: Any) -> Any:
-            asked.append(arguments[-1])
+            asked.append(arguments[-2:])
             return real(*arguments)
 
         return call
@@ -172,7 +172,8 @@ def test_a_classifier_of_it_and_every_reader_resize_so_too(
     assert cli.main(["predict", str(out), *rows]) == 0
     assert cli.main(["attend", str(finished), "--image", str(image), "--out", str(tmp_path / "maps.png")]) == 0
     assert cli.main(["reconstruct", str(finished), "--image", str(image), "--out", str(tmp_path / "panel.png")]) == 0
-    assert set(asked) == {"bilinear"} and len(asked) >= 3
+    assert asked[-2:] == [("bilinear", 1.0)] * 2  # attend and reconstruct: of the run
+    assert set(asked[:-2]) == {("bilinear", 0.75)}  # predict: of the classifier
 
 
 def test_another_size_starts_the_decoder_anew(finished: Path) -> None:

@@ -23,7 +23,7 @@ SHAPE: dict[str, Any] = {
 }  # fmt: skip
 TRAINING = (
     "--data digits --batch-size 64 --warmup-steps 2 --lr 3e-3 --log-every 1 --device cpu --precision fp32 --compile "
-    "off --workers 0"
+    "off --workers 0 --crop-pct 1"
 ).split()
 
 

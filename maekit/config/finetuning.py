@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -64,6 +64,10 @@ class FinetuneConfig(SupervisedConfig):
     """resize-crop: the shorter side before the crop. Default: the longer side of the input x 9/8."""
     pad: int = 4
     """pad-crop: the largest shift in pixels, each way."""
+    crop_pct: float | None = None
+    """Share of the shorter side that is seen of held-out and test images: they are resized to the input size / this and
+    cut at the centre. paper, official: 0.875, as the released code. Default: as the weights were evaluated so far; with
+    --eval as in the run that trained them."""
     flip: bool = True
     """Mirror half of the images. Default: as in the pretraining, where SRC is a run; switch it off where a mirrored
     image is another class, as with letters."""
@@ -156,6 +160,8 @@ class FinetuneConfig(SupervisedConfig):
             found.append(f"--train-share {self.train_share:g}: must lie above 0 and at most at 1")
         if self.ema is not None and not 0 < self.ema < 1:
             found.append(f"--ema {self.ema:g}: must lie between 0 and 1, such as 0.9999")
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            found.append(f"--crop-pct {self.crop_pct:g}: must lie above 0 and at most at 1")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             found.append(f"--crop-scale {low:g} {high:g}: needs 0 < smallest <= largest <= 1")
@@ -168,6 +174,12 @@ class FinetuneConfig(SupervisedConfig):
         if self.from_scratch and self.eval:
             found.append("--from-scratch and --eval: there is nothing to score in weights that are thrown away")
         return found + duration_problems(self) + compile_problems(self.compile, self.accum) + self._mixing_problems()
+
+    def adapt(self, typed: Collection[str]) -> None:
+        """As for every task with labels; and what is scored again is read as it was, unless --crop-pct is typed."""
+        super().adapt(typed)
+        if self.eval and not {"--crop-pct", "--crop_pct"} & set(typed):
+            self.crop_pct = None
 
     @property
     def policy(self) -> str:
@@ -194,8 +206,8 @@ _SMALL: dict[str, Any] = {
     "batch_size": 128, "blr": 1e-3, "layer_decay": 0.75, "crop": "pad-crop", "erase": 0.25,
 }  # fmt: skip
 PRESETS: dict[str, FinetuneConfig] = {
-    "paper": FinetuneConfig(),
-    "official": FinetuneConfig(preset="official", blr=5e-4, layer_decay=0.65, erase=0.25),
+    "paper": FinetuneConfig(crop_pct=0.875),
+    "official": FinetuneConfig(preset="official", crop_pct=0.875, blr=5e-4, layer_decay=0.65, erase=0.25),
     "small": FinetuneConfig(preset="small", **_SMALL),
     "light": FinetuneConfig(preset="light", **_SMALL | {"auto_augment": "none"}),
 }

@@ -142,6 +142,9 @@ class PretrainConfig(ModelConfig, DataConfig):
     """Mirror half of the images."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """How images are resized, in training and on held-out images; antialiased where they shrink."""
+    crop_pct: float = 1.0
+    """Share of the shorter side that is seen of held-out images, and later by all that reads images for these weights:
+    they are resized to the input size / this, and cut at the centre. 0.875 at 224 px is the official code's (256)."""
 
     masks_per_image: int = 1
     """Masked views of each image in a batch, for where reading images is the limit: they are decoded and cropped once,
@@ -242,6 +245,8 @@ class PretrainConfig(ModelConfig, DataConfig):
             found.append("--data is missing: a folder of images, a Parquet file, a text file of paths, or a known name")
         if not 0 <= self.mask_ratio <= MAX_MASK_RATIO:
             found.append(f"--mask-ratio {self.mask_ratio:g}: must lie between 0 and {MAX_MASK_RATIO}")
+        if not 0 < self.crop_pct <= 1:
+            found.append(f"--crop-pct {self.crop_pct:g}: must lie above 0 and at most at 1")
         if not 1 <= len(self.img_size) <= 2 or min(self.img_size, default=0) < 1:
             found.append(f"--img-size {spaced(self.img_size)}: give one size, or height and width, above 0")
         low, high = self.crop_scale

@@ -238,7 +238,7 @@ def adapted(config: SegmentConfig, given: Collection[str]) -> SegmentConfig:
     A shorter run keeps the share of its warm-up, and a linear head its own rate.
     """
     base = PRESETS[config.preset]
-    config.adapt_rates(given)
+    config.adapt(given)
     given = {flag(word.lstrip("-")) for word in given}
     if config.inference == "whole" and not {"window", "stride"} & given:
         config.window = config.stride = None

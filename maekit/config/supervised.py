@@ -115,7 +115,7 @@ class SupervisedConfig(SourceConfig):
         """Whether the encoder begins with random weights."""
         return self.from_scratch or self.source.startswith("random:")
 
-    def adapt_rates(self, typed: Collection[str]) -> None:
+    def adapt(self, typed: Collection[str]) -> None:
         """Random weights have no layers to be careful with, so they are trained at one rate unless --layer-decay is
         among the flags that were typed: a comparison must not handicap them.
         """

@@ -24,19 +24,19 @@ Centre = tuple[Tensor | None, str]
 class Centres(Dataset[Centre]):
     """Sample id -> the image's centre at the model's size [C, H, W], or None and why it cannot be read."""
 
-    def __init__(self, part: Part, size_hw: tuple[int, int], interpolation: str) -> None:
-        self.part, self.size_hw, self.interpolation = part, size_hw, interpolation
+    def __init__(self, part: Part, size_hw: tuple[int, int], interpolation: str, crop_pct: float) -> None:
+        self.part, self.size_hw, self.interpolation, self.crop_pct = part, size_hw, interpolation, crop_pct
 
     def __getitem__(self, index: int) -> Centre:
         try:
             image = self.part.read(index)
         except BadImage as error:
             return None, str(error)
-        crops = centre_crops(np.array([image.shape[:2]], np.int64), self.size_hw, self.interpolation)
+        crops = centre_crops(np.array([image.shape[:2]], np.int64), self.size_hw, self.interpolation, self.crop_pct)
         return apply_to_image(image, crops, 0, self.size_hw), ""
 
 
-def read_centres(names: Sequence[str], model: ModelConfig, interpolation: str) -> Tensor:
+def read_centres(names: Sequence[str], model: ModelConfig, interpolation: str, crop_pct: float) -> Tensor:
     """The centres of image files at the model's size, floats in 0..1 [B, C, H, W].
 
     Raises:
@@ -50,7 +50,7 @@ def read_centres(names: Sequence[str], model: ModelConfig, interpolation: str) -
         except BadImage as error:
             problems.append(f"--image {name}: {error}")
             continue
-        crops = centre_crops(np.array([image.shape[:2]], np.int64), size_hw, interpolation)
+        crops = centre_crops(np.array([image.shape[:2]], np.int64), size_hw, interpolation, crop_pct)
         pixels = apply_to_image(image, crops, 0, size_hw)
         found.append(pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels)
     if problems:

@@ -71,7 +71,9 @@ class MemoryPool:
     def eval_batches(self, ids: Ids, batch_size: int) -> Iterator[Batch]:
         for start in range(0, len(ids), batch_size):
             some = ids[start : start + batch_size]
-            crops = centre_crops(self._sizes(some), self.config.size_hw, self.config.interpolation)
+            crops = centre_crops(
+                self._sizes(some), self.config.size_hw, self.config.interpolation, self.config.crop_pct
+            )
             yield Batch(self._apply(some, crops), some, [])
 
     def _apply(self, ids: Ids, crops: Crops) -> Tensor:

@@ -154,7 +154,8 @@ class _Framing:
 
     def __call__(self, height: int, width: int) -> Window:
         if self.draws is None:
-            self.crops = centre_crops(np.array([[height, width]]), self.config.size_hw, self.config.interpolation)
+            config, size = self.config, np.array([[height, width]])
+            self.crops = centre_crops(size, config.size_hw, config.interpolation, config.crop_pct)
         else:
             self.crops = place_crop(self.config, height, width, self.draws, self.row)
         self.window = wanted(self.crops, 0, self.config.size_hw, shrink=self.draws is not None)

@@ -125,9 +125,14 @@ def random_crops(
     return place_crops(config, sizes_B2, draw_crops(config, sample_ids, epoch=epoch, view=view))
 
 
-def centre_crops(sizes_B2: npt.NDArray[np.int64], size_hw: tuple[int, int], interpolation: str = "bicubic") -> Crops:
-    """The whole image, resized to cover the output and cut at the centre: what evaluation sees."""
-    crops = _resized(sizes_B2, size_hw, None, np.full((len(sizes_B2), 2), 0.5))
+def centre_crops(
+    sizes_B2: npt.NDArray[np.int64], size_hw: tuple[int, int], interpolation: str = "bicubic", crop_pct: float = 1.0
+) -> Crops:
+    """The whole image, resized to cover the output and cut at the centre: what evaluation sees.
+
+    crop_pct: it covers the output's size divided by this, rounded down to pixels (timm's word and rule).
+    """
+    crops = _resized(sizes_B2, size_hw, None, np.full((len(sizes_B2), 2), 0.5), crop_pct)
     return dataclasses.replace(crops, interpolation=interpolation)
 
 
@@ -158,20 +163,24 @@ def _random_resized(config: PretrainConfig, sizes_B2: npt.NDArray[np.int64], dra
 
 
 def _resized(
-    sizes_B2: npt.NDArray[np.int64], size_hw: tuple[int, int], short: int | None, place_B2: npt.NDArray[np.float64]
-) -> Crops:
-    """The whole image, its aspect kept, resized to a shorter side of `short` (None: to just cover the output), then
-    cut to the output size at the given place (0..1 of the slack).
+    sizes_B2: npt.NDArray[np.int64], size_hw: tuple[int, int], short: int | None, place_B2: npt.NDArray[np.float64],
+    crop_pct: float = 1.0,
+) -> Crops:  # fmt: skip
+    """The whole image, its aspect kept, resized to a shorter side of `short` (None: to just cover the output's size /
+    crop_pct), then cut to the output size at the given place (0..1 of the slack).
     """
     size = np.array(size_hw, np.float64)
-    zoom_B = (size / sizes_B2).max(axis=1)
+    zoom_B = (np.floor(size / crop_pct) / sizes_B2).max(axis=1)
     if short is not None:
         zoom_B = np.maximum(zoom_B, short / sizes_B2.min(axis=1))
-    resized_B2 = np.maximum(np.rint(sizes_B2 * zoom_B[:, None]), size).astype(np.int64)
+    resized_B2 = sizes_B2 * zoom_B[:, None]
+    # Evaluation is torchvision's Resize and CenterCrop to the pixel; a product may just fall short of a whole number.
+    resized_B2 = np.floor(resized_B2 + 1e-9) if short is None else np.rint(resized_B2)
+    resized_B2 = np.maximum(resized_B2, size).astype(np.int64)
     slack = resized_B2 - size.astype(np.int64)
     offset = np.minimum(np.floor(place_B2 * (slack + 1)).astype(np.int64), slack)
     if short is None:
-        offset = slack // 2
+        offset = np.rint(slack / 2).astype(np.int64)
     return Crops(np.zeros_like(offset), sizes_B2.copy(), sizes_B2 / resized_B2, offset, np.zeros(len(offset), np.bool_))
 
 

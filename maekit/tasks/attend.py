@@ -45,7 +45,8 @@ def main(source: str, config: AttendConfig) -> int:
     if not 1 <= block <= depth:
         raise UserError(f"--block {block}: this encoder has blocks 1 to {depth}")
 
-    images_BCHW = read_centres(config.image, model.config, model.passport.interpolation).to(device)
+    passport = model.passport
+    images_BCHW = read_centres(config.image, model.config, passport.interpolation, passport.crop_pct).to(device)
     weights_BKSS, tokens_BSD = attention(model, images_BCHW, block)
     prefix, has_class = model.num_prefix, bool(model.encoder.has_class_token)
     maps_BKN = weights_BKSS[:, :, 0, prefix:] if has_class else weights_BKSS[:, :, prefix:, prefix:].mean(dim=2)

@@ -202,7 +202,8 @@ def write_hf(folder: Path, out: Path, model: MaskedAutoencoder, with_decoder: bo
     kind(**fields, architectures=[name]).save_pretrained(folder)
     height, width = model.config.size_hw
     ViTImageProcessor(
-        size={"shortest_edge": min(height, width)},  # the centre, as `encode` is given it: no aspect is changed
+        # The centre, as `encode` is given it: no aspect is changed.
+        size={"shortest_edge": int(min(height, width) / model.passport.crop_pct)},
         do_center_crop=True,
         crop_size={"height": height, "width": width},
         resample={"bilinear": 2, "bicubic": 3}[model.passport.interpolation],  # Pillow's numbers

@@ -237,9 +237,9 @@ def write_chunks(
         for chunk in chunks
         for start in range(chunk.start, chunk.stop, size)
     ]
-    workers = choose_workers(encoder.config.workers, 1).value
+    workers, passport = choose_workers(encoder.config.workers, 1).value, encoder.model.passport
     loader: DataLoader[Any] = DataLoader(
-        Centres(part, encoder.model.config.size_hw, encoder.model.passport.interpolation),
+        Centres(part, encoder.model.config.size_hw, passport.interpolation, passport.crop_pct),
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate_centres,

@@ -144,7 +144,7 @@ def predictions(
     device = model.mean.device
     starts = range(0, len(part), config.batch_size)
     loader: DataLoader[Any] = DataLoader(
-        Centres(part, model.config.size_hw, model.passport.interpolation),
+        Centres(part, model.config.size_hw, model.passport.interpolation, model.passport.crop_pct),
         batch_sampler=[list(range(start, min(start + config.batch_size, len(part)))) for start in starts],
         num_workers=choose_workers(config.workers, 1).value,
         collate_fn=collate_centres,

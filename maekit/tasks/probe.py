@@ -103,7 +103,7 @@ def main(sources: list[str], config: ProbeConfig) -> int:
     for name, model in models:
         # ---- the images at this model's size, read once for all sources that share it ----
         reading = reading_config(config, model.passport)
-        shape = (model.config.size_hw, model.config.in_chans, reading.interpolation)
+        shape = shape_of(reading)
         data = read.get(model.config.in_chans) or open_source(
             config.data, in_chans=model.config.in_chans, image_column=config.image_column,
             label_column=config.label_column,
@@ -144,7 +144,7 @@ def main(sources: list[str], config: ProbeConfig) -> int:
 
     # ---- raw pixels at the first model's size, the floor under all of them ----
     first = models[0][1].config
-    train, test = opened[first.size_hw, first.in_chans, models[0][1].passport.interpolation]
+    train, test = opened[shape_of(reading_config(config, models[0][1].passport))]
     if config.baselines and pixels_fit(job, train, first.size_hw):
         card.add(measure_pixels(job, train, test), len(test.ids))
         console.print(seconds_of(card.rows[-1]), style="dim", markup=False)
@@ -192,6 +192,11 @@ def main(sources: list[str], config: ProbeConfig) -> int:
 def reading_config(config: ProbeConfig, passport: Passport) -> PretrainConfig:
     """How images are read for an encoder; crops and flips are those of the probes that see images anew."""
     return passport.reading(config.data, seed=config.seed, crop_scale=config.crop_scale, flip=config.flip != "no")
+
+
+def shape_of(reading: PretrainConfig) -> tuple[Any, ...]:
+    """What models must have in common to share the images that were read."""
+    return reading.size_hw, reading.in_chans, reading.interpolation, reading.crop_pct
 
 
 def measure_encoder(

@@ -61,7 +61,8 @@ def main(source: str, config: ReconstructConfig) -> int:
     if config.data:
         images_BCHW, names, keep, masked = score_data(console, config, model)
     else:
-        images_BCHW = read_centres(config.image, model.config, model.passport.interpolation).to(device)
+        passport = model.passport
+        images_BCHW = read_centres(config.image, model.config, passport.interpolation, passport.crop_pct).to(device)
         names = [Path(name).name for name in config.image]
         ratio = model.config.mask_ratio if config.mask_ratio is None else config.mask_ratio
         kind = config.mask or model.config.mask

@@ -273,7 +273,8 @@ def _wants_decay(name: str, config: FinetuneConfig) -> bool:
 def reading_config(config: FinetuneConfig, passport: Passport) -> PretrainConfig:
     """What the pools of images must know, in the words of a pretraining."""
     names = ("crop", "crop_scale", "resize_to", "pad", "flip", "seed", "heldout_share", "max_bad_share", "in_memory")
-    return passport.reading(config.data, **{name: getattr(config, name) for name in names})
+    reading = passport.reading(config.data, **{name: getattr(config, name) for name in names})
+    return reading if config.crop_pct is None else dataclasses.replace(reading, crop_pct=config.crop_pct)
 
 
 def settled(config: FinetuneConfig, out: Path, choices: dict[str, Choice[Any]]) -> FinetuneConfig:
@@ -294,6 +295,7 @@ def passport_of(job: FinetuneJob, start: Start) -> Passport:
     passport = Passport(
         model=model.config, mean=tuple(start.passport.mean), std=tuple(start.passport.std), kind="classifier",
         interpolation=start.passport.interpolation, classes=model.classes,
+        crop_pct=reading_config(job.config, start.passport).crop_pct,
         head=HeadFacts(kind="linear", pool=model.pool), eps=start.passport.eps,
         grid=model.grid_hw, steps=job.run.position.step, epochs=job.epochs_done, data=job.source.name,
         fingerprint=job.splits.train.fingerprint, recipe=f"finetune, {job.config.preset}", origin=start.origin,

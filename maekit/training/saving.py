@@ -208,8 +208,9 @@ def passport_of(job: Job) -> Passport:
     assert config.mean is not None and config.std is not None
     passport = Passport(
         model=job.model.config, mean=config.mean, std=config.std, interpolation=config.interpolation,
-        grid=job.model.grid_hw, steps=job.position.step, epochs=job.epochs_done, data=job.data_name,
-        fingerprint=job.part.fingerprint, recipe=config.recipe, versions=package_versions(), origin=config.init,
+        crop_pct=config.crop_pct, grid=job.model.grid_hw, steps=job.position.step, epochs=job.epochs_done,
+        data=job.data_name, fingerprint=job.part.fingerprint, recipe=config.recipe, versions=package_versions(),
+        origin=config.init,
     )  # fmt: skip
     if config.weights_license:  # of the weights that it began with
         passport.weights_license = config.weights_license

@@ -49,7 +49,8 @@ def model_card(title: str, passport: Passport, usage: str, cards: Mapping[str, A
         "encoder": f"{model.model}, {model.depth} blocks, width {model.embed_dim}, {model.num_heads} heads{extras}",
         "input": f"{size} pixels, {model.in_chans} channels, patches of {model.patch_size} px",
         "normalisation": f"pixels in 0..1, minus mean ({mean}), over deviation ({std})",
-        "resizing": f"{passport.interpolation}, antialiased",
+        "resizing": f"{passport.interpolation}, antialiased"
+        + (f", to the input's size / {passport.crop_pct:g}; then the centre" if passport.crop_pct < 1 else ""),
         "fine-tuning" if classifies else "pretraining": f"{passport.epochs:.4g} epochs ({passport.steps:,} steps) on "
         f"{passport.data or 'no data'}, "
         + (

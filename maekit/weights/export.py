@@ -127,9 +127,9 @@ def timm_config(passport: Passport, pool: str) -> dict[str, Any]:
         },
         "pretrained_cfg": {
             "tag": "mae", "custom_load": False, "input_size": [config.in_chans, *config.size_hw],
-            "fixed_input_size": True, "num_classes": 0, "interpolation": passport.interpolation, "crop_pct": 1.0,
-            "crop_mode": "center", "mean": list(passport.mean), "std": list(passport.std), "pool_size": None,
-            "first_conv": "patch_embed.proj", "classifier": "head",
+            "fixed_input_size": True, "num_classes": 0, "interpolation": passport.interpolation,
+            "crop_pct": passport.crop_pct, "crop_mode": "center", "mean": list(passport.mean),
+            "std": list(passport.std), "pool_size": None, "first_conv": "patch_embed.proj", "classifier": "head",
         },
     }  # fmt: skip
 

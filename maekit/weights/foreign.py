@@ -36,6 +36,7 @@ class Hints:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    crop_pct: float | None = None
     grid: tuple[int, int] | None = None
     mask_ratio: float | None = None
     epochs: float = 0.0
@@ -113,7 +114,7 @@ def identify(raw: Raw, source: str, file_name: str, given: SourceConfig, hints: 
     if problems := size_problems(config):
         raise UserError(*(f"{source}: {problem}" for problem in problems))
     passport = Passport(
-        model=config, mean=mean, std=std, interpolation=hints.interpolation,
+        model=config, mean=mean, std=std, interpolation=hints.interpolation, crop_pct=hints.crop_pct or 1.0,
         kind="mae" if has_decoder else "encoder", eps=hints.eps, grid=grid, epochs=known.epochs,
         data=known.data, weights_license=known.license, origin=f"{layout.name}: {file_name}"[:300],
     )  # fmt: skip

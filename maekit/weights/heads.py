@@ -19,6 +19,9 @@ KINDS = ("classifier", "segmenter")
 """Kinds of passports that speak of an encoder with a head."""
 NORM, POOLED_NORM = "encoder.norm.", "fc_norm."
 _SHOWN = 3
+OFFICIAL_CROP_PCT = 0.875
+"""Share of the shorter side on which others score a classifier whose file says none: 224 / 256, as in util/datasets.py
+of github.com/facebookresearch/mae; timm's default is the same."""
 
 
 def part(passport: Passport, tensors: State, report: KeyReport) -> Material:
@@ -39,7 +42,7 @@ def part(passport: Passport, tensors: State, report: KeyReport) -> Material:
     return Material(alone, state, report, what, head=head, labelled=passport)
 
 
-def find_foreign(found: Material, tensors: State, said_pool: object = None) -> None:
+def find_foreign(found: Material, tensors: State, said_pool: object = None, said_crop_pct: float | None = None) -> None:
     """Note the linear head of a file in timm's names, where it has one: such a file is a classifier too.
 
     It pools by the mean where a norm stands behind the pooling, and by the class token otherwise (timm's rule, and
@@ -59,7 +62,10 @@ def find_foreign(found: Material, tensors: State, said_pool: object = None) -> N
     classes = foreign_classes(found.passport.data, len(bias))
     found.head = {"head.weight": weight.float(), "head.bias": bias.float()}
     facts = HeadFacts(kind="linear", pool=pool)
-    found.labelled = dataclasses.replace(found.passport, kind="classifier", classes=classes, head=facts)
+    crop_pct = said_crop_pct or OFFICIAL_CROP_PCT
+    found.labelled = dataclasses.replace(
+        found.passport, kind="classifier", classes=classes, head=facts, crop_pct=crop_pct
+    )
 
 
 def foreign_classes(data: str, count: int) -> tuple[str, ...]:

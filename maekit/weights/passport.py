@@ -57,6 +57,8 @@ class Passport:
     """Per-channel standard deviation that the input is normalised by."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """How images were brought to the input's size, always with antialiasing."""
+    crop_pct: float = 1.0
+    """Share of the shorter side that is seen of an image: it is resized to the input's size / this, then cut."""
     format: int = FORMAT
     """Version of this passport's layout."""
     kind: str = "mae"
@@ -112,7 +114,7 @@ class Passport:
         """How data are read for this model: its size and channels, resized as in its training; more: other fields."""
         return PretrainConfig(
             data=data, img_size=self.model.size_hw, in_chans=self.model.in_chans, interpolation=self.interpolation,
-            **more,
+            crop_pct=self.crop_pct, **more,
         )  # fmt: skip
 
     def problems(self) -> list[str]:
@@ -123,6 +125,8 @@ class Passport:
         found = config.problems()
         if not all(math.isfinite(value) for value in (*self.mean, *self.std, self.eps, self.epochs)):
             found.append("a number in it is not finite")
+        if not 0 < self.crop_pct <= 1:
+            found.append(f"crop_pct {self.crop_pct:g}: must lie above 0 and at most at 1")
         if not 0 < self.eps < 1:
             found.append(f"eps {self.eps:g}: must lie between 0 and 1")
         if not 0 <= self.model.drop_path < 1:

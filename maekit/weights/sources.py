@@ -68,7 +68,7 @@ def _from_path(path: Path, source: str, given: SourceConfig) -> Material:
     raw = read(file)
     found = identify(raw, source, file.name if folder is None else folder.name, given, hints)
     beside = read_json(folder / "config.json") if folder and (folder / "config.json").is_file() else {}
-    heads.find_foreign(found, raw.tensors, beside.get("global_pool"))
+    heads.find_foreign(found, raw.tensors, beside.get("global_pool"), hints.crop_pct)
     return found
 
 
@@ -226,6 +226,7 @@ def _hints(folder: Path) -> Hints:
         beside = read_json(folder / "preprocessor_config.json")
         hints.mean, hints.std = _floats(beside.get("image_mean")), _floats(beside.get("image_std"))
         hints.interpolation = "bilinear" if beside.get("resample") == 2 else "bicubic"  # Pillow's number
+        hints.crop_pct = _processors_crop(beside)
     return hints
 
 
@@ -274,6 +275,22 @@ def _floats(values: Any) -> tuple[float, ...] | None:
     )
 
 
+def _share(value: Any) -> float | None:
+    """A stranger's share above 0 and up to 1."""
+    return float(value) if type(value) in (int, float) and 0 < value <= 1 else None
+
+
+def _processors_crop(beside: dict[str, Any]) -> float | None:
+    """Share of the shorter side that an image processor of transformers cuts out; None where it cuts nothing."""
+    size, crop = beside.get("size"), beside.get("crop_size")
+    if beside.get("do_center_crop") is not True or not isinstance(size, dict) or not isinstance(crop, dict):
+        return None
+    edges = size.get("shortest_edge"), crop.get("height"), crop.get("width")
+    if not all(type(edge) is int and 0 < edge < 1 << 20 for edge in edges):
+        return None
+    return _share(min(crop["height"], crop["width"]) / size["shortest_edge"])
+
+
 def _timm_hints(architecture: str, pretrained: Any, arguments: Any = None) -> Hints:
     """What timm says of one of its models."""
     name = architecture.split(".")[0]
@@ -288,6 +305,7 @@ def _timm_hints(architecture: str, pretrained: Any, arguments: Any = None) -> Hi
         model=name, num_heads=_whole(arguments, "num_heads", Path(name)), mean=_floats(pretrained.get("mean")),
         std=_floats(pretrained.get("std")), what=f"timm {architecture}",
         interpolation="bilinear" if pretrained.get("interpolation") == "bilinear" else "bicubic",
+        crop_pct=_share(pretrained.get("crop_pct")),
         license=str(license_) if said else facts.UNKNOWN_LICENSE,
     )  # fmt: skip
 
