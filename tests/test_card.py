@@ -18,12 +18,15 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from maekit import cli
+from maekit.config import ProbeConfig
 from maekit.data.order import Ids
 from maekit.data.sources import open_source
 from maekit.data.splits import open_splits
 from maekit.tasks import probe
+from maekit.tasks.probe import reading_config, shape_of
 from maekit.training import anew, evaluation, keras_probe
-from maekit.weights.store import load, random_model
+from maekit.training.probe_choices import encoder_kind
+from maekit.weights.store import load, load_as, random_model
 
 LEVELS = {"a-dark": 60, "b-grey": 110, "c-bright": 160}
 ALL = ["--probes", "lars", "few-labels", "attentive", "--attentive-epochs", "3", "--lars-epochs", "20"]
@@ -206,6 +209,20 @@ def test_the_tutorials_protocol(data: tuple[Path, Path], tmp_path: Path, monkeyp
     train, test = (keras_probe.Labelled(split.pool, split.ids, split.labels) for split in splits)
     found = keras_probe.keras_probe(model, train, test, num_classes=3, epochs=2)
     assert score["keras"] == {"test": found.test, "train": found.train}
+
+
+def test_what_sources_share_and_what_they_do_not() -> None:
+    """One floor for encoders that begin alike, whatever is dropped in training; images read once where they look alike;
+    and a random source is of the seed that is asked for.
+    """
+    one, other = (random_model(tiny_config(drop_path=share)) for share in (0.0, 0.1))
+    assert encoder_kind(one) == encoder_kind(other)
+    assert encoder_kind(one) != encoder_kind(random_model(tiny_config(depth=3)))
+    one.passport.crop_pct = 0.875
+    assert len({shape_of(reading_config(ProbeConfig(data="-"), model.passport)) for model in (one, other)}) == 2
+    models = [load_as("random:vit_tiny_patch16_224", ProbeConfig(data="-", seed=seed)) for seed in (0, 0, 1)]
+    first, same, third = (model.get_parameter("encoder.blocks.0.attn.qkv.weight") for model in models)
+    assert torch.equal(first, same) and not torch.equal(first, third)
 
 
 def heldout_ids(count: int) -> set[int]:

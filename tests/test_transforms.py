@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,11 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Rando
 
 from maekit.config import PretrainConfig
 from maekit.data import memory
+from maekit.data.loader import open_pool
 from maekit.data.parts import ArrayPart
+from maekit.data.sources import open_source
 from maekit.data.transforms import Crops, apply_to_batch, apply_to_image, centre_crops, random_crops
+from maekit.runtime import Choice
 
 Sizes = npt.NDArray[np.int64]
 
@@ -184,6 +188,18 @@ def test_evaluation_sees_what_torchvisions_pipeline_shows(shape: tuple[int, int]
     crops = centre_crops(sizes(*shape, 1), (28, 28), "bicubic", crop_pct)
     ours = apply_to_image(pixels, crops, 0, (28, 28)).permute(1, 2, 0).numpy().astype(np.int64)
     assert np.abs(ours - theirs).max() <= 1
+
+
+@pytest.mark.parametrize("in_memory", ["yes", "no"])
+def test_pools_show_the_share_that_evaluation_sees(in_memory: Any, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 61, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "one.png")
+    wanted = apply_to_image(pixels, centre_crops(sizes(40, 61, 1), (28, 28), "bicubic", 0.7), 0, (28, 28))
+    reading = config(data=str(tmp_path), img_size=(28,), crop_pct=0.7, in_memory=in_memory)
+    pool, _ = open_pool(open_source(str(tmp_path)).train, reading, torch.device("cpu"), Choice(0, ""))
+    (batch,) = pool.eval_batches(np.array([0]), 1)
+    shown = batch.images[0] if batch.images.dtype == torch.uint8 else batch.images[0] * 255
+    assert float((shown.float() - wanted.float()).abs().max()) <= 1
 
 
 def test_resize_crop_moves_within_the_slack() -> None:

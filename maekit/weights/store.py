@@ -264,6 +264,7 @@ def random_as(name: str, given: SourceConfig) -> MaskedAutoencoder:
     fields: dict[str, Any] = {"img_size": given.img_size, "patch_size": given.patch_size, "in_chans": given.in_chans}
     fields |= {"num_heads": given.num_heads, "decoder_heads": given.decoder_heads, "target": given.target}
     config = ModelConfig(model=name, **{key: value for key, value in fields.items() if value is not None})
+    # Commands whose help promises a seed of random weights have one in their config.
     return random_model(config, given.mean, given.std, seed=getattr(given, "seed", 0))
 
 
