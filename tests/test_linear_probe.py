@@ -25,7 +25,7 @@ def test_two_lars_steps_by_hand() -> None:
     labels = torch.arange(30) % 3
     features = torch.randn(30, 6, generator=torch.Generator().manual_seed(2)) + torch.eye(6)[labels]
     sweep = LarsSweep(6, 3, (2.0,), seed=1)
-    weight, bias = sweep.weights[0].detach().double(), sweep.biases[0].detach().double()
+    weight, bias = sweep.weights[0].detach().double().T, sweep.biases[0].detach().double()
     normal = (features - features.mean(dim=0)) / (features.var(dim=0, unbiased=False) + 1e-6).sqrt()
     normal = normal.double()
     one_hot = torch.eye(3, dtype=torch.float64)[labels]
@@ -39,7 +39,7 @@ def test_two_lars_steps_by_hand() -> None:
         moving_bias = 0.9 * moving_bias + error.sum(dim=0)
         weight = weight - 2.0 * share * moving_weight
         bias = bias - 2.0 * share * moving_bias
-        torch.testing.assert_close(sweep.weights[0].double(), weight, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(sweep.weights[0].double().T, weight, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(sweep.biases[0].double(), bias, rtol=1e-4, atol=1e-6)
     assert trust < 0.01, "without the ratio the step would be a hundred times as long"
 
@@ -64,7 +64,7 @@ def test_predictions_use_running_statistics() -> None:
     assert torch.equal(whole[:, 7:9], sweep.predict(features[7:9]))
     plain = nn.Sequential(nn.BatchNorm1d(6, affine=False, eps=1e-6), nn.Linear(6, 3)).eval()
     plain[0].load_state_dict(sweep.norm.state_dict())
-    plain[1].weight.data, plain[1].bias.data = sweep.weights[1].data.T, sweep.biases[1].data
+    plain[1].weight.data, plain[1].bias.data = sweep.weights[1].data, sweep.biases[1].data
     assert torch.equal(whole[1], plain(features).argmax(dim=1))
     assert sweep.training
     assert sweep.accuracies(features, labels)[1] == pytest.approx(float((whole[1] == labels).float().mean()))

@@ -197,6 +197,29 @@ def test_linear_probe_reaches_the_minimum(decay: float, samples: int) -> None:
     theirs.fit(standard.double().numpy(), labels.numpy())
     least = loss_of(torch.from_numpy(theirs.coef_.T), torch.from_numpy(theirs.intercept_))
     assert least - 1e-7 <= loss_of(probe.weight_DK, probe.bias_K) <= least + 2e-5
+    part = samples // 10 * 9
+    near = fit_linear(features[:part], labels[:part], 4, decay)
+    warm = fit_linear(features, labels, 4, decay, start=near)
+    assert least - 1e-7 <= loss_of(warm.weight_DK, warm.bias_K) <= least + 2e-5
+
+
+def test_a_fit_that_begins_near_its_minimum_takes_fewer_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine tenths of the samples give most of the answer for all of them."""
+    features, labels = blobs(900, 1.5)
+    near = fit_linear(features[:810], labels[:810], 3, 1e-3)
+    calls, cross_entropy = [0], F.cross_entropy
+
+    def counted(logits: Tensor, targets: Tensor) -> Tensor:
+        calls[0] += 1
+        return cross_entropy(logits, targets)
+
+    monkeypatch.setattr(F, "cross_entropy", counted)
+    taken = []
+    for start in (None, near):
+        calls[0] = 0
+        fit_linear(features, labels, 3, 1e-3, start=start)
+        taken.append(calls[0])
+    assert taken[1] <= taken[0] - 2
 
 
 # ---- effective rank ----

@@ -161,20 +161,40 @@ def choose_linear(
 ) -> Chosen:
     """The L-BFGS probe: its weight decay chosen, then fitted on all training images.
 
-    From strong decays to weak ones, which take longer, until two in a row do not help.
+    The last fit begins at the best of the sweep, whose images are most of its own.
     """
-    fit, check = train.rows(block, pooling, train.fit_S, views), train.rows(block, pooling, train.held_S)
-    sweep = []
-    for done, probe in enumerate(fit_linear_path(*fit, train.classes, DECAYS)):
-        sweep.append({"decay": probe.decay, "heldout": probe.accuracy(*check)})
-        if on_progress is not None:
-            on_progress(done + 1, len(DECAYS) + 1)
-        if best_of(sweep) in sweep[:-2]:
-            break
+    fit = train.rows(block, pooling, train.fit_S, views)
+    probes, sweep = _sweep_decays(train, block, pooling, fit, DECAYS, on_progress)
     best = best_of(sweep)
-    final = fit_linear(*train.rows(block, pooling, train.all_S, views), train.classes, best["decay"])
+    everything = train.rows(block, pooling, train.all_S, views)
+    final = fit_linear(*everything, train.classes, best["decay"], start=probes[sweep.index(best)])
     setting = {"block": block, "pooling": pooling, "views": views, "decay": best["decay"]}
     return Chosen(setting, best["heldout"], sweep, _by(final, block, pooling))
+
+
+def _sweep_decays(
+    train: TrainSet,
+    block: int,
+    pooling: Pooling,
+    rows: tuple[Tensor, Tensor],
+    decays: Sequence[float],
+    on_progress: Progress | None = None,
+) -> tuple[list[LinearProbe], list[dict[str, Any]]]:
+    """A probe and its held-out accuracy for each decay.
+
+    From strong decays to weak ones, which take longer, until two in a row do not help.
+    """
+    check = train.rows(block, pooling, train.held_S)
+    probes: list[LinearProbe] = []
+    sweep: list[dict[str, Any]] = []
+    for probe in fit_linear_path(*rows, train.classes, decays):
+        probes.append(probe)
+        sweep.append({"decay": probe.decay, "heldout": probe.accuracy(*check)})
+        if on_progress is not None:
+            on_progress(len(probes), len(decays) + 1)
+        if best_of(sweep) in sweep[:-2]:
+            break
+    return probes, sweep
 
 
 def _by(probe: LinearProbe, block: int, pooling: Pooling) -> Callable[[TestImages], Tensor]:
@@ -278,13 +298,11 @@ def choose_few(train: TrainSet, block: int, pooling: Pooling, views: int, share:
     encoders alike.
     """
     per_class = labels_per_class(len(train.labels_S), len(train.labels_S.unique()), share)
-    check = train.rows(block, pooling, train.held_S)
     found = []
     for draw in range(DRAWS):
         images = draw_balanced(train.labels_S, train.fit_S, per_class, draw)
         rows = train.rows(block, pooling, images, views)
-        probes = list(fit_linear_path(*rows, train.classes, FEW_DECAYS))
-        sweep = [{"decay": probe.decay, "heldout": probe.accuracy(*check)} for probe in probes]
+        probes, sweep = _sweep_decays(train, block, pooling, rows, FEW_DECAYS)
         best = best_of(sweep)
         setting = {"share": share, "labels": len(images), "draw": draw, "decay": best["decay"]}
         setting |= {"block": block, "pooling": pooling, "views": views}

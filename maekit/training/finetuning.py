@@ -151,7 +151,7 @@ def prepare(config: FinetuneConfig, out: Path, console: Console, stop: StopReque
         quarantine=Quarantine(out / "quarantine.jsonl", splits.train, config.max_bad_share), choices=choices,
         peak_lr=peak, warmup_steps=min(warmup, total),
         clean_from=total - round(config.clean_epochs * order.steps_per_epoch),
-        labels=torch.from_numpy(splits.train.labels).to(accelerator.device), averaged=averaged,
+        labels=torch.tensor(splits.train.labels, device=accelerator.device), averaged=averaged,
     )  # fmt: skip
     if resumed:
         run.restore()

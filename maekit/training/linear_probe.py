@@ -48,9 +48,9 @@ class LarsSweep(nn.Module):
     def __init__(self, width: int, classes: int, rates: Sequence[float], seed: int = 0) -> None:
         super().__init__()
         self.rates, self.classes = tuple(rates), classes
-        start_DC = INIT_STD * torch.randn(width, classes, generator=torch.Generator().manual_seed(seed))
+        start_CD = INIT_STD * torch.randn(width, classes, generator=torch.Generator().manual_seed(seed)).T.contiguous()
         self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
-        self.weights = nn.ParameterList([start_DC.clone() for _ in self.rates])
+        self.weights = nn.ParameterList([start_CD.clone() for _ in self.rates])
         self.biases = nn.ParameterList([torch.zeros(classes) for _ in self.rates])
         self.optimizer = Lars(
             [{"params": [weight], "rate": rate, "always_adapt": True}
@@ -61,9 +61,10 @@ class LarsSweep(nn.Module):
 
     def forward(self, features_BD: Tensor) -> Tensor:
         """Logits [B, K, C], by one matrix product in float32, whatever the encoder computes in."""
-        weight_DKC, bias_KC = torch.cat(list(self.weights), dim=1), torch.cat(list(self.biases))
+        # [K * C, D] as in F.linear: the gradient of a [B, D] @ [D, 10] product takes 3 to 6 times as long (MKL, AVX2).
+        weight_KCD, bias_KC = torch.cat(list(self.weights)), torch.cat(list(self.biases))
         with torch.autocast(features_BD.device.type, enabled=False):
-            logits_BKC: Tensor = self.norm(features_BD) @ weight_DKC + bias_KC
+            logits_BKC: Tensor = F.linear(self.norm(features_BD), weight_KCD, bias_KC)
         return logits_BKC.view(len(features_BD), len(self.rates), self.classes)
 
     def update(self, features_BD: Tensor, labels_B: Tensor, share: float) -> None:

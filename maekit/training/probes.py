@@ -127,26 +127,32 @@ class LinearProbe:
         return float((self.predict(features_SD) == labels_S).double().mean())
 
 
-def fit_linear(features_SD: Tensor, labels_S: Tensor, num_classes: int, decay: float) -> LinearProbe:
+def fit_linear(
+    features_SD: Tensor, labels_S: Tensor, num_classes: int, decay: float, start: LinearProbe | None = None
+) -> LinearProbe:
     """One of `fit_linear_path`."""
-    return next(fit_linear_path(features_SD, labels_S, num_classes, (decay,)))
+    return next(fit_linear_path(features_SD, labels_S, num_classes, (decay,), start))
 
 
 def fit_linear_path(
-    features_SD: Tensor, labels_S: Tensor, num_classes: int, decays: Sequence[float]
+    features_SD: Tensor, labels_S: Tensor, num_classes: int, decays: Sequence[float], start: LinearProbe | None = None
 ) -> Iterator[LinearProbe]:
     """Multinomial logistic regression by L-BFGS on standardised features, for one decay after the other.
 
     Standardising is the paper's batch normalisation without affine (appendix A.1) computed over the whole set.
     decays: factors of the squared weights in the mean loss, best from large to small: each fit begins where the last
     one ended; the bias is free.
+    start: where the first fit begins, default zero. The minimum is the same; one of similar samples is nearer to it.
     """
     mean = features_SD.mean(dim=0)
     deviation = features_SD.std(dim=0).clamp_min(1e-6)
     inputs_SD = (features_SD - mean) / deviation
     axes_DR, variance_R = _principal_axes(inputs_SD)
     turned_SR = inputs_SD @ axes_DR
-    weight_KR, bias_K = turned_SR.new_zeros(num_classes, len(variance_R)), turned_SR.new_zeros(num_classes)
+    if start is None:
+        weight_KR, bias_K = turned_SR.new_zeros(num_classes, len(variance_R)), turned_SR.new_zeros(num_classes)
+    else:
+        weight_KR, bias_K = start.weight_DK.T @ axes_DR, start.bias_K
     for decay in decays:
         # The loss's curvature at zero weights, along the axes: x x' / K + 2 decay.
         scale_R = (variance_R / num_classes + max(2 * decay, 1e-6)).rsqrt()
