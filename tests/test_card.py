@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from maekit import cli
-from maekit.config import ProbeConfig
+from maekit.config import ProbeConfig, UserError
 from maekit.data.order import Ids
 from maekit.data.sources import open_source
 from maekit.data.splits import open_splits
@@ -26,7 +26,7 @@ from maekit.tasks import probe
 from maekit.tasks.probe import reading_config, shape_of
 from maekit.training import anew, evaluation, keras_probe
 from maekit.training.probe_choices import encoder_kind
-from maekit.weights.store import load, load_as, random_model
+from maekit.weights.store import load, load_as, load_each, random_model
 
 LEVELS = {"a-dark": 60, "b-grey": 110, "c-bright": 160}
 ALL = ["--probes", "lars", "few-labels", "attentive", "--attentive-epochs", "3", "--lars-epochs", "20"]
@@ -167,6 +167,19 @@ def test_several_sources_make_one_table(
     assert all(set(score["probes"]) == {"linear", "knn"} for score in card["scores"])
     table = " ".join(capsys.readouterr().out.split())
     assert "3 classes, 240 training and 120 test images" in table
+
+
+def test_what_holds_for_one_source_alone(tmp_path: Path) -> None:
+    """A flag that a run's passport contradicts may be meant for another file: how it is said of that one only."""
+    ours, absent = str(make_weights(tmp_path)), str(tmp_path / "absent")
+    plain, told = ProbeConfig(data="digits"), ProbeConfig(data="digits", num_heads=7)
+    with pytest.raises(UserError) as caught:
+        load_each([ours, ours], told)
+    assert "--num-heads: said of every source here; a copy of one keeps" in caught.value.problems[1]
+    for sources, settings in (([ours], told), ([ours, absent], plain)):
+        with pytest.raises(UserError) as caught:
+            load_each(sources, settings)
+        assert len(caught.value.problems) == 1
 
 
 def test_the_papers_protocol(data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

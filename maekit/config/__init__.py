@@ -20,9 +20,10 @@ from maekit.config.pretraining import (
 )
 from maekit.config.supervised import SupervisedConfig
 from maekit.config.transfer import AttendConfig, ConvertConfig, EmbedConfig, PushConfig
-from maekit.config.weights import InfoConfig, SourceConfig
+from maekit.config.weights import FILE_FACTS, InfoConfig, SourceConfig
 
 __all__ = [
+    "FILE_FACTS",
     "MAX_MASK_RATIO",
     "PRESETS",
     "AttendConfig",

@@ -34,6 +34,10 @@ class SourceConfig:
     """Leave the decoder out: then its heads and its target need not be known."""
 
 
+FILE_FACTS = ("model", "num_heads", "decoder_heads", "target", "mean", "std", "grid")
+"""The settings that say what a foreign file does not."""
+
+
 @dataclass(kw_only=True)
 class InfoConfig(SourceConfig):
     """Tell what a source of weights is, what it can be used for, and which command to type next."""

@@ -36,11 +36,12 @@ from maekit.training.anew import LabelledPool, choose_paper, train_supervised
 from maekit.training.attentive import choose_attentive, tokens_bytes, tokens_of
 from maekit.training.capacity import RAM_SHARE, free_bytes
 from maekit.training.card import (
-    NOTE,
+    FEW,
     Card,
     Row,
     columns_of,
     line_of,
+    note_of,
     say_left_out,
     say_what_is_doubtful,
     seconds_of,
@@ -59,7 +60,7 @@ from maekit.training.features import (
 from maekit.training.probe_choices import blocks_of, encoder_kind, kinds_of, wanted, wants_mirrored
 from maekit.viz.card import Curves, draw_card
 from maekit.weights.passport import Passport
-from maekit.weights.store import load_as, random_model
+from maekit.weights.store import load_each, random_model
 
 ATTENTIVE_BYTES = 2**28
 """The attentive probe reads every token; it is run by default where they take no more."""
@@ -84,12 +85,13 @@ def main(sources: list[str], config: ProbeConfig) -> int:
         UserError: settings, weights or data that cannot be used, or data without labels.
     """
     started = time.perf_counter()
-    check_settings(config)
+    if problems := config.problems():
+        raise UserError(*problems)
     console = make_console()
     device = choose_device(config.device).value
     precision = choose_precision(config.precision, device).value
     job = Job(config, console, device, lambda: torch.autocast(device.type, torch.bfloat16, precision == "bf16"))
-    models = [(name, load_as(name, config, device)) for name in sources]
+    models = load_each(sources, config, device)
     for name, model in models:
         for line in model.key_report.remarks():
             console.print(line, style="dim", markup=False)
@@ -162,7 +164,7 @@ def main(sources: list[str], config: ProbeConfig) -> int:
     columns = columns_of(rows)
     headings = ["features", "block", *(HEADINGS.get(column, column) for column in columns)]
     console.print(make_table(title, headings, [line_of(row, columns, count) for row in rows]))
-    console.print(NOTE, style="dim", highlight=False)
+    console.print(note_of(columns), style="dim", highlight=False)
     facts = {
         "data": data.name,
         "fingerprint": data.train.fingerprint,
@@ -323,7 +325,7 @@ def choose(
     seconds["knn"], begun = clock() - begun, clock()
     shares = evaluation.label_shares(train.labels_S, job.config.few_labels)
     for share in shares if "few-labels" in wanted(job.config) else ():
-        probes[f"{100 * share:g} % labels"] = evaluation.choose_few(train, *place, views, share)
+        probes[f"{100 * share:g} {FEW}"] = evaluation.choose_few(train, *place, views, share)
     seconds["few labels"] = clock() - begun
     return search, tried, probes
 
@@ -368,12 +370,6 @@ def fitting_pool(train: Split) -> LabelledPool:
     assert train.part.labels is not None
     ids = train.ids[~evaluation.held_out_S(train.ids)]
     return LabelledPool(train.pool, ids, np.asarray(train.part.labels, np.int64), int(train.labels.max()) + 1)
-
-
-def check_settings(config: ProbeConfig) -> None:
-    """Refuse settings that cannot be, before anything is computed."""
-    if problems := config.problems():
-        raise UserError(*problems)
 
 
 def wants_attentive(job: Job, model: MaskedAutoencoder, images: int) -> bool:

@@ -19,12 +19,8 @@ from maekit.training.interval import wilson
 from maekit.training.saving import write_whole
 from maekit.weights.passport import Passport
 
-NOTE = (
-    f"test accuracy, +- 95 % interval of the test sample (Wilson); few labels: mean +- deviation of {DRAWS} draws\n"
-    "linear: by L-BFGS; LARS: the paper's linear probe, on kept features\n"
-    "blocks, poolings and settings are chosen on a held-out tenth of the training images, also for few labels\n"
-    "L-BFGS, LARS and k-NN are then fitted on that tenth too, the others without it; the test split is scored once"
-)
+FEW = "% labels"
+"""How the columns of few-label probes end."""
 NAMED = 5
 """Unreadable images that are named."""
 FEW_HELD_OUT = 100
@@ -52,6 +48,22 @@ class Row:
 def columns_of(rows: Sequence[Row]) -> list[str]:
     """All probes, in the order in which they were run."""
     return list(dict.fromkeys(name for row in rows for name in row.test))
+
+
+def note_of(columns: Sequence[str]) -> str:
+    """What the table's numbers are and how they came about, as far as it has them."""
+    few = any(column.endswith(FEW) for column in columns)
+    lars = "lars" in columns
+    others = set(columns) - {"linear", "lars", "knn"}
+    interval = "test accuracy, +- 95 % interval of the test sample (Wilson)"
+    chosen = "blocks, poolings and settings are chosen on a held-out tenth of the training images"
+    fitted = f"L-BFGS{', LARS' if lars else ''} and k-NN are then fitted on that tenth too"
+    return "\n".join([
+        interval + (f"; few labels: mean +- deviation of {DRAWS} draws" if few else ""),
+        "linear: by L-BFGS" + ("; LARS: the paper's linear probe, on kept features" if lars else ""),
+        chosen + (", also for few labels" if few else ""),
+        f"{fitted}{', the others without it' if others else ''}; the test split is scored once",
+    ])  # fmt: skip
 
 
 def place_of(row: Row) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 
-from maekit.config import ModelConfig, SourceConfig, UserError
+from maekit.config import FILE_FACTS, ModelConfig, SourceConfig, UserError
 from maekit.models.classifier import Classifier, Pool
 from maekit.models.encoder import set_eps
 from maekit.models.mae import MaskedAutoencoder
@@ -20,8 +21,8 @@ from maekit.weights.passport import Passport
 from maekit.weights.report import KeyReport
 from maekit.weights.sources import WEIGHTS_FILE, gather
 
-__all__ = ["PICKLES", "WEIGHTS_FILE", "check_names", "load", "load_any", "load_as", "load_classifier", "random_model",
-           "require_decoder"]  # fmt: skip
+__all__ = ["PICKLES", "WEIGHTS_FILE", "check_names", "load", "load_any", "load_as", "load_classifier", "load_each",
+           "random_model", "require_decoder"]  # fmt: skip
 
 
 def load(
@@ -88,6 +89,27 @@ def load_as(
     if text.startswith("random:"):
         return random_as(text.removeprefix("random:"), given).to(device)
     return build(known_material(text, given)).to(device).eval()
+
+
+def load_each(
+    sources: Sequence[str], given: SourceConfig, device: str | torch.device = "cpu"
+) -> list[tuple[str, MaskedAutoencoder]]:
+    """Several sources by name, all under the same settings.
+
+    Raises:
+        UserError: what `load_as` says of one of them, and how settings can be given to that one alone.
+    """
+    said = [f"--{name.replace('_', '-')}" for name in FILE_FACTS if getattr(given, name) is not None]
+    try:
+        return [(name, load_as(name, given, device)) for name in sources]
+    except UserError as error:
+        if len(sources) == 1 or not said:
+            raise
+        example = f"maekit convert SRC {said[0]} ... --to hf --out DIR"
+        raise UserError(
+            *error.problems,
+            f"{' '.join(said)}: said of every source here; a copy of one keeps what is said of it alone: {example}",
+        ) from error
 
 
 def load_classifier(source: str, given: SourceConfig, device: str | torch.device = "cpu") -> Classifier:
