@@ -31,7 +31,10 @@ from maekit.config import (
     ReconstructConfig,
     ResumeConfig,
     SelftestConfig,
+    SupervisedConfig,
     UserError,
+    adapt_durations,
+    asked_again,
     did_you_mean,
     preset_for,
 )
@@ -122,6 +125,8 @@ def pretrain(words: list[str]) -> int:
     base = recipe_or_file(words[0], "pretrain")
     config = parse(PretrainConfig, f"maekit pretrain {words[0]}", words[1:], base)
     adapt_durations(config, base, words)
+    if (code := goes_on(config, "pretrain", words)) is not None:
+        return code
     from maekit.tasks import pretrain as task
 
     return task.main(config)
@@ -167,46 +172,34 @@ def recipe_or_file(word: str, command: str) -> PretrainConfig:
     return base
 
 
-def adapt_durations(
-    config: PretrainConfig | FinetuneConfig, base: PretrainConfig | FinetuneConfig, words: Sequence[str] = ()
-) -> None:
-    """What a flag for one duration means for the recipe's others; `words` are the flags as they were typed.
-
-    A length in steps replaces the recipe's length in epochs. A shorter run keeps the share of its warm-up, unless a
-    warm-up is given too.
-    """
-    if config.steps is not None and config.epochs == base.epochs:
-        config.epochs = None
-    if config.warmup_steps is not None and config.warmup_epochs == base.warmup_epochs:
-        config.warmup_epochs = None
-    typed = {word.partition("=")[0].replace("_", "-") for word in words}
-    if "--warmup-epochs" in typed or not base.epochs or not base.warmup_epochs:
-        return
-    if config.warmup_epochs != base.warmup_epochs:
-        return
-    share = base.warmup_epochs / base.epochs
-    if config.epochs is None and config.steps is not None:
-        config.warmup_epochs, config.warmup_steps = None, int(share * config.steps)
-    elif config.epochs is not None and 0 < config.epochs < base.epochs:
-        config.warmup_epochs = share * config.epochs
-
-
 def resume(words: list[str]) -> int:
     """maekit resume RUN --flags"""
     folder, rest = positional(words, "maekit resume RUN", "a run's folder")
     changes = parse(ResumeConfig, "maekit resume RUN", rest)
-    task = written_by(folder[0])
-    if task == "segment":
-        from maekit.tasks import segment as segmentation
+    return go_on(written_by(folder[0]) or "pretrain", folder[0], changes)
 
-        return segmentation.resume(folder[0], changes)
-    if task == "finetune":
-        from maekit.tasks import finetune
 
-        return finetune.resume(folder[0], changes)
-    from maekit.tasks import pretrain
+def go_on(task: str, folder: str, changes: ResumeConfig) -> int:
+    """Continue a run of a task."""
+    if task not in ("pretrain", "finetune", "segment"):
+        raise UserError(f"{folder}: config.json names {task!r}, no task whose runs are continued")
+    return int(import_module(f"maekit.tasks.{task}").resume(folder, changes))
 
-    return pretrain.resume(folder[0], changes)
+
+def goes_on(asked: PretrainConfig | SupervisedConfig, task: str, words: Sequence[str]) -> int | None:
+    """--or-resume: continue the run that the same command began; None where there is none yet, or it was not asked."""
+    if not asked.or_resume:
+        return None
+    if not asked.out:
+        raise UserError("--or-resume: give --out, the folder in which the run is or begins")
+    path = Path(asked.out) / "config.json"
+    if not path.is_file():
+        asked.or_resume = False  # the run's own config does not keep it
+        return None
+    if (held := written_by(asked.out) or "pretrain") != task:
+        raise UserError(f"--or-resume: {asked.out} holds a run of maekit {held}; give another --out")
+    typed = [word.partition("=")[0] for word in words]
+    return go_on(task, asked.out, asked_again(asked, read(type(asked), path), typed, asked.out))
 
 
 def written_by(folder: str) -> str:
@@ -231,6 +224,8 @@ def finetune(words: list[str]) -> int:
     adapt_durations(config, base, rest)
     config.source = source[0]
     config.adapt([word.partition("=")[0] for word in rest])
+    if (code := goes_on(config, "finetune", rest)) is not None:
+        return code
     return int(import_module(f"maekit.tasks.finetune{'_score' if config.eval else ''}").main(source[0], config))
 
 
@@ -274,9 +269,12 @@ def segment(words: list[str]) -> int:
             return int(import_module(f"maekit.tasks.{name}").main(source[0], asked))
     config = parse(configs.SegmentConfig, usage, rest, configs.preset(configs.preset_of(rest)))
     config.source = source[0]
+    config = configs.adapted(config, given)
+    if (code := goes_on(config, "segment", rest)) is not None:
+        return code
     from maekit.tasks import segment as task
 
-    return task.main(configs.adapted(config, given))
+    return task.main(config)
 
 
 def on_source(words: list[str], task: str, kind: type[Any], usage: str) -> int:

@@ -4,7 +4,7 @@ This package imports no torch, so that `maekit --help` answers at once. A field'
 A recipe is a complete value of `PretrainConfig`; the resolved value is saved as JSON beside the run.
 """
 
-from maekit.config.base import UserError, did_you_mean, flag
+from maekit.config.base import UserError, adapt_durations, did_you_mean, flag
 from maekit.config.datasets import CheckDataConfig, PackConfig
 from maekit.config.evaluation import ProbeConfig, ReconstructConfig
 from maekit.config.finetuning import PRESETS, FinetuneConfig, PredictConfig, preset_for
@@ -15,9 +15,9 @@ from maekit.config.pretraining import (
     DemoConfig,
     ModelConfig,
     PretrainConfig,
-    ResumeConfig,
     SelftestConfig,
 )
+from maekit.config.resuming import ResumeConfig, asked_again, changed
 from maekit.config.supervised import SupervisedConfig
 from maekit.config.transfer import AttendConfig, ConvertConfig, EmbedConfig, PushConfig
 from maekit.config.weights import FILE_FACTS, InfoConfig, SourceConfig
@@ -47,6 +47,9 @@ __all__ = [
     "SourceConfig",
     "SupervisedConfig",
     "UserError",
+    "adapt_durations",
+    "asked_again",
+    "changed",
     "did_you_mean",
     "flag",
     "preset_for",

@@ -53,6 +53,28 @@ class Durations(Protocol):
     warmup_steps: int | None
 
 
+def adapt_durations(config: Durations, base: Durations, words: Sequence[str] = ()) -> None:
+    """What a flag for one duration means for the recipe's others; `words` are the flags as they were typed.
+
+    A length in steps replaces the recipe's length in epochs. A shorter run keeps the share of its warm-up, unless a
+    warm-up is given too.
+    """
+    if config.steps is not None and config.epochs == base.epochs:
+        config.epochs = None
+    if config.warmup_steps is not None and config.warmup_epochs == base.warmup_epochs:
+        config.warmup_epochs = None
+    typed = {word.partition("=")[0].replace("_", "-") for word in words}
+    if "--warmup-epochs" in typed or not base.epochs or not base.warmup_epochs:
+        return
+    if config.warmup_epochs != base.warmup_epochs:
+        return
+    share = base.warmup_epochs / base.epochs
+    if config.epochs is None and config.steps is not None:
+        config.warmup_epochs, config.warmup_steps = None, int(share * config.steps)
+    elif config.epochs is not None and 0 < config.epochs < base.epochs:
+        config.warmup_epochs = share * config.epochs
+
+
 def compile_problems(compile: str, accum: int) -> list[str]:
     """Why a way to compile cannot go with accumulation."""
     if compile == "graphs" and accum > 1:

@@ -1,4 +1,4 @@
-"""Pretraining: its data, its model, its optimisation, and what continues or tests a run."""
+"""Pretraining: its data, its model, its optimisation, and what tests a run."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ class DataConfig:
     paths. Labels are not needed. Where there are parts (train/, val/, test/), only the training part is trained on."""
     out: str = ""
     """Folder of the run. It must not hold another run. Default: runs/RECIPE."""
+    or_resume: bool = False
+    """Where --out holds the run that this very command began, go on with it: for jobs that are started again."""
     image_column: str | None = None
     """Parquet: the column with the images. Default: the first image column."""
     label_column: str | None = None
@@ -312,27 +314,6 @@ class PretrainConfig(ModelConfig, DataConfig):
         if device not in ("auto", "cpu", "cuda", "mps"):
             return [f"--device {self.device}: choose auto, cpu, cuda or mps"]
         return []
-
-
-@dataclass(kw_only=True)
-class ResumeConfig:
-    """Continue a run exactly where its last checkpoint stands. Only durations, logging, device and workers change."""
-
-    epochs: float | None = None
-    """New length in epochs; a longer one restarts the cosine from the current step. Not for segmentation, whose length
-    is fixed."""
-    steps: int | None = None
-    """New length in optimiser steps."""
-    log_every: int | None = None
-    """Optimiser steps between two lines of metrics.jsonl."""
-    device: str | None = None
-    """auto, cpu, cuda or mps."""
-    workers: int | None = None
-    """Processes that decode images."""
-    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] | None = None
-    """Also log there, through Accelerate."""
-    processes: int | None = None
-    """The number of processes that you mean to run on; another number is an error."""
 
 
 @dataclass(kw_only=True)

@@ -26,6 +26,8 @@ class SupervisedConfig(SourceConfig):
     out: str = ""
     """Folder of the run; it must not hold another one. Default: in the source's run, or here: finetune-NAME,
     scratch-NAME (--from-scratch), eval-NAME (--eval), segment-NAME, or segment-NAME-scratch (--from-scratch)."""
+    or_resume: bool = False
+    """Where --out holds the run that this very command began, go on with it: for jobs that are started again."""
     from_scratch: bool = False
     """Begin with random weights, the architecture being that of the source: what the pretraining is to be compared
     with."""

@@ -23,7 +23,7 @@ import torch
 from rich.markup import escape
 from safetensors.torch import load_file
 
-from maekit.config import FinetuneConfig, ResumeConfig, UserError
+from maekit.config import FinetuneConfig, ResumeConfig, UserError, changed
 from maekit.configfile import read
 from maekit.data.labelled import labels_of, take_good_slots
 from maekit.data.loader import Batch, open_pool
@@ -68,7 +68,7 @@ def main(source: str, config: FinetuneConfig, resumed: bool = False) -> int:
             console.print(f"the run is finished: {out / CARD}; --epochs or --steps of maekit resume makes it longer")
             return 0
         print_settings(console, f"maekit finetune {escape(source)}", describe(job))
-        run.begin(fresh=not resumed)
+        run.begin(job.fresh)
         step_model = accelerator.prepare_model(model, evaluation_mode=accelerator.num_processes == 1)
         forward = compile_or_eager(step_model, job.choices["compile"].value, console.print)
         guard = Guard(accelerator.device, config.max_bad_steps, position.bad_row)
@@ -321,9 +321,4 @@ def resume(folder: str, changes: ResumeConfig) -> int:
         UserError: no whole checkpoint, or a change that would alter the numbers.
     """
     config = read(FinetuneConfig, Path(folder) / "config.json")
-    given = {key: value for key, value in dataclasses.asdict(changes).items() if value is not None}
-    if "epochs" in given and "steps" in given:
-        raise UserError("give the length of the run either as --epochs or as --steps")
-    if "epochs" in given or "steps" in given:
-        given = {"epochs": None, "steps": None} | given
-    return main(config.source, dataclasses.replace(config, out=folder, **given), resumed=True)
+    return main(config.source, changed(config, changes, folder), resumed=True)

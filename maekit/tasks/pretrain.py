@@ -11,14 +11,13 @@ Cost and expected numbers: see the recipes.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
 from pathlib import Path
 
 import torch
 from rich.markup import escape
 
-from maekit.config import PretrainConfig, ResumeConfig, UserError
+from maekit.config import PretrainConfig, ResumeConfig, UserError, changed
 from maekit.configfile import read
 from maekit.data.loader import lowest_hash
 from maekit.rng import Purpose
@@ -253,12 +252,7 @@ def resume(folder: str, changes: ResumeConfig) -> int:
     if not path.is_file():
         raise UserError(f"{folder}: holds no run (no config.json); runs are started by maekit pretrain")
     config = read(PretrainConfig, path)
-    given = {key: value for key, value in dataclasses.asdict(changes).items() if value is not None}
-    if "epochs" in given and "steps" in given:
-        raise UserError("give the length of the run either as --epochs or as --steps")
-    if "epochs" in given or "steps" in given:
-        given = {"epochs": None, "steps": None} | given
-    config = dataclasses.replace(config, out=str(out), **given)
+    config = changed(config, changes, str(out))
     console = make_console()
     lock.take(out)
     newest, messages = latest(out / "checkpoints")

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from rich.markup import escape
 
-from maekit.config import ResumeConfig, UserError
+from maekit.config import ResumeConfig, UserError, changed
 from maekit.config.segmentation import SegmentConfig
 from maekit.configfile import read
 from maekit.data.loader import Ids
@@ -292,5 +292,4 @@ def resume(folder: str, changes: ResumeConfig) -> int:
     config = read(SegmentConfig, out / "config.json")
     if changes.epochs is not None or changes.steps is not None:
         raise UserError("--steps, --epochs: the schedule of a segmentation run ends where it was said; start a new run")
-    given = {key: value for key, value in dataclasses.asdict(changes).items() if value is not None}
-    return main(dataclasses.replace(config, out=folder, **given), resuming=True)
+    return main(changed(config, changes, folder), resuming=True)

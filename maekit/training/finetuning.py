@@ -38,6 +38,7 @@ from maekit.training import supervised
 from maekit.training.mixing import Mixing
 from maekit.training.optim import duration_steps
 from maekit.training.prepare import open_machine
+from maekit.training.saving import never_began
 from maekit.training.supervised import Position, SupervisedRun
 from maekit.weights.passport import HeadFacts, Passport
 from maekit.weights.sources import read_passport
@@ -76,6 +77,8 @@ class FinetuneJob:
     """Class ids of all images of the training part, on the device."""
     averaged: ModelEmaV3 | None
     """The average of the weights, where one is kept."""
+    fresh: bool
+    """Whether the run begins at step 0."""
 
     @property
     def evaluated(self) -> Classifier:
@@ -111,15 +114,18 @@ def prepare(config: FinetuneConfig, out: Path, console: Console, stop: StopReque
     if problems := config.problems():
         raise UserError(*problems)
     supervised.claim(out, fresh=not resumed)
+    fresh = not resumed or never_began(out)
+    if resumed and fresh:
+        console.print("killed before its first checkpoint: the run begins at step 0")
     choices, accelerator = open_paired_machine(config, out)
-    start = start_of_run(out) if resumed else load_start(config, console)
+    start = load_start(config, console) if fresh else start_of_run(out)
     model_config = start.passport.model
     check_boxes(config, model_config.size_hw)
     source = open_source(
         config.data, in_chans=model_config.in_chans, image_column=config.image_column, label_column=config.label_column
     )
     splits = split_labelled(source, config.data, config.heldout_share, config.train_share)
-    if resumed and splits.classes != start.passport.classes:
+    if not fresh and splits.classes != start.passport.classes:
         raise UserError(f"--data {config.data}: labels of other classes than {out} was trained on")
     order = SampleOrder(splits.train_ids, config.batch_size, config.seed)
     reading = reading_config(config, start.passport)
@@ -152,8 +158,9 @@ def prepare(config: FinetuneConfig, out: Path, console: Console, stop: StopReque
         peak_lr=peak, warmup_steps=min(warmup, total),
         clean_from=total - round(config.clean_epochs * order.steps_per_epoch),
         labels=torch.tensor(splits.train.labels, device=accelerator.device), averaged=averaged,
+        fresh=fresh,
     )  # fmt: skip
-    if resumed:
+    if not fresh:
         run.restore()
     return job
 

@@ -283,7 +283,8 @@ def give_up(job: Job, step: int, lr: float) -> None:
             job.console.print(f"[red]{folder} cannot be written:[/red] {error}")
     job.console.print(
         f"[bold red]the run stops: {job.position.bad_row} bad steps in a row again.[/bold red] {folder} holds the last "
-        "of them (maekit.training.guard.replay does it again); lower --blr, add --clip-grad 1, or use --precision fp32",
+        f"of them (maekit.training.guard.replay does it again); go on with maekit resume {job.out} --clip-grad 1 or "
+        "--precision fp32, or begin again with a lower --blr",
         soft_wrap=True,
     )
 

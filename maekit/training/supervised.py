@@ -259,7 +259,8 @@ class SupervisedRun:
         if too_many:
             raise UserError(
                 f"{position.bad_row} steps in a row with a loss or gradient that is not finite (--max-bad-steps "
-                f"{self.config.max_bad_steps}): lower --lr, give --clip-grad 1, or take --precision fp32"
+                f"{self.config.max_bad_steps}): go on with maekit resume {self.out} --clip-grad 1 or --precision fp32, "
+                "or begin again with a lower --lr"
             )
 
 
