@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ from torch import nn
 
 import maekit
 from maekit import cli
-from maekit.config import FinetuneConfig
+from maekit.config import PRESETS, FinetuneConfig
 from maekit.data.sources import open_source
 from maekit.models import encoder as encoders
 from maekit.models.classifier import Classifier
@@ -292,6 +293,18 @@ def test_random_weights_are_trained_at_one_rate(source: Path, tmp_path: Path, mo
     for some in (words, [*words, "--from-scratch"], random, [*words, "--from-scratch", "--layer-decay", "0.5"]):
         assert cli.main(some) == 0
     assert [config.layer_decay for config in asked] == [0.75, 1.0, 1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("side", "eval", "typed", "seen"),
+    [(None, False, [], 0.875), (224, False, [], 0.875), (448, False, [], 1.0), (448, False, ["--crop-pct"], 0.875),
+     (448, True, [], None)],
+)  # fmt: skip
+def test_all_of_an_image_is_scored_above_224_px(side: int | None, eval: bool, typed: list[str], seen: Any) -> None:
+    """The released code's rule; what is typed holds, and --eval reads as the run did."""
+    config = dataclasses.replace(PRESETS["official"], img_size=side and (side,), eval=eval)
+    config.adapt(typed)
+    assert config.crop_pct == seen
 
 
 def test_from_scratch_takes_the_architecture_alone(source: Path, tmp_path: Path) -> None:

@@ -289,6 +289,7 @@ def test_the_official_files_by_their_names(tmp_path: Path) -> None:
         mae = load(files.save_pth(state, tmp_path / name), **said)
         assert mae.config.target == target
         assert "CC-BY-NC" in mae.passport.weights_license
+        assert "CC-BY-NC" in mae.key_report.remarks()[-1]
         assert mae.passport.mean == (0.485, 0.456, 0.406)
         with pytest.raises(UserError, match=f"says {target}"):
             load(tmp_path / name, **said, target="norm-pixels" if target == "pixels" else "pixels")
@@ -299,7 +300,22 @@ def test_the_official_files_by_their_names(tmp_path: Path) -> None:
     assert all(flag in text for flag in ("--num-heads", "--decoder-heads", "--target")), text
     assert "--mean" not in text
     assert load(path, num_heads=4, encoder_only=True).passport.kind == "encoder"
-    assert "unknown" in load(path, target="pixels", **said).passport.weights_license
+    mine = load(path, target="pixels", **said, crop_pct=0.7)
+    assert "unknown" in mine.passport.weights_license
+    assert not any("licence" in line for line in mine.key_report.remarks())
+    assert mine.passport.crop_pct == 0.7
+    with pytest.raises(UserError, match="--crop-pct 1[.]5: must lie above 0"):
+        load(path, target="pixels", **said, crop_pct=1.5)
+
+
+@pytest.mark.parametrize(
+    ("licence", "forbids"),
+    [("cc-by-nc-4.0", True), ("CC BY-NC-SA 4.0", True), ("non-commercial research", True), (facts.META_LICENSE, True),
+     ("apache-2.0", False), (facts.UNKNOWN_LICENSE, False), ("NCSA", False)],
+)  # fmt: skip
+def test_licences_that_forbid_commercial_use(licence: str, forbids: bool) -> None:
+    """timm writes them in lower case."""
+    assert bool(facts.NON_COMMERCIAL.search(licence)) == forbids
 
 
 def test_the_arguments_of_a_training_checkpoint_tell_the_target(tmp_path: Path) -> None:
@@ -325,10 +341,12 @@ def test_heads_of_the_papers_sizes_are_known_and_no_others() -> None:
     assert not found.needs
     assert (found.report.layout, found.passport.model.num_heads) == ("official", 12)
     assert found.passport.model.model == "mae_vit_base_patch16"
+    assert found.passport.crop_pct == 0.875, "their scripts score 224 px cut from 256"
     found = known({f"backbone.{key}": value for key, value in state.items()})
     assert found.needs[0].startswith("--num-heads N (or --model NAME)")
     state["pos_embed"] = state["pos_embed"] + 1  # learned positions: any timm model may have them
     assert known(state).report.layout == "timm"
+    assert known(state).passport.crop_pct == 1.0
     assert known(state).passport.model.model == "vit_base_patch16_224"
     assert known(state).needs[0].startswith("--num-heads N")
     assert known(state, "mae_finetuned_vit_base.pth").passport.model.num_heads == 12

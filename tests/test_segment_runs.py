@@ -31,7 +31,9 @@ from maekit.training import segmentation_job, segmentation_metrics, segmentation
 from maekit.training.segmentation_inference import View, predict_classes
 from maekit.training.segmentation_job import scheduled_rate
 from maekit.training.supervised import SupervisedRun
+from maekit.weights.passport import Passport
 from maekit.weights.segmenters import load_segmenter
+from maekit.weights.store import load_as
 
 
 @pytest.fixture(autouse=True)
@@ -206,12 +208,25 @@ def test_accumulated_parts_weigh_by_their_pixels() -> None:
     assert float(sum(parts)) == pytest.approx(float(whole), rel=1e-6)
 
 
-def test_from_scratch_has_other_weights_and_one_rate(place: Path) -> None:
+def test_from_scratch_has_other_weights_and_one_rate(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor are they under the licence of the source, whose architecture they have."""
+
+    def licensed(*arguments: Any) -> Any:
+        model = load_as(*arguments)
+        model.passport.weights_license, model.passport.eps, model.passport.crop_pct = "cc-by-nc-4.0", 1e-5, 0.9
+        return model
+
     config = preset("small")
     config.source, config.crop = str(place / "mae.safetensors"), (16,)
     same, _ = segmentation_prepare.start_encoder(config, make_console())
     config.from_scratch = True
+    monkeypatch.setattr(segmentation_prepare, "load_as", licensed)
     random, passport = segmentation_prepare.start_encoder(config, make_console())
+    assert (passport.weights_license, passport.eps) == (
+        Passport(model=passport.model, mean=(), std=()).weights_license,
+        1e-6,
+    )
+    assert passport.crop_pct == 0.9
     name = "blocks.0.mlp.fc1.weight"
     start = tensors_of(place / "mae.safetensors")[f"encoder.{name}"]
     assert torch.equal(same.state_dict()[name], start) and not torch.equal(random.state_dict()[name], start)

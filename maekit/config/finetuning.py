@@ -66,8 +66,8 @@ class FinetuneConfig(SupervisedConfig):
     """pad-crop: the largest shift in pixels, each way."""
     crop_pct: float | None = None
     """Share of the shorter side that is seen of held-out and test images: they are resized to the input size / this and
-    cut at the centre. paper, official: 0.875, as the released code. Default: as the weights were evaluated so far; with
-    --eval as in the run that trained them."""
+    cut at the centre. paper, official: 0.875 up to 224 px and 1 above, as the released code. Default: as the weights
+    were evaluated so far; with --eval as in the run that trained them."""
     flip: bool = True
     """Mirror half of the images. Default: as in the pretraining, where SRC is a run; switch it off where a mirrored
     image is another class, as with letters."""
@@ -176,10 +176,15 @@ class FinetuneConfig(SupervisedConfig):
         return found + duration_problems(self) + compile_problems(self.compile, self.accum) + self._mixing_problems()
 
     def adapt(self, typed: Collection[str]) -> None:
-        """As for every task with labels; and what is scored again is read as it was, unless --crop-pct is typed."""
+        """As for every task with labels; and unless --crop-pct is typed, what is scored again is read as it was, and
+        all of an image is seen above 224 px, as in the released code."""
         super().adapt(typed)
-        if self.eval and not {"--crop-pct", "--crop_pct"} & set(typed):
+        if {"--crop-pct", "--crop_pct"} & set(typed):
+            return
+        if self.eval:
             self.crop_pct = None
+        elif self.crop_pct is not None and self.img_size is not None and min(self.img_size) > 224:
+            self.crop_pct = 1.0
 
     @property
     def policy(self) -> str:

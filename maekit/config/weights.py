@@ -16,6 +16,9 @@ class SourceConfig:
     """Take the weights at this patch size: the patch embedding is resized (FlexiViT's pseudo-inverse)."""
     in_chans: int | None = None
     """Take the weights for this number of channels: the patch embedding is summed to one, or repeated for more."""
+    crop_pct: float | None = None
+    """Share of an image's shorter side that is seen where nothing is augmented: it is resized to the input size / this
+    and cut at the centre. Default: as the weights were evaluated so far; 0.875 for the official code's at 224 px."""
     model: str | None = None
     """Foreign files: timm's name of the architecture, where the shapes cannot tell it."""
     num_heads: int | None = None

@@ -20,7 +20,7 @@ from rich.markup import escape
 from maekit.config import InfoConfig, ModelConfig, SourceConfig, flag
 from maekit.models.mae import MaskedAutoencoder
 from maekit.terminal import make_console, print_settings
-from maekit.weights.facts import files_with_decoder
+from maekit.weights.facts import NON_COMMERCIAL, files_with_decoder
 from maekit.weights.passport import Passport
 from maekit.weights.report import KeyReport
 from maekit.weights.sources import gather
@@ -55,7 +55,7 @@ def main(source: str, config: InfoConfig) -> int:
     if facts["keys"]["loaded"]:
         rows += [("keys" if number == 0 else " ", line) for number, line in enumerate(facts["keys"]["summary"])]
     print_settings(console, escape(source), dict(rows))
-    if "CC-BY-NC" in facts["license"]:
+    if NON_COMMERCIAL.search(facts["license"]):
         console.print("[yellow]warning:[/yellow] these weights, and all that is derived from them, are non-commercial")
     console.print(f"next: {facts['next']}", soft_wrap=True, markup=False)
     return 0

@@ -273,6 +273,8 @@ def training_features(job: Job, label: str, model: MaskedAutoencoder, train: Spl
     if broken := [block for block in features.blocks if not features.is_finite(block)]:
         raise UserError(f"{label}: features after block {broken[0]} are not finite: the weights are broken")
     told = f"{plan.reason}; {'plain and mirrored' if mirrored else 'plain'} crops"
+    if model.passport.crop_pct < 1:
+        told += f" of {model.passport.crop_pct:g} of the shorter side"
     job.console.print(f"{label}: {told}", style="dim", markup=False)
     return features, train, told
 

@@ -93,7 +93,7 @@ def prepare(config: SegmentConfig, resuming: bool, console: Console, stop: StopR
     passport = dataclasses.replace(
         source, kind=KIND, classes=tuple(pairs.class_names), head=head_facts(model), data=pairs.name, steps=0,
         fingerprint=pairs.train.fingerprint, recipe=f"segment {config.preset}", versions=package_versions(),
-        origin=config.source if fresh else source.origin,
+        origin=source.origin if not fresh else "" if config.begins_at_random else config.source,
         model=dataclasses.replace(source.model, img_size=config.crop_hw, drop_path=config.drop_path),
         grid=(config.crop_hw[0] // model.patch_size, config.crop_hw[1] // model.patch_size),
     )  # fmt: skip
@@ -141,6 +141,10 @@ def start_encoder(config: SegmentConfig, console: Console) -> tuple[Any, Passpor
     passport: Passport = loaded.passport
     if config.from_scratch:
         loaded = random_model(loaded.config, tuple(passport.mean), tuple(passport.std), seed=config.seed)
+        # As images are read for the source, but nobody else's weights: neither their licence nor their origin.
+        passport = dataclasses.replace(
+            loaded.passport, interpolation=passport.interpolation, crop_pct=passport.crop_pct, grid=passport.grid
+        )
         console.print("the encoder begins with random weights (--from-scratch)")
     else:
         for line in loaded.key_report.remarks():

@@ -15,6 +15,8 @@ Target = Literal["pixels", "norm-pixels"]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 META_LICENSE = "CC-BY-NC-4.0 (Meta's MAE weights: not for commercial use)"
+NON_COMMERCIAL = re.compile(r"\bNC\b|\bnon-?commercial|\bnot for commercial", re.IGNORECASE)
+"""Words of a licence that forbid commercial use, of the weights and of what is derived from them."""
 UNKNOWN_LICENSE = "unknown: ask where the file comes from"
 META_URL = "https://dl.fbaipublicfiles.com/mae"
 
@@ -29,6 +31,9 @@ DECODER_HEADS = {"official": {(512, 8): 16}, "mmpretrain": {(512, 8): 16}}
 """Heads of the decoder by layout, (width, depth) [paper, appendix A.1]."""
 IMAGENET_LAYOUTS = ("official", "crossmae")
 """Their training scripts normalise by ImageNet's mean and deviation, and have no flag for it [readme, cross]."""
+OFFICIAL_CROP_PCT = 0.875
+"""Share of the shorter side on which those scripts score images of 224 px: 224 / 256, as in main_linprobe.py and
+util/datasets.py of github.com/facebookresearch/mae; timm's default for a classifier is the same."""
 OFFICIAL_NAMES = {
     (768, 12, 16): "mae_vit_base_patch16",
     (1024, 24, 16): "mae_vit_large_patch16",

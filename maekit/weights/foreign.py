@@ -113,8 +113,10 @@ def identify(raw: Raw, source: str, file_name: str, given: SourceConfig, hints: 
         report.notes.append("CrossMAE's pretraining has no final norm: ones and zeros stand for it")
     if problems := size_problems(config):
         raise UserError(*(f"{source}: {problem}" for problem in problems))
+    theirs = layout.name in facts.IMAGENET_LAYOUTS and min(config.size_hw) == 224
+    crop_pct = hints.crop_pct or (facts.OFFICIAL_CROP_PCT if theirs else 1.0)
     passport = Passport(
-        model=config, mean=mean, std=std, interpolation=hints.interpolation, crop_pct=hints.crop_pct or 1.0,
+        model=config, mean=mean, std=std, interpolation=hints.interpolation, crop_pct=crop_pct,
         kind="mae" if has_decoder else "encoder", eps=hints.eps, grid=grid, epochs=known.epochs,
         data=known.data, weights_license=known.license, origin=f"{layout.name}: {file_name}"[:300],
     )  # fmt: skip

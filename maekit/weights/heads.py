@@ -10,6 +10,7 @@ import dataclasses
 
 from timm.data import ImageNetInfo
 
+from maekit.weights.facts import OFFICIAL_CROP_PCT
 from maekit.weights.foreign import Material
 from maekit.weights.layouts import State
 from maekit.weights.passport import HeadFacts, Passport
@@ -19,9 +20,6 @@ KINDS = ("classifier", "segmenter")
 """Kinds of passports that speak of an encoder with a head."""
 NORM, POOLED_NORM = "encoder.norm.", "fc_norm."
 _SHOWN = 3
-OFFICIAL_CROP_PCT = 0.875
-"""Share of the shorter side on which others score a classifier whose file says none: 224 / 256, as in util/datasets.py
-of github.com/facebookresearch/mae; timm's default is the same."""
 
 
 def part(passport: Passport, tensors: State, report: KeyReport) -> Material:

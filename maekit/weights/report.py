@@ -27,6 +27,8 @@ class KeyReport:
     """The file's names of the tensors that have no place here."""
     notes: list[str] = field(default_factory=list)
     """What else must be known, a sentence each."""
+    license: str = ""
+    """The licence of the weights, where it forbids commercial use."""
 
     def summary(self) -> list[str]:
         """One or two lines: the counts, then what is missing or was left out, adapted or assumed."""
@@ -48,10 +50,11 @@ class KeyReport:
     def remarks(self) -> list[str]:
         """The summary with its source, where something is to be said: nothing for weights that are used as they are."""
         plain = self.layout in ("maekit", "random") and not (self.resized or self.unused or self.notes)
+        told = [f"{self.source}: licence {self.license}, also of all that is derived from it"] if self.license else []
         if plain and (self.layout == "random" or not self.missing):
-            return []
+            return told
         first, *others = self.summary()
-        return [f"{self.source}: {first}", *others]
+        return [f"{self.source}: {first}", *others, *told]
 
     def __str__(self) -> str:
         rows = [("source", self.source), ("layout", self.layout), ("loaded", f"{len(self.loaded)} tensors")]

@@ -41,6 +41,14 @@ def gather(source: str, given: SourceConfig) -> Material:
     else:
         name = source.removeprefix("timm:").removeprefix("local-dir:")
         found = _from_path(Path(name).expanduser(), source, given)
+    if facts.NON_COMMERCIAL.search(found.passport.weights_license):
+        found.report.license = found.passport.weights_license
+    if given.crop_pct is not None:
+        if not 0 < given.crop_pct <= 1:
+            raise UserError(f"--crop-pct {given.crop_pct:g}: must lie above 0 and at most at 1")
+        found.passport = dataclasses.replace(found.passport, crop_pct=given.crop_pct)
+        if found.labelled is not None:
+            found.labelled = dataclasses.replace(found.labelled, crop_pct=given.crop_pct)
     if not any("--grid" in need for need in found.needs) and found.passport.mean and found.passport.std:
         found.state, found.passport, resized, anew = adapt(
             found.state, found.passport, img_size=given.img_size, patch_size=given.patch_size, in_chans=given.in_chans,

@@ -39,6 +39,7 @@ def load(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     grid: tuple[int, int] | None = None,
+    crop_pct: float | None = None,
     encoder_only: bool = False,
 ) -> Any:
     """A `MaskedAutoencoder` from any source of weights; a `Classifier` from a run of maekit finetune, or its file.
@@ -61,7 +62,7 @@ def load(
         SourceConfig(
             img_size=(img_size,) if isinstance(img_size, int) else img_size, patch_size=patch_size, in_chans=in_chans,
             model=model, num_heads=num_heads, decoder_heads=decoder_heads, target=target, mean=mean, std=std, grid=grid,
-            encoder_only=encoder_only,
+            crop_pct=crop_pct, encoder_only=encoder_only,
         ),
         device,
     )  # fmt: skip
@@ -287,7 +288,9 @@ def random_as(name: str, given: SourceConfig) -> MaskedAutoencoder:
     fields |= {"num_heads": given.num_heads, "decoder_heads": given.decoder_heads, "target": given.target}
     config = ModelConfig(model=name, **{key: value for key, value in fields.items() if value is not None})
     # Commands whose help promises a seed of random weights have one in their config.
-    return random_model(config, given.mean, given.std, seed=getattr(given, "seed", 0))
+    random = random_model(config, given.mean, given.std, seed=getattr(given, "seed", 0))
+    random.passport.crop_pct = given.crop_pct or random.passport.crop_pct
+    return random
 
 
 def random_model(
