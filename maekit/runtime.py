@@ -57,6 +57,15 @@ def choose_device(requested: str) -> Choice[torch.device]:
     return Choice(torch.device(requested), "as asked for")
 
 
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The values on a device, without waiting for the copy on CUDA.
+
+    There, memory that is not pinned is copied aside first. On MPS nothing is: a copy that is still to be made reads
+    what has taken the place of a temporary.
+    """
+    return values.to(device, non_blocking=device.type == "cuda")
+
+
 def choose_precision(requested: str, device: torch.device) -> Choice[str]:
     """fp32 or bf16 for the matrix products: bf16 only where the hardware multiplies in it."""
     import torch

@@ -90,6 +90,18 @@ def test_an_encoder_waits_for_its_decoder(
     assert_same_run(tmp_path / "alone", tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("length", "said"),
+    [(["--steps", "6"], "the decoder alone for 11 of 6 steps"), (["--epochs", "1"], "is as long as the run")],
+)
+def test_an_encoder_must_not_wait_for_ever(
+    encoder: Path, length: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*WORDS, *length, "--init", str(encoder), "--decoder-warmup-epochs", "1"]
+    assert run(words, tmp_path / "run") == 2
+    assert said in capsys.readouterr().err
+
+
 def test_by_default_a_twentieth_of_the_run(encoder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert run([*WORDS, "--steps", "40", "--init", str(encoder)], out) == 0

@@ -304,7 +304,7 @@ def test_the_official_files_by_their_names(tmp_path: Path) -> None:
     assert "unknown" in mine.passport.weights_license
     assert not any("licence" in line for line in mine.key_report.remarks())
     assert mine.passport.crop_pct == 0.7
-    with pytest.raises(UserError, match="--crop-pct 1[.]5: must lie above 0"):
+    with pytest.raises(UserError, match=r"--crop-pct 1\.5: must lie above 0"):
         load(path, target="pixels", **said, crop_pct=1.5)
 
 

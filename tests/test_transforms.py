@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from maekit.data.loader import open_pool
 from maekit.data.parts import ArrayPart
 from maekit.data.sources import open_source
 from maekit.data.transforms import Crops, apply_to_batch, apply_to_image, centre_crops, random_crops
-from maekit.runtime import Choice
+from maekit.runtime import Choice, to_device
 
 Sizes = npt.NDArray[np.int64]
 
@@ -300,6 +301,25 @@ def test_8_bit_overshoot_is_clipped() -> None:
     assert out.min() == 0 and out.max() == 1
     raw = apply_to_batch(edge.float() / 255, centre_crops(sizes(8, 8, 1), (32, 32)), (32, 32))
     assert raw.min() < -0.01 and raw.max() > 1.01
+
+
+@pytest.mark.parametrize("crop", ["random-resized", "none"])
+def test_images_are_never_coarse(crop: Any) -> None:
+    """bfloat16 is for a model's arithmetic: a card reads its images inside of its autocast."""
+    images = as_batch(calm_images(4, 3, 20, 30))
+    crops = random_crops(config(crop=crop), sizes(20, 30, 4), range(4), epoch=0)
+    plain = apply_to_batch(images, crops, (16, 24))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(apply_to_batch(images, crops, (16, 24)), plain)
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cpu", True), ("mps", True), ("cuda", False)])
+def test_only_cuda_copies_without_waiting(device: str, waits: bool) -> None:
+    """A copy to MPS that is still to be made would read what took a temporary's place."""
+    asked: list[bool] = []
+    values = SimpleNamespace(to=lambda _, non_blocking: asked.append(non_blocking))
+    to_device(values, torch.device(device))  # type: ignore[arg-type]
+    assert asked == [not waits]
 
 
 def test_a_constant_image_stays_constant() -> None:

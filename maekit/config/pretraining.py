@@ -268,8 +268,8 @@ class PretrainConfig(ModelConfig, DataConfig):
                 found.append(f"--{name} has {len(values)} values, but --in-chans is {self.in_chans}")
         if self.std is not None and min(self.std, default=1.0) <= 0:
             found.append(f"--std {spaced(self.std)}: must be above 0")
-        if self.decoder_warmup_epochs and self.epochs is not None and self.decoder_warmup_epochs > self.epochs:
-            found.append(f"--decoder-warmup-epochs {self.decoder_warmup_epochs:g} is longer than the run")
+        if self.decoder_warmup_epochs and self.epochs is not None and self.decoder_warmup_epochs >= self.epochs:
+            found.append(f"--decoder-warmup-epochs {self.decoder_warmup_epochs:g} is as long as the run")
         if self.accum > 0 and self.batch_size % self.accum:
             found.append(f"--batch-size {self.batch_size} is not divisible by --accum {self.accum}")
         if self.crop == "resize-crop" and self.resize_to is not None and self.resize_to < max(self.img_size):
@@ -286,8 +286,10 @@ class PretrainConfig(ModelConfig, DataConfig):
             found.append(f"--decoder-dim {self.decoder_dim} is not divisible by --decoder-heads {self.decoder_heads}")
         if self.decoder != "flat" and self.decoder_dim % 4:
             found.append(f"--decoder-dim {self.decoder_dim}: 2-D sine-cosine positions need a multiple of 4")
-        if self.decoder == "cross" and self.decoder_depth == 0:
-            found.append("--decoder-depth 0: a --decoder cross without blocks never reads the encoder; give at least 1")
+        if self.decoder in ("self", "cross") and self.decoder_depth == 0:
+            found.append(
+                f"--decoder-depth 0: a --decoder {self.decoder} without blocks never reads the encoder; give at least 1"
+            )
         if share is not None and self.decoder != "cross":
             found.append(
                 f"--predict-share {share:g}: in --decoder {self.decoder} every hidden patch helps to predict the rest, "

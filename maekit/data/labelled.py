@@ -23,7 +23,7 @@ from maekit.data.parts import ArrayPart, Part
 from maekit.data.sources import Source
 from maekit.data.stream import StreamPool
 from maekit.rng import Purpose
-from maekit.runtime import Choice
+from maekit.runtime import Choice, to_device
 
 TEST_SHARE = 0.2
 """Share of the images that are kept for the report where the data have no test or validation split: the same images
@@ -213,7 +213,7 @@ class AugmentedMemory:
 
     def eval_batches(self, ids: Ids, batch_size: int) -> Iterator[Batch]:
         for batch in self.memory.eval_batches(ids, batch_size):
-            yield batch._replace(images=batch.images.to(self.device, non_blocking=True))
+            yield batch._replace(images=to_device(batch.images, self.device))
 
 
 def take_good_slots(batch: Batch, unreadable: dict[int, str]) -> tuple[Tensor, Ids]:

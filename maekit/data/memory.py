@@ -23,6 +23,7 @@ from maekit.data.parts import Part
 from maekit.data.pixels import Pixels
 from maekit.data.transforms import Crops, apply_to_batch, apply_to_image, centre_crops, random_crops
 from maekit.data.workers import in_order
+from maekit.runtime import to_device
 
 MANY = 4096
 """From so many images on, worker processes read them: of a small image, half the time is Python's, one thread's."""
@@ -84,7 +85,7 @@ class MemoryPool:
         return torch.stack([apply_to_image(images_NHWC[i], crops, row, size_hw) for row, i in enumerate(ids)])
 
     def _take(self, ids: Ids) -> Tensor:
-        return self.images_NCHW[torch.from_numpy(ids).to(self.device, non_blocking=True)]
+        return self.images_NCHW[to_device(torch.from_numpy(ids), self.device)]
 
     def _sizes(self, ids: Ids) -> npt.NDArray[np.int64]:
         return np.tile(np.array(self.size_hw, np.int64), (len(ids), 1))

@@ -23,6 +23,7 @@ from maekit.data.parts import Part
 from maekit.data.pixels import Window
 from maekit.data.transforms import Crops, Draws, apply_to_window, centre_crops, draw_crops, place_crop, wanted
 from maekit.data.workers import WorkerStart
+from maekit.runtime import to_device
 from maekit.seeding import own_generators
 
 _REPLACEMENTS = 100
@@ -80,7 +81,7 @@ class StreamPool:
             for index, reason in bad:
                 self.bad.setdefault(index, reason)
             # Rows of pixels travel as they lie; the axes are named anew on the device, where nothing is copied for it.
-            images_BCST = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+            images_BCST = to_device(images, self.device).permute(0, 3, 1, 2)
             yield Batch(images_BCST, ids.numpy(), bad)
 
 

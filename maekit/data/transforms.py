@@ -19,6 +19,7 @@ from torch import Tensor
 from maekit.config import PretrainConfig
 from maekit.data.pixels import Window
 from maekit.rng import Purpose, uniforms
+from maekit.runtime import to_device
 
 _ASPECTS = (3 / 4, 4 / 3)
 """Limits of a random box's width over its height."""
@@ -200,10 +201,11 @@ def apply_to_batch(images_BCHW: Tensor, crops: Crops, size_hw: tuple[int, int]) 
     device = images_BCHW.device
     rows_BSH = _weights(crops, 0, height, size_hw[0], device)
     columns_BTW = _weights(crops, 1, width, size_hw[1], device)
-    flipped = torch.from_numpy(crops.flip).to(device, non_blocking=True)
+    flipped = to_device(torch.from_numpy(crops.flip), device)
     columns_BTW = torch.where(flipped[:, None, None], columns_BTW.flip(1), columns_BTW)
-    wide = torch.matmul(pixels, columns_BTW.transpose(1, 2).unsqueeze(1))
-    scaled = torch.matmul(rows_BSH.unsqueeze(1), wide)
+    with torch.autocast(device.type, enabled=False):  # only a model's arithmetic may be coarse, never its images
+        wide = torch.matmul(pixels, columns_BTW.transpose(1, 2).unsqueeze(1))
+        scaled = torch.matmul(rows_BSH.unsqueeze(1), wide)
     # Bicubic overshoots at edges; 8-bit pipelines clip there, and so do we. Float data (any range) are left alone.
     return scaled.clamp_(0, 1) if images_BCHW.dtype == torch.uint8 else scaled
 
@@ -212,7 +214,7 @@ def _weights(crops: Crops, axis: int, size_in: int, size_out: int, device: torch
     """Resampling weights [B, out, in] along one axis, float32, rows summing to 1."""
 
     def column(values: npt.NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(values[:, axis].astype(np.float32)).to(device, non_blocking=True)[:, None, None]
+        return to_device(torch.from_numpy(values[:, axis].astype(np.float32)), device)[:, None, None]
 
     start, length, scale, offset = (column(v) for v in (crops.start, crops.length, crops.scale, crops.offset))
     out = torch.arange(size_out, device=device, dtype=torch.float32)[None, :, None]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from maekit.config import UserError
 from maekit.rng import Purpose, UInt64s, random_bits, uniforms
+from maekit.runtime import to_device
 
 MASK_KINDS = ("random", "block", "grid")
 
@@ -45,9 +46,10 @@ class Masks:
 
     def to(self, device: torch.device | str) -> Masks:
         """The same masks on a device, without waiting for the copy: CUDA needs pinned memory for that."""
-        pin = torch.device(device).type == "cuda" and self.ids_keep_BV.device.type == "cpu"
+        device = torch.device(device)
+        pin = device.type == "cuda" and self.ids_keep_BV.device.type == "cpu"
         both = (self.ids_keep_BV, self.ids_masked_BM)
-        return Masks(*((ids.pin_memory() if pin else ids).to(device, non_blocking=True) for ids in both))
+        return Masks(*(to_device(ids.pin_memory() if pin else ids, device) for ids in both))
 
 
 def num_visible(num_patches: int, mask_ratio: float) -> int:

@@ -41,7 +41,7 @@ from maekit.data.sources import Source, choose_parts, open_source
 from maekit.data.workers import WorkerStart, choose_workers
 from maekit.models.encoder import use_fused_attention
 from maekit.models.mae import MaskedAutoencoder
-from maekit.runtime import choose_attention, choose_device, choose_precision
+from maekit.runtime import choose_attention, choose_device, choose_precision, to_device
 from maekit.terminal import counting, make_console
 from maekit.weights.store import load_as
 
@@ -71,7 +71,7 @@ class Encoder:
         """Features [B, F], float32 on the CPU, computed `count` images at a time, the last ones filled up by zeros."""
         rows = []
         for start in range(0, len(images_BCHW), count):
-            some = images_BCHW[start : start + count].to(self.device, non_blocking=True)
+            some = to_device(images_BCHW[start : start + count], self.device)
             filled = torch.cat([some, some.new_zeros(count - len(some), *some.shape[1:])])
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 found = self.model.encode(self.model.normalize(filled), pool=self.config.pool)

@@ -27,7 +27,7 @@ from maekit.config import FinetuneConfig, ResumeConfig, UserError, changed
 from maekit.configfile import read
 from maekit.data.labelled import labels_of, take_good_slots
 from maekit.data.loader import Batch, open_pool
-from maekit.runtime import compile_or_eager, uncompiled
+from maekit.runtime import compile_or_eager, to_device, uncompiled
 from maekit.stopping import StopRequest
 from maekit.terminal import Pace, counting, make_console, make_progress, print_settings, short_time
 from maekit.training import lock
@@ -132,7 +132,7 @@ def main(source: str, config: FinetuneConfig, resumed: bool = False) -> int:
                         break
                     report_unreadable(job, batch)
                     images, ids = take_good_slots(batch, job.pool.unreadable)
-                    labels = job.labels[torch.from_numpy(ids).to(accelerator.device, non_blocking=True)]
+                    labels = job.labels[to_device(torch.from_numpy(ids), accelerator.device)]
                     images, targets = job.mixing(model.normalize(images), labels)
                     # Earlier parts add up on their own process; the backward pass of the last one averages over all.
                     lonely = part_number < config.accum - 1
@@ -151,7 +151,9 @@ def main(source: str, config: FinetuneConfig, resumed: bool = False) -> int:
                 loss_sum += torch.where(skip > 0, 0.0, loss_of_step)
                 position.step, position.loss_count = step + 1, position.loss_count + 1
                 stop.patience = None  # from here on there is something to save
-        if not finish(job, first_step, time.monotonic() - began):
+        with uncompiled():
+            finished = finish(job, first_step, time.monotonic() - began)
+        if not finished:
             console.print(f"stopped by {stop.name} while scoring: maekit resume {out}")
             return stop.exit_code
         accelerator.end_training()

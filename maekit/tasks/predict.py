@@ -36,7 +36,7 @@ from maekit.data.sources import choose_parts, open_source
 from maekit.data.workers import WorkerStart, choose_workers
 from maekit.models.classifier import Classifier
 from maekit.models.encoder import use_fused_attention
-from maekit.runtime import choose_attention, choose_device, choose_precision
+from maekit.runtime import choose_attention, choose_device, choose_precision, to_device
 from maekit.terminal import counting, make_console, make_table
 from maekit.training.interval import wilson
 from maekit.weights.store import load_classifier
@@ -157,7 +157,7 @@ def predictions(
         ids_BT: list[list[int]] = [[]] * len(reasons)
         if images is not None:
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                said = model.predict(model.normalize(images.to(device, non_blocking=True)))
+                said = model.predict(model.normalize(to_device(images, device)))
             best = said.probabilities.topk(top, dim=1)
             shares_BT, ids_BT = best.values.tolist(), best.indices.tolist()
         rows: list[Row] = []

@@ -167,7 +167,7 @@ def choose_attentive(
     probes = train_attentive(
         of_epoch, steps, width, heads, train.classes, epochs, train.labels_S.device, on_progress=on_progress
     )
-    right = [float(_right(probe, of(train.held_S)).double().mean()) for probe in probes]
+    right = [int(_right(probe, of(train.held_S)).sum()) / len(train.held_S) for probe in probes]
     sweep = [{"lr": rate, "heldout": share} for rate, share in zip(RATES, right, strict=True)]
     best = best_of(sweep)
     setting = {"block": len(model.encoder.blocks), "pooling": "attentive", "heads": heads, "lr": best["lr"]}

@@ -36,6 +36,7 @@ from maekit.runtime import (
     seed_everything,
     start_accelerator,
 )
+from maekit.seeding import seed_step
 from maekit.terminal import counting, print_settings
 from maekit.training import lock
 from maekit.training.initial import load_start, take_over, with_start
@@ -84,16 +85,24 @@ def prepare(config: PretrainConfig, resume_from: Path | None, console: Console, 
     config = settled(config, model, out, choices)
     peak_lr, peak_reason = peak_learning_rate(config)
     total = duration_steps(config.epochs, config.steps, order.steps_per_epoch)
+    decoder_only = duration_steps(config.decoder_warmup_epochs, None, order.steps_per_epoch)
+    if decoder_only >= total > 1:
+        raise UserError(
+            f"--decoder-warmup-epochs {config.decoder_warmup_epochs:g}: the decoder alone for {decoder_only:,} of "
+            f"{total:,} steps, so the encoder would never be trained"
+        )
     warmup = duration_steps(config.warmup_epochs, config.warmup_steps, order.steps_per_epoch)
     job = Job(
         config=config, out=out, console=console, accelerator=accelerator, data_name=source.name, part=part, pool=pool,
         train_ids=train_ids, heldout_ids=heldout_ids, order=order, model=model,
         optimizer=make_optimizer(model, config, peak_lr), peak_lr=peak_lr, warmup_steps=min(warmup, total),
-        decoder_only=duration_steps(config.decoder_warmup_epochs, None, order.steps_per_epoch),
+        decoder_only=decoder_only,
         position=Position(total, fingerprint=part.fingerprint), metrics=MetricsLog(out / "metrics.jsonl"),
         quarantine=Quarantine(out / "quarantine.jsonl", part, config.max_bad_share), choices=choices,
         loader_speed=loader_speed,
     )  # fmt: skip
+    if accelerator.process_index:  # all began with the same weights; what --drop-path drops must differ
+        seed_step(config.seed, 0, accelerator.process_index)
     if resume_from is not None:
         restore(job, resume_from)
     print_settings(console, f"maekit pretrain {config.recipe}", {**describe(job, peak_reason), **choices})

@@ -62,7 +62,7 @@ def answer(
         own = logits.gather(1, truth[:, None])
         ahead = (~(logits < own)).sum(dim=1) - 1  # neither a tie, as of logits that are all equal, is right, nor NaN
         loss = F.cross_entropy(logits, truth, reduction="none")
-        some = Answers(*(one.cpu().numpy() for one in (truth, logits.argmax(dim=1), ahead, loss.double())))
+        some = Answers(*(one.cpu().numpy() for one in (truth, logits.argmax(dim=1), ahead, loss.cpu().double())))
         kept = ~np.isin(batch.sample_ids, list(pool.unreadable))
         found.append(Answers(some.labels[kept], some.predicted[kept], some.ahead[kept], some.loss[kept]))
         done += len(batch.sample_ids)

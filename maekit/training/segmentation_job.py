@@ -23,7 +23,7 @@ from maekit.data.pair_transforms import AugmentPlan, PairBatch, train_batches, w
 from maekit.data.pairs import VOID, PairPart, Pairs, PartCheck
 from maekit.models.segmentation import Segmenter, loss_denominator
 from maekit.rng import Purpose
-from maekit.runtime import Choice
+from maekit.runtime import Choice, to_device
 from maekit.terminal import Pace
 from maekit.training.optim import learning_rate
 from maekit.training.segmentation_inference import View, predict_classes
@@ -83,10 +83,7 @@ def next_parts(job: SegmentJob, batches: Iterator[PairBatch]) -> list[tuple[Tens
     if parts is None:
         return None
     report_unreadable(job, [item for part in parts for item in part.bad])
-    return [
-        (job.model.normalize(part.images.to(device, non_blocking=True)), part.labels.to(device, non_blocking=True))
-        for part in parts
-    ]
+    return [(job.model.normalize(to_device(part.images, device)), to_device(part.labels, device)) for part in parts]
 
 
 def step_denominator(job: SegmentJob, labels: Sequence[Tensor]) -> Tensor:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from harness import DIGITS, Instant, command, each, end_of, folder_words, fork, make_images, metrics, run
+from safetensors.torch import load_file
 
 PROMISE = "world size: 1, 2, 4 processes and changes between them see the same"
 WORDS = [*DIGITS, "--drop-path", "0", "--steps", "13", "--batch-size", "128", "--eval-every", "0.4"]
@@ -115,6 +117,14 @@ def check(
 def test_two_hand_over_to_one(tmp_path: Path, record_property: Callable[[str, Any], None]) -> None:
     """Saved by two processes, continued by one: the same data order, masks and losses."""
     check(WORDS, [], [((2, 1), 5)], tmp_path, record_property)
+
+
+def test_each_process_drops_its_own_paths(tmp_path: Path) -> None:
+    """The generators that stochastic depth draws from differ from process to process."""
+    words = [*DIGITS, "--steps", "1", "--out", str(tmp_path / "run")]
+    assert on(2, words, tmp_path) == [0, 0]
+    states = load_file(tmp_path / "run/checkpoints/step-000000/rng.safetensors")
+    assert not torch.equal(states["torch_cpu/rank0"], states["torch_cpu/rank1"])
 
 
 @pytest.mark.faults
