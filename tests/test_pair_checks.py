@@ -140,7 +140,7 @@ def test_only_void_is_nothing_to_train_on(tmp_path: Path) -> None:
     picture(tmp_path / "images" / "a.png")
     annotation(tmp_path / "annotations" / "a.png", np.zeros(SIZE_HW))
     assert "every annotated pixel is void" in refusal(lambda: open_pairs(str(tmp_path)))
-    (tmp_path / "classes.txt").write_text("a")
+    (tmp_path / "classes.txt").write_text("a\nb")
     assert "every pixel of the train part is void" in refusal(lambda: check_pairs(open_pairs(str(tmp_path))))
 
 

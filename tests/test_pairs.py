@@ -157,11 +157,11 @@ def test_patterns_in_one_folder(tmp_path: Path, exact: str) -> None:
     ends = {"image": "", "annotation": "_mask"} if exact == "annotation" else {"image": "_rgb", "annotation": ""}
     for name in ("a", "b"):
         picture(tmp_path / f"{name}{ends['image']}.png")
-        annotation(tmp_path / f"{name}{ends['annotation']}.png", np.full(SIZE_HW, 1))
+        annotation(tmp_path / f"{name}{ends['annotation']}.png", np.full(SIZE_HW, 2))
     kinds = {kind: "{}" + end + ".png" for kind, end in ends.items()}
     pairs = open_pairs(str(tmp_path), image_pattern=kinds["image"], annotation_pattern=kinds["annotation"])
     assert len(pairs.train) == 2
-    assert (pairs.train.read(1)[1] == 0).all()
+    assert (pairs.train.read(1)[1] == 1).all()
 
 
 def test_extra_annotations_are_a_note(tmp_path: Path) -> None:
@@ -279,6 +279,20 @@ def test_classes_are_counted_where_no_file_names_them(tmp_path: Path) -> None:
     assert "the value 255 (1 pixels) occurs" in text
     assert "--void 255" in text
     assert open_pairs(str(tmp_path), void=255).num_classes == 4
+
+
+def test_binary_masks(tmp_path: Path) -> None:
+    """Of 0 and 1: with 0 as void only one class is left, which every model gets right."""
+    ade(tmp_path, count=2)
+    (tmp_path / "classes.txt").unlink()
+    for path in (tmp_path / "annotations").rglob("*.png"):
+        annotation(path, [[0, 1, 1, 0, 0, 1, 0, 1, 1]] * 6)
+    told = refusal(lambda: open_pairs(str(tmp_path)))
+    assert "one class only, 'class 1'" in told and "--void none" in told
+    assert open_pairs(str(tmp_path), void=None).class_names == ["class 0", "class 1"]
+    (tmp_path / "classes.txt").write_text("thing")
+    assert "one class only, 'thing'" in refusal(lambda: open_pairs(str(tmp_path)))
+    assert "void" not in refusal(lambda: open_pairs(str(tmp_path), void=None))
 
 
 def test_fingerprints_and_pickles(tmp_path: Path) -> None:

@@ -84,7 +84,8 @@ def open_pairs(
     annotations are read (by `workers` processes) and the classes are called 'class 1', 'class 2', ...
 
     Raises:
-        UserError: nothing of that name, no pairs in it, an image without an annotation, a bad class file or void.
+        UserError: nothing of that name, no pairs in it, an image without an annotation, a bad class file or void, or
+            one class only.
     """
     shown = printable(spec)
     root = os.path.expanduser(spec)
@@ -102,6 +103,9 @@ def open_pairs(
     else:
         found = open_tables(root, shown, columns, in_chans)
     names = _names(root, shown, classes, void, list(found.values()), workers, on_progress, notes)
+    if len(names) == 1:
+        told = "" if void is None else f"; pixels of value {void} are void: if they are a class too, give --void none"
+        raise UserError(f"--data {shown}: one class only, {names[0]!r}, so there is nothing to tell apart{told}")
     numbering = check_numbering(void, names)
     for part in found.values():
         part.numbering = numbering
