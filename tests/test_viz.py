@@ -20,6 +20,7 @@ from PIL import Image
 from maekit.viz import panels, plots
 from maekit.viz.panels import PanelRow, compose, draw, enlargement
 from maekit.viz.plots import draw_curves
+from maekit.viz.shown import levels
 
 PATCH = 4
 HEIGHT, WIDTH = 8, 12  # a grid of 2 x 3 patches
@@ -79,6 +80,29 @@ def test_compose_clips_predictions_and_never_pixels() -> None:
 def test_compose_refuses_what_does_not_fit(ids: list[int], shape: tuple[int, int], patch: int) -> None:
     with pytest.raises(AssertionError):
         compose(image(), np.array(ids), np.zeros(shape, np.float32), patch)
+
+
+@pytest.mark.parametrize("scale", [4095 / 65535, 300.0])
+def test_levels_that_a_screen_hides_are_stretched(scale: float, tmp_path: Path) -> None:
+    """12 of 16 bits, or floats of any range: what is shown is the same as of an image in 0..1, predictions included."""
+    bright = np.random.default_rng(0).uniform(0, 1, (HEIGHT, WIDTH, 3)).astype(np.float32)
+    pred_MP = np.random.default_rng(1).uniform(0.2, 0.8, (len(IDS), PATCH * PATCH * 3)).astype(np.float32)
+    plain, other = compose(bright, IDS, pred_MP, PATCH), compose(scale * bright, IDS, scale * pred_MP, PATCH)
+    assert (plain.stretched, other.stretched) == (False, True)
+    for one, two in zip(plain.pictures, other.pictures, strict=True):
+        np.testing.assert_allclose(panels.display(one), panels.display(two), atol=2)
+    draw([plain], tmp_path / "plain.png", title="")
+    draw([other], tmp_path / "other.png", title="")
+    heights = [Image.open(tmp_path / name).height for name in ("plain.png", "other.png")]
+    assert heights[0] < heights[1], "a line under the panel says so"
+
+
+@pytest.mark.parametrize(
+    "values", [[0.0, 0.3], [0.0, 0.0], [0.1, 0.1], [np.nan, np.nan], [0.0, 1.0], [np.nan, 0.9]], ids=str
+)
+def test_levels_of_a_screen_stay(values: list[float]) -> None:
+    """Also where nothing could be stretched."""
+    assert levels(np.array(values, np.float32).reshape(1, 2, 1)) == (0.0, 1.0)
 
 
 def test_compose_of_nothing_hidden() -> None:

@@ -14,13 +14,11 @@ from typing import Any
 
 import matplotlib.style
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from maekit.viz.panels import render, write_png
-
-FloatArray = npt.NDArray[np.floating[Any]]
+from maekit.viz.shown import FloatArray, levels, stretched, three_channels
 
 TILE_INCH, LABEL_INCH, HEADING_INCH, LINE_INCH = 1.35, 0.3, 0.3, 0.14
 LETTERS_PER_INCH = {"title": 11.5, "note": 18.5}
@@ -85,7 +83,7 @@ def draw_attention(
         figure.subplots_adjust(LABEL_INCH / width, bottom / height, 0.995, 1 - top / height, wspace=0.05, hspace=0.14)
         grid = figure.subplots(len(rows), columns, squeeze=False)
         for row, label, line in zip(rows, row_labels, grid, strict=True):
-            _show(line[0], _rgb(row.image_HWC))
+            _show(line[0], three_channels(stretched(row.image_HWC, levels(row.image_HWC))))
             _show(line[1], row.colors, interpolation="nearest")
             for head, axes in enumerate(line[2:]):
                 weights = row.weights[head]
@@ -110,15 +108,6 @@ def _show(axes: Axes, picture: FloatArray, **style: Any) -> None:
     axes.set_yticks([])
     for edge in axes.spines.values():
         edge.set_visible(False)
-
-
-def _rgb(image_HWC: FloatArray) -> FloatArray:
-    """Three channels to show: one replicated, two padded by zeros, the first three of more."""
-    chans = image_HWC.shape[2]
-    if chans < 3:
-        fill = image_HWC if chans == 1 else np.zeros_like(image_HWC)
-        image_HWC = np.concatenate([image_HWC, fill, fill], axis=2)
-    return np.clip(np.nan_to_num(image_HWC[:, :, :3]), 0.0, 1.0)
 
 
 def _wrapped(text: str, width: float, kind: str) -> list[str]:

@@ -31,6 +31,7 @@ from maekit.viz.panels import (
     enlargement,
     save_png,
 )
+from maekit.viz.shown import as_uint8, levels, stretched
 
 UInt8s = npt.NDArray[np.uint8]
 
@@ -214,15 +215,10 @@ def _reduced(row: OverlayRow) -> OverlayRow:
 
 
 def _rgb(image_HWC: npt.NDArray[Any]) -> UInt8s:
-    """uint8 [H, W, 3]: one channel replicated, two padded by zeros, the first three of more."""
-    if image_HWC.dtype != np.uint8:
-        image_HWC = np.round(np.clip(np.nan_to_num(image_HWC), 0.0, 1.0) * 255).astype(np.uint8)
-    chans = image_HWC.shape[2]
-    if chans == 1:
-        return np.repeat(image_HWC, 3, axis=2)
-    if chans == 2:
-        return np.concatenate([image_HWC, np.zeros_like(image_HWC[:, :, :1])], axis=2)
-    return np.ascontiguousarray(image_HWC[:, :, :3])
+    """uint8 [H, W, 3]; floats in levels that can be seen."""
+    if image_HWC.dtype == np.uint8:
+        return as_uint8(image_HWC / np.float32(255))
+    return as_uint8(stretched(image_HWC, levels(image_HWC)))
 
 
 def _tiles(row: OverlayRow, colours: UInt8s, with_truth: bool) -> list[UInt8s]:

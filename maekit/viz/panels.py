@@ -24,7 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-FloatArray = npt.NDArray[np.floating[Any]]
+from maekit.viz.shown import STRETCHED, FloatArray, as_uint8, levels, stretched
 
 GRAY = 0.5
 """What stands where nothing is known: on hidden patches of `masked`, on visible ones of `reconstruction`."""
@@ -49,6 +49,8 @@ class PanelRow:
     reconstruction: FloatArray
     pasted: FloatArray
     masked_share: float = math.nan
+    stretched: bool = False
+    """Whether these are not the image's own levels, which a screen would not show."""
 
     @property
     def pictures(self) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
@@ -61,8 +63,9 @@ def compose(
 ) -> PanelRow:
     """The row of one image, from the prediction of its hidden patches.
 
-    Pixels are in 0..1 and predictions in the same units; these are clipped to 0..1, NaN becomes black. The rows of
-    `pred_MP` belong to `ids_masked` in the same order; ids count the patches row by row. Any C.
+    Pixels are in 0..1 and predictions in the same units; these are clipped to 0..1, NaN becomes black. Where that would
+    hide the image (12 of 16 bits, floats of any range), both are shown from its darkest to its brightest level. The
+    rows of `pred_MP` belong to `ids_masked` in the same order; ids count the patches row by row. Any C.
 
     Raises:
         AssertionError: shapes that do not fit, an id outside the grid, or an id twice.
@@ -75,6 +78,8 @@ def compose(
     assert not ids_M.size or 0 <= ids_M.min() <= ids_M.max() < grid_hh * grid_ww, (ids_M, grid_hh, grid_ww)
     assert pred_MP.shape == (len(ids_M), patch * patch * chans), (pred_MP.shape, len(ids_M), patch, chans)
 
+    shown = levels(image_HWC)
+    image_HWC, pred_MP = stretched(image_HWC, shown), stretched(pred_MP, shown)
     hidden_N = np.zeros(grid_hh * grid_ww, bool)  # True = hidden from the encoder
     hidden_N[ids_M] = True
     hidden_HW1 = hidden_N.reshape(grid_hh, grid_ww).repeat(patch, axis=0).repeat(patch, axis=1)[:, :, None]
@@ -90,6 +95,7 @@ def compose(
         reconstruction=pred_HWC,
         pasted=np.where(hidden_HW1, pred_HWC, image_HWC),
         masked_share=len(ids_M) / len(hidden_N),
+        stretched=shown != (0.0, 1.0),
     )
 
 
@@ -112,6 +118,8 @@ def draw(
     """
     assert rows, "a panel needs at least one row"
     assert row_labels is None or len(row_labels) == len(rows), (row_labels, len(rows))
+    if any(row.stretched for row in rows):
+        note = f"{note}\n{STRETCHED}" if note else STRETCHED
     tiles = [[display(picture) for picture in row.pictures] for row in rows]
     pitch = max(COLUMN_PX, max(line[0].shape[1] for line in tiles)) + GAP_PX
     left = MARGIN_PX + (LABEL_PX if row_labels else 0)
@@ -182,16 +190,8 @@ def save_png(image: Image.Image, path: Path, *, smallest: bool = True) -> None:
 
 def display(picture_HWC: FloatArray) -> npt.NDArray[np.uint8]:
     """uint8 [H, W, 3] as shown: one channel replicated, two padded by zeros, three of more; enlarged when small."""
-    height, width, chans = picture_HWC.shape
-    if chans == 1:
-        rgb = np.repeat(picture_HWC, 3, axis=2)
-    elif chans == 2:
-        rgb = np.concatenate([picture_HWC, np.zeros_like(picture_HWC[:, :, :1])], axis=2)
-    else:
-        rgb = picture_HWC[:, :, :3]
-    pixels = np.round(np.clip(np.nan_to_num(rgb), 0.0, 1.0) * 255.0).astype(np.uint8)
-    times = enlargement(height, width)
-    return pixels.repeat(times, axis=0).repeat(times, axis=1)
+    times = enlargement(*picture_HWC.shape[:2])
+    return as_uint8(picture_HWC).repeat(times, axis=0).repeat(times, axis=1)
 
 
 def _masked_heading(rows: Sequence[PanelRow]) -> str:

@@ -1,0 +1,47 @@
+"""How images of any kind become what a screen shows: three channels, in levels that can be seen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.floating[Any]]
+
+DARK = 0.25
+"""An image with less than a thousandth of its pixels above this is black on a screen: 12 of 16 bits end at 0.06."""
+CUT = 0.1
+"""Percent of the pixels at either end that a stretch may leave black or white."""
+STRETCHED = "images of other levels than a screen's: each is shown from its darkest to its brightest 0.1 %"
+
+
+def levels(image_HWC: FloatArray) -> tuple[float, float]:
+    """The values that are shown as black and as white: 0 and 1, or for an image that this would hide, its own range."""
+    finite = image_HWC[np.isfinite(image_HWC)]
+    if not finite.size:
+        return 0.0, 1.0
+    low, high = (float(level) for level in np.percentile(finite, (CUT, 100 - CUT)))
+    if high <= low or (finite.min() >= 0 and finite.max() <= 1 and high >= DARK):
+        return 0.0, 1.0
+    return low, high
+
+
+def stretched(values: FloatArray, black_white: tuple[float, float]) -> FloatArray:
+    """Values as shares of the way from black to white, not clipped."""
+    low, high = black_white
+    return values if (low, high) == (0.0, 1.0) else (values - low) / (high - low)
+
+
+def three_channels(image_HWC: FloatArray) -> FloatArray:
+    """Red, green and blue in 0..1 [H, W, 3]: one channel replicated, two padded by zeros, the first three of more."""
+    chans = image_HWC.shape[2]
+    if chans < 3:
+        fill = image_HWC if chans == 1 else np.zeros_like(image_HWC)
+        image_HWC = np.concatenate([image_HWC, fill, fill], axis=2)
+    return np.clip(np.nan_to_num(image_HWC[:, :, :3]), 0.0, 1.0)
+
+
+def as_uint8(image_HWC: FloatArray) -> npt.NDArray[np.uint8]:
+    """The same as uint8 [H, W, 3]."""
+    return np.round(three_channels(image_HWC) * 255.0).astype(np.uint8)
