@@ -47,7 +47,7 @@ maekit: pretrain vision transformers on your own images by masked autoencoding (
 
 usage: maekit COMMAND ...
 
-  demo                                pretrain and evaluate on bundled photographs, in a minute and a half
+  demo                                pretrain and evaluate on bundled photographs, in about two minutes
   recipes                             the named configs, with cost and expected result
   pretrain RECIPE --data D --out RUN  RECIPE: a name, or a config.json; its fields are flags
   plan RECIPE --data D                a dry run: speed, memory, batch that fits, time of the whole run

@@ -1,4 +1,4 @@
-"""`maekit demo`: pretrain on bundled photographs, evaluate, draw; a minute and a half on two CPU cores, no network.
+"""`maekit demo`: pretrain on bundled photographs, evaluate, draw; two minutes on two CPU cores, no network.
 
 It runs the same tasks that the commands run, one after the other.
 """

@@ -180,6 +180,20 @@ def test_the_command_gives_the_same_config(monkeypatch: pytest.MonkeyPatch) -> N
     assert vars(got[0]) == {**vars(base), **changes, "accum": 4, "out": "runs/photos"}
 
 
+@pytest.mark.parametrize(
+    ("processes", "gpus", "launcher"),
+    [(64, 8, "torchrun --nnodes 8 --nproc_per_node 8 -m maekit"), (8, 8, "torchrun --nproc_per_node 8 -m maekit"),
+     (6, 4, "torchrun --nproc_per_node 6 -m maekit"), (4, 0, "torchrun --nproc_per_node 4 -m maekit"), (1, 8, "maekit")],
+)  # fmt: skip
+def test_more_processes_than_cards_are_several_nodes(
+    processes: int, gpus: int, launcher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = recipes.get("photos")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    config = PlanConfig(**{**vars(base), "processes": processes})
+    assert plan.next_command(config, base, "photos", 1).startswith(f"{launcher} pretrain photos --data")
+
+
 def test_plan_of_a_folder_times_the_loader(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -344,7 +344,7 @@ class SelftestConfig:
 
 @dataclass(kw_only=True)
 class DemoConfig:
-    """Pretrain on bundled photographs, evaluate, draw a panel: a minute and a half on two CPU cores, no network."""
+    """Pretrain on bundled photographs, evaluate, draw a panel: two minutes on two CPU cores, no network."""
 
     out: str = "runs/demo"
     """Folder of the run; runs/demo-2 and so on where it holds one already."""

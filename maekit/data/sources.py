@@ -73,6 +73,8 @@ def _mode(path: str, shown: str) -> int:
         known = ", ".join(KNOWN)
         guess = did_you_mean(shown, KNOWN)
         hint = f"; {guess}" if guess.startswith("did") else ""
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", shown):
+            hint = f"; a data set on the Hugging Face hub: hf download {shown} --repo-type dataset --local-dir DIR"
         raise UserError(f"--data {shown}: no such file or folder, and not a known name ({known}){hint}") from None
     except OSError as error:
         raise UserError(f"--data {shown}: cannot be read ({error.strerror})") from None

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from rich.console import Console
 
 from maekit.config import PlanConfig, PretrainConfig, UserError, flag
@@ -262,7 +263,11 @@ def predict(config: PlanConfig, data: Data, timing: Timing, *, shares_cores: boo
 
 def next_command(config: PlanConfig, base: PretrainConfig, name: str, accum: int) -> str:
     """What starts the run: the recipe, every field that differs from it, and the accumulation that fits."""
-    words = [] if config.processes in (None, 1) else ["torchrun", "--nproc_per_node", str(config.processes), "-m"]
+    count = config.processes or 1
+    here = max(1, torch.cuda.device_count())
+    nodes = count // here if here > 1 and count > here and count % here == 0 else 1
+    launcher = ["torchrun", *(["--nnodes", str(nodes)] if nodes > 1 else []), "--nproc_per_node", str(count // nodes)]
+    words = [*launcher, "-m"] if count > 1 else []
     words += ["maekit", "pretrain", name, "--data", config.data or "FOLDER"]
     for field in dataclasses.fields(PretrainConfig):
         value = getattr(config, field.name)

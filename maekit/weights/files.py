@@ -37,7 +37,8 @@ _WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
 _FACTS = {"epoch": (int,), "norm_pix_loss": (bool,), "mask_ratio": (int, float), "model": (str,)}
 _HOW = (
     "ask its author for a .safetensors file; or, where you trust the file, take the weights out with the program that "
-    'wrote it: torch.save(torch.load(FILE, weights_only=False)["model"], NEW)'
+    "wrote it, where x = torch.load(FILE, weights_only=False): torch.save(x['model'], NEW); x['state_dict'] of "
+    "Lightning's and mmengine's files, x.state_dict() where a whole module was saved"
 )
 
 
