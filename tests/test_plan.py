@@ -183,7 +183,8 @@ def test_the_command_gives_the_same_config(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("processes", "gpus", "launcher"),
     [(64, 8, "torchrun --nnodes 8 --nproc_per_node 8 -m maekit"), (8, 8, "torchrun --nproc_per_node 8 -m maekit"),
-     (6, 4, "torchrun --nproc_per_node 6 -m maekit"), (4, 0, "torchrun --nproc_per_node 4 -m maekit"), (1, 8, "maekit")],
+     (6, 4, "torchrun --nproc_per_node 6 -m maekit"), (4, 0, "torchrun --nproc_per_node 4 -m maekit"),
+     (1, 8, "maekit")],
 )  # fmt: skip
 def test_more_processes_than_cards_are_several_nodes(
     processes: int, gpus: int, launcher: str, monkeypatch: pytest.MonkeyPatch

@@ -42,17 +42,19 @@ class EmbedConfig(SourceConfig):
 class ConvertConfig(SourceConfig):
     """Write weights for another tool, load them back through that tool, and keep them only where outputs agree.
 
-    A classifier's or segmenter's head is left out: what is written is its encoder.
+    A classifier of maekit finetune is written whole; --encoder-only leaves its head, or a decoder, out. Of a
+    segmentation the encoder is written.
     """
 
     to: Literal["timm", "hf", "official", "onnx", "torch-export"]
     """timm: a folder for timm.create_model("local-dir:DIR", pretrained=True); hf: a folder for transformers'
-    from_pretrained; official: a .pth as the released MAE weights; onnx, torch-export: the encoder as a graph."""
+    from_pretrained; official: a .pth as the released MAE weights; onnx, torch-export: a graph from pixels in 0..1 to
+    features or logits."""
     out: str
     """Folder to write; new or empty."""
     pool: Literal["cls", "mean", "tokens"] = "mean"
     """timm, onnx and torch-export: what a call gives. cls: the class token; mean: the mean of the patch tokens;
-    tokens: class, registers, then patches row by row."""
+    tokens: class, registers, then patches row by row. A classifier pools as it was trained, and gives logits."""
 
 
 @dataclass(kw_only=True)

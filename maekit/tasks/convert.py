@@ -16,7 +16,7 @@ import warnings
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from rich.markup import escape
@@ -24,11 +24,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from maekit.config import ConvertConfig, UserError
+from maekit.models.classifier import Classifier
 from maekit.models.encoder import use_fused_attention
 from maekit.models.mae import MaskedAutoencoder
 from maekit.terminal import make_console
 from maekit.weights.card import find_cards, model_card
-from maekit.weights.export import has_decoder, hf_config, obstacles, timm_config, to_hf, to_official, to_timm
+from maekit.weights.export import has_decoder, hf_class, hf_config, obstacles, timm_config, to_hf, to_official, to_timm
 from maekit.weights.readback import (
     Differences,
     fixed_images,
@@ -38,7 +39,9 @@ from maekit.weights.readback import (
     read_timm,
     read_torch_export,
 )
-from maekit.weights.store import load_as
+from maekit.weights.store import load_any
+
+Model: TypeAlias = MaskedAutoencoder | Classifier
 
 TOLERANCE = 1e-4
 """Largest difference that is let pass: float32 products in another order differ by less."""
@@ -48,8 +51,9 @@ EXTRAS = {"hf": ("transformers",), "onnx": ("onnx", "onnxscript", "onnxruntime")
 """Packages of maekit[export] that a target needs."""
 
 
-class Features(nn.Module):
-    """Pixels in 0..1 to features: the normalisation is inside, so that nobody can get it wrong.
+class Graph(nn.Module):
+    """Pixels in 0..1 to features, or to a classifier's logits: the normalisation is inside, so that nobody can get it
+    wrong.
 
     It runs timm's own forward pass: the decoder stays behind, and so does our way of embedding some patches only.
     """
@@ -57,18 +61,22 @@ class Features(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: MaskedAutoencoder, pool: str) -> None:
+    def __init__(self, model: Model, pool: str) -> None:
         super().__init__()
         self.encoder: Any = model.encoder
         self.num_prefix, self.pool = model.num_prefix, pool
+        self.head: nn.Module = nn.Identity()
+        if isinstance(model, Classifier):
+            self.head = nn.Sequential(model.fc_norm, model.head)
         self.register_buffer("mean", model.mean.clone())
         self.register_buffer("std", model.std.clone())
 
     def forward(self, images: Tensor) -> Tensor:
         tokens: Tensor = self.encoder.forward_features((images - self.mean) / self.std)
-        if self.pool == "tokens":
-            return tokens
-        return tokens[:, 0] if self.pool == "cls" else tokens[:, self.num_prefix :].mean(dim=1)
+        if self.pool != "tokens":
+            tokens = tokens[:, 0] if self.pool == "cls" else tokens[:, self.num_prefix :].mean(dim=1)
+        found: Tensor = self.head(tokens)
+        return found
 
 
 def main(source: str, config: ConvertConfig) -> int:
@@ -80,12 +88,13 @@ def main(source: str, config: ConvertConfig) -> int:
     console = make_console()
     out = Path(config.out)
     check_out(out, config)
-    model = load_as(source, config)
+    model = load_any(source, config)
     for line in model.key_report.remarks():
         console.print(line, style="dim", markup=False)
     with_decoder = not config.encoder_only and has_decoder(model)
+    pool = model.pool if isinstance(model, Classifier) else config.pool
     problems = obstacles(model, config.to, with_decoder)
-    if config.pool == "cls" and not model.encoder.has_class_token:
+    if pool == "cls" and not model.encoder.has_class_token:
         problems.append("--pool cls: this encoder has no class token; take --pool mean")
     if problems:
         raise UserError(*problems)
@@ -96,8 +105,8 @@ def main(source: str, config: ConvertConfig) -> int:
         with warnings.catch_warnings():  # of other libraries, about themselves
             warnings.simplefilter("ignore")
             if config.to == "timm":
-                usage = write_timm(temporary, out, model, config.pool)
-                found = read_timm(temporary, model, config.pool)
+                usage = write_timm(temporary, out, model, pool)
+                found = read_timm(temporary, model, pool)
             elif config.to == "hf":
                 usage = write_hf(temporary, out, model, with_decoder)
                 found = read_hf(temporary, model, with_decoder)
@@ -105,11 +114,11 @@ def main(source: str, config: ConvertConfig) -> int:
                 file, usage = write_official(temporary, out, model, with_decoder)
                 found = read_official(file, model)
             elif config.to == "onnx":
-                usage = write_onnx(temporary, out, model, config.pool)
-                found = read_onnx(temporary / "model.onnx", model, config.pool)
+                usage = write_onnx(temporary, out, model, pool)
+                found = read_onnx(temporary / "model.onnx", model, pool)
             else:
-                usage = write_torch_export(temporary, out, model, config.pool)
-                found = read_torch_export(temporary / "model.pt2", model, config.pool)
+                usage = write_torch_export(temporary, out, model, pool)
+                found = read_torch_export(temporary / "model.pt2", model, pool)
         judge(found, config)
         cards = find_cards(Path(source)) if Path(source).is_dir() else {}
         # Where the folder lies now is nobody else's business.
@@ -125,7 +134,9 @@ def main(source: str, config: ConvertConfig) -> int:
     console.print(f"written: {escape(str(out))} ({files})", soft_wrap=True)
     for name, difference in found.items():
         console.print(f"same {name}: largest difference {difference:.1e}")
-    if config.to in ("hf", "official") and not with_decoder:
+    if isinstance(model, Classifier):
+        console.print(f"the classifier of {len(model.classes)} classes; --encoder-only writes the encoder alone")
+    elif config.to in ("hf", "official") and not with_decoder:
         kind = (
             "ViTModel; load it with add_pooling_layer=False" if config.to == "hf" else "the names of released encoders"
         )
@@ -163,7 +174,7 @@ def judge(found: Differences, config: ConvertConfig) -> None:
         raise UserError(*wrong)
 
 
-def header(model: MaskedAutoencoder) -> dict[str, str]:
+def header(model: Model) -> dict[str, str]:
     """What a safetensors or ONNX file says about its origin; `format` is what transformers asks for."""
     passport = model.passport
     return {
@@ -172,16 +183,17 @@ def header(model: MaskedAutoencoder) -> dict[str, str]:
         "made_by": f"maekit {version('maekit')}",
         "mean": json.dumps(passport.mean),
         "std": json.dumps(passport.std),
+        **({"classes": json.dumps(passport.classes)} if passport.classes else {}),
     }
 
 
-def save_weights(state: dict[str, Tensor], folder: Path, model: MaskedAutoencoder) -> None:
+def save_weights(state: dict[str, Tensor], folder: Path, model: Model) -> None:
     """model.safetensors, readable for everybody who may read the folder."""
     save_file(own(state), folder / "model.safetensors", metadata=header(model))
     (folder / "model.safetensors").chmod(0o644)
 
 
-def write_timm(folder: Path, out: Path, model: MaskedAutoencoder, pool: str) -> str:
+def write_timm(folder: Path, out: Path, model: Model, pool: str) -> str:
     """config.json and model.safetensors, as timm's own `local-dir:` and `hf-hub:` read them."""
     config = timm_config(model.passport, pool)
     config["pretrained_cfg"]["license"] = model.passport.weights_license
@@ -191,14 +203,17 @@ def write_timm(folder: Path, out: Path, model: MaskedAutoencoder, pool: str) -> 
     return f'import timm\n\nmodel = timm.create_model("local-dir:{out}", pretrained=True).eval()'
 
 
-def write_hf(folder: Path, out: Path, model: MaskedAutoencoder, with_decoder: bool) -> str:
+def write_hf(folder: Path, out: Path, model: Model, with_decoder: bool) -> str:
     """config.json, preprocessor_config.json and model.safetensors, as `from_pretrained` reads them."""
     from transformers import ViTConfig, ViTImageProcessor, ViTMAEConfig
 
     kind = ViTMAEConfig if with_decoder else ViTConfig
     encoder: Any = model.encoder
     fields = hf_config(model.config, encoder.norm.eps, with_decoder)
-    name = "ViTMAEForPreTraining" if with_decoder else "ViTModel"
+    name = hf_class(model, with_decoder)
+    if isinstance(model, Classifier):
+        fields["id2label"] = dict(enumerate(model.classes))
+        fields["label2id"] = {label: index for index, label in enumerate(model.classes)}
     kind(**fields, architectures=[name]).save_pretrained(folder)
     height, width = model.config.size_hw
     ViTImageProcessor(
@@ -210,11 +225,8 @@ def write_hf(folder: Path, out: Path, model: MaskedAutoencoder, with_decoder: bo
         image_mean=list(model.passport.mean),
         image_std=list(model.passport.std),
     ).save_pretrained(folder)
-    state = model.state_dict()
-    if not with_decoder:
-        state = {key: value for key, value in state.items() if key.startswith("encoder.")}
-    save_weights(to_hf(state, model.config), folder, model)
-    more = "" if with_decoder else ", add_pooling_layer=False"
+    save_weights(to_hf(chosen(model, with_decoder), model.config), folder, model)
+    more = ", add_pooling_layer=False" if name == "ViTModel" else ""
     return (
         f"from transformers import ViTImageProcessor, {name}\n\n"
         f'processor = ViTImageProcessor.from_pretrained("{out}")\n'
@@ -222,54 +234,67 @@ def write_hf(folder: Path, out: Path, model: MaskedAutoencoder, with_decoder: bo
     )
 
 
-def write_official(folder: Path, out: Path, model: MaskedAutoencoder, with_decoder: bool) -> tuple[Path, str]:
+def write_official(folder: Path, out: Path, model: Model, with_decoder: bool) -> tuple[Path, str]:
     """One .pth with tensors and nothing else, named as the released ones."""
     name = "mae_pretrain_full.pth" if with_decoder else "mae_pretrain.pth"
-    state = model.state_dict()
-    if not with_decoder:
-        state = {key: value for key, value in state.items() if key.startswith("encoder.")}
-    torch.save({"model": own(to_official(state, model.config))}, folder / name)
+    if isinstance(model, Classifier):
+        name = "mae_finetuned.pth"
+    torch.save({"model": own(to_official(chosen(model, with_decoder), model.config))}, folder / name)
     return folder / name, f'import torch\n\nstate = torch.load("{out / name}", weights_only=True)["model"]'
 
 
-def write_onnx(folder: Path, out: Path, model: MaskedAutoencoder, pool: str) -> str:
-    """model.onnx: `images` (pixels in 0..1, any batch size) to `features`."""
+def write_onnx(folder: Path, out: Path, model: Model, pool: str) -> str:
+    """model.onnx: `images` (pixels in 0..1, any batch size) to `features`, or to a classifier's `logits`."""
     import onnx
 
+    answer = "logits" if isinstance(model, Classifier) else "features"
     program = traced(model, pool)
     path = folder / "model.onnx"
     large = sum(value.nbytes for value in model.state_dict().values()) > ONNX_INLINE_BYTES
     exported: Any = torch.onnx.export(
-        program, input_names=["images"], output_names=["features"], dynamo=True, verbose=False
+        program, input_names=["images"], output_names=[answer], dynamo=True, verbose=False
     )
-    for key, value in (header(model) | {"pool": pool, "input": "pixels in 0..1"}).items():
+    for key, value in (header(model) | told(pool)).items():
         if key != "format":
             exported.model.metadata_props[key] = value
     exported.save(path, external_data=large)
     onnx.checker.check_model(path)
     return (
         f'import onnxruntime\n\nsession = onnxruntime.InferenceSession("{out / path.name}")\n'
-        'features = session.run(["features"], {"images": pixels})[0]  # float32 [batch, channel, row, column] in 0..1'
+        "# pixels: float32 [batch, channel, row, column] in 0..1\n"
+        f'{answer} = session.run(["{answer}"], {{"images": pixels}})[0]'
     )
 
 
-def write_torch_export(folder: Path, out: Path, model: MaskedAutoencoder, pool: str) -> str:
+def write_torch_export(folder: Path, out: Path, model: Model, pool: str) -> str:
     """model.pt2: the graph and the weights, which torch loads without any of our code."""
-    extra = {"maekit.json": json.dumps(header(model) | {"pool": pool, "input": "pixels in 0..1"})}
+    extra = {"maekit.json": json.dumps(header(model) | told(pool))}
     torch.export.save(traced(model, pool), folder / "model.pt2", extra_files=extra)
     return (
         f'import torch\n\nmodel = torch.export.load("{out / "model.pt2"}").module()\n'
-        "features = model(pixels)  # float32 [batch, channel, row, column] in 0..1"
+        "# pixels: float32 [batch, channel, row, column] in 0..1\n"
+        f"{'logits' if isinstance(model, Classifier) else 'features'} = model(pixels)"
     )
 
 
-def traced(model: MaskedAutoencoder, pool: str) -> Any:
+def traced(model: Model, pool: str) -> Any:
     """The encoder as a graph for any batch size."""
     use_fused_attention(model, fused=True)
     batch = torch.export.Dim("batch", min=1)
     return torch.export.export(
-        Features(model, pool).eval(), (fixed_images(model),), dynamic_shapes={"images": {0: batch}}, strict=False
+        Graph(model, pool).eval(), (fixed_images(model),), dynamic_shapes={"images": {0: batch}}, strict=False
     )
+
+
+def told(pool: str) -> dict[str, str]:
+    """What a graph is given and gives."""
+    return {"input": "pixels in 0..1", "pool": pool}
+
+
+def chosen(model: Model, with_decoder: bool) -> dict[str, Tensor]:
+    """The tensors that are written: those of a decoder only where it was trained."""
+    kept = model.state_dict()
+    return {name: value for name, value in kept.items() if with_decoder or not name.startswith("decoder.")}
 
 
 def own(state: dict[str, Tensor]) -> dict[str, Tensor]:

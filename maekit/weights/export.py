@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from maekit.config import ModelConfig
+from maekit.models.classifier import Classifier
 from maekit.models.encoder import EPS, OFFICIAL_MODELS
 from maekit.models.mae import MaskedAutoencoder
 from maekit.weights.layouts import LAYOUTS, State
@@ -28,27 +29,28 @@ _MEANING = {"ls1": "layer scale", "ls2": "layer scale", "q_norm": "normalised qu
             "norm_pre": "a normalisation before the blocks", "reg_token": "register tokens"}  # fmt: skip
 
 
-def has_decoder(model: MaskedAutoencoder) -> bool:
-    """Whether there is a trained decoder to take along: weights of an encoder alone have none."""
-    return model.passport is None or model.passport.kind != "encoder"
+def has_decoder(model: MaskedAutoencoder | Classifier) -> bool:
+    """Whether there is a trained decoder to take along: weights of an encoder alone, or of a classifier, have none."""
+    return isinstance(model, MaskedAutoencoder) and (model.passport is None or model.passport.kind != "encoder")
 
 
-def tool_class(to: Target, with_decoder: bool) -> str:
-    """What the target's own class or format is called."""
-    return {
-        "timm": "timm's VisionTransformer",
-        "hf": "transformers' ViTMAE" if with_decoder else "transformers' ViTModel",
-        "official": "the official MAE code" if with_decoder else "the official encoder layout",
-        "onnx": "ONNX",
-        "torch-export": "torch.export",
-    }[to]
+def hf_class(model: MaskedAutoencoder | Classifier, with_decoder: bool) -> str:
+    """The class of transformers that holds the model."""
+    if isinstance(model, Classifier):
+        return "ViTForImageClassification"
+    return "ViTMAEForPreTraining" if with_decoder else "ViTModel"
 
 
-def obstacles(model: MaskedAutoencoder, to: Target, with_decoder: bool) -> list[str]:
+def obstacles(model: MaskedAutoencoder | Classifier, to: Target, with_decoder: bool) -> list[str]:
     """Everything in this model that the target cannot express, one reason a line; empty where it can be written."""
     if to in ("onnx", "torch-export"):
         return []
-    tool, config = tool_class(to, with_decoder), model.config
+    tool = {
+        "timm": "timm's VisionTransformer",
+        "hf": f"transformers' {hf_class(model, with_decoder).removesuffix('ForPreTraining')}",
+        "official": "the official MAE code" if with_decoder else "the official encoder layout",
+    }[to]
+    config, pooled_norm = model.config, isinstance(model, Classifier) and model.pool == "mean"
     encoder: Any = model.encoder
     found = []
     if config.head_dim is not None:
@@ -63,6 +65,8 @@ def obstacles(model: MaskedAutoencoder, to: Target, with_decoder: bool) -> list[
         found.append(f"{config.reg_tokens} register tokens, and it has none")
     if model.grid_hw[0] != model.grid_hw[1]:
         found.append(f"a grid of {model.grid_hw[0]} x {model.grid_hw[1]} patches, and it takes square images only")
+    if to == "hf" and pooled_norm:
+        found.append("pooling by the mean, and it reads the class token (maekit finetune --pool cls does too)")
     if found:  # the names below would only repeat it
         return [f"{tool} cannot hold this model: {reason}" for reason in found]
     names = encoder.state_dict().keys()
@@ -72,7 +76,8 @@ def obstacles(model: MaskedAutoencoder, to: Target, with_decoder: bool) -> list[
         found.append(f"{_MEANING.get(part, strange[0])} (`{strange[0]}`), and it has no such parameter")
     blocks = [f"blocks.{i}.{name}" for i in range(len(encoder.blocks)) for name in
               ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]  # fmt: skip
-    wanted = [f"{name}.{kind}" for name in (*blocks, "norm", "patch_embed.proj") for kind in ("weight", "bias")]
+    outer = ("patch_embed.proj",) if pooled_norm else ("norm", "patch_embed.proj")
+    wanted = [f"{name}.{kind}" for name in (*blocks, *outer) for kind in ("weight", "bias")]
     if missing := [name for name in wanted if name not in names]:
         found.append(f"no `{missing[0]}`, and it always has one")
     act = encoder.blocks[0].mlp.act
@@ -103,31 +108,33 @@ def _decoder_obstacles(config: ModelConfig, to: Target) -> list[str]:
 
 
 def to_timm(state: Mapping[str, Tensor], config: ModelConfig) -> State:
-    """The encoder in timm's names; everything that timm can build, it can hold."""
-    return {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
+    """Encoder and classifier's head in timm's names; everything that timm can build, it can hold."""
+    return {name.removeprefix("encoder."): value for name, value in state.items() if not name.startswith("decoder.")}
 
 
 def timm_config(passport: Passport, pool: str) -> dict[str, Any]:
     """What timm's `local-dir:` and `hf-hub:` read from config.json.
 
-    The pooling is timm's: "avg" is the mean of the normalised patch tokens (`fc_norm` off: timm would otherwise
-    normalise after the mean), "token" the class token, "" none. The resizing is that of `encode`'s centre crops.
+    The pooling is timm's: "avg" is the mean of the patch tokens, "token" the class token, "" none. A classifier's mean
+    is normalised (`fc_norm`, timm's default), an encoder's is that of normalised tokens. The resizing is that of
+    `encode`'s centre crops.
     """
-    config = passport.model
+    config, count = passport.model, len(passport.classes)
     return {
         "architecture": OFFICIAL_MODELS.get(config.model, config.model),
-        "num_classes": 0,
+        "num_classes": count,
+        **({"label_names": list(passport.classes)} if count else {}),
         "num_features": config.embed_dim,
         "global_pool": _TIMM_POOL[pool],
         "model_args": {
             "img_size": list(config.size_hw), "patch_size": config.patch_size, "in_chans": config.in_chans,
             "embed_dim": config.embed_dim, "depth": config.depth, "num_heads": config.num_heads,
             "mlp_ratio": config.mlp_ratio, "class_token": config.class_token, "reg_tokens": config.reg_tokens,
-            "num_classes": 0, "global_pool": _TIMM_POOL[pool], "fc_norm": False,
+            "num_classes": count, "global_pool": _TIMM_POOL[pool], "fc_norm": count > 0 and pool == "mean",
         },
         "pretrained_cfg": {
             "tag": "mae", "custom_load": False, "input_size": [config.in_chans, *config.size_hw],
-            "fixed_input_size": True, "num_classes": 0, "interpolation": passport.interpolation,
+            "fixed_input_size": True, "num_classes": count, "interpolation": passport.interpolation,
             "crop_pct": passport.crop_pct, "crop_mode": "center", "mean": list(passport.mean),
             "std": list(passport.std), "pool_size": None, "first_conv": "patch_embed.proj", "classifier": "head",
         },
@@ -138,16 +145,21 @@ _TIMM_POOL = {"mean": "avg", "cls": "token", "tokens": ""}
 
 
 def to_official(state: Mapping[str, Tensor], config: ModelConfig) -> State:
-    """The names of the released weights: timm's for the encoder, and the decoder's beside them."""
-    return LAYOUTS["official"].from_maekit(_whole_positions(state, config))
+    """The names of the released weights: timm's for the encoder, and the decoder's or the classifier's beside them."""
+    body, head = _parted(state)
+    return {**LAYOUTS["official"].from_maekit(_whole_positions(body, config)), **head}
 
 
 def to_hf(state: Mapping[str, Tensor], config: ModelConfig) -> State:
-    """`ViTMAEForPreTraining` in transformers' names; without a decoder in `state`, `ViTModel`.
+    """`ViTMAEForPreTraining` in transformers' names; with a head in `state` `ViTForImageClassification`, with the
+    encoder alone `ViTModel`.
 
     The names of transformers 4, which 5 reads as well.
     """
-    found = LAYOUTS["hf"].from_maekit(_whole_positions(state, config))
+    body, head = _parted(state)
+    found = LAYOUTS["hf"].from_maekit(_whole_positions(body, config))
+    if head:
+        return found | {f"classifier.{name.removeprefix('head.')}": value for name, value in head.items()}
     if any(name.startswith("decoder.") for name in found):
         return found
     return {name.removeprefix("vit."): value for name, value in found.items()}
@@ -169,6 +181,12 @@ def hf_config(config: ModelConfig, eps: float, with_decoder: bool) -> dict[str, 
             "mask_ratio": config.mask_ratio, "norm_pix_loss": config.target == "norm-pixels",
         }  # fmt: skip
     return found
+
+
+def _parted(state: Mapping[str, Tensor]) -> tuple[State, State]:
+    """Encoder and decoder, and the head of a classifier: its linear layer and the norm before it."""
+    head = {name: value for name, value in state.items() if name.startswith(("head.", "fc_norm."))}
+    return {name: value for name, value in state.items() if name not in head}, head
 
 
 def _whole_positions(state: Mapping[str, Tensor], config: ModelConfig) -> State:

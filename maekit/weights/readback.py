@@ -17,14 +17,16 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from maekit.config import UserError
+from maekit.models.classifier import Classifier
 from maekit.models.encoder import EPS, OFFICIAL_MODELS
 from maekit.models.mae import MaskedAutoencoder
 from maekit.models.targets import patchify
+from maekit.weights.export import hf_class
 
 Differences = dict[str, float]
 
 
-def fixed_images(model: MaskedAutoencoder, count: int = 2) -> Tensor:
+def fixed_images(model: MaskedAutoencoder | Classifier, count: int = 2) -> Tensor:
     """The input of every comparison [count, C, H, W]: pixels in 0..1, always the same."""
     pixels = torch.rand(count, model.config.in_chans, *model.config.size_hw, generator=torch.Generator().manual_seed(0))
     return pixels.to(model.mean.dtype)
@@ -38,28 +40,36 @@ def worst(one: Tensor, other: Tensor) -> float:
     return found if found == found else float("inf")
 
 
+def answer(model: MaskedAutoencoder | Classifier, images: Tensor, pool: Any) -> tuple[str, Tensor]:
+    """What a plain call of an exported model must give for normalised images, and its name."""
+    if isinstance(model, Classifier):
+        return "logits", model(images)
+    return f"features ({pool})", model.encode(images, pool=pool)
+
+
 @torch.no_grad()
-def read_timm(folder: Path, model: MaskedAutoencoder, pool: Any) -> Differences:
+def read_timm(folder: Path, model: MaskedAutoencoder | Classifier, pool: Any) -> Differences:
     """By `timm.create_model("local-dir:...", pretrained=True)`: all tokens, and what a plain call gives."""
     theirs: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     images = model.normalize(fixed_images(model))
     config = timm.data.resolve_model_data_config(theirs)
     told = torch.tensor([*config["mean"], *config["std"]])
     ours = torch.cat([model.mean.flatten(), model.std.flatten()])
+    name, expected = answer(model, images, pool)
     return {
         "tokens": worst(theirs.forward_features(images), model.encode(images, pool="tokens")),
-        f"features ({pool})": worst(theirs(images), model.encode(images, pool=pool)),
+        name: worst(theirs(images), expected),
         "mean and std": worst(told, ours),
     }
 
 
 @torch.no_grad()
-def read_hf(folder: Path, model: MaskedAutoencoder, with_decoder: bool) -> Differences:
-    """By `from_pretrained`: tokens, and for ViTMAE loss and predictions under the same masks."""
+def read_hf(folder: Path, model: MaskedAutoencoder | Classifier, with_decoder: bool) -> Differences:
+    """By `from_pretrained`: tokens; for ViTMAE loss and predictions under the same masks; for a classifier logits."""
     import transformers
 
-    kind: Any = transformers.ViTMAEForPreTraining if with_decoder else transformers.ViTModel
-    more = {} if with_decoder else {"add_pooling_layer": False}
+    kind: Any = getattr(transformers, hf_class(model, with_decoder))
+    more = {} if with_decoder or isinstance(model, Classifier) else {"add_pooling_layer": False}
     bars: Any = transformers.utils.logging
     shown = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()
@@ -71,6 +81,12 @@ def read_hf(folder: Path, model: MaskedAutoencoder, with_decoder: bool) -> Diffe
     _refuse_gaps(told)
     images = model.normalize(fixed_images(model))
     tokens = model.encode(images, pool="tokens")
+    if isinstance(model, Classifier):
+        theirs.eval()
+        return {
+            "tokens": worst(theirs.vit(images).last_hidden_state, tokens),
+            "logits": worst(theirs(images).logits, model(images)),
+        }
     if not with_decoder:
         return {"tokens": worst(theirs.eval()(images).last_hidden_state, tokens)}
     out = model(images, seed=0)
@@ -130,20 +146,25 @@ class _OfficialDecoder(nn.Module):
 
 
 @torch.no_grad()
-def read_official(file: Path, model: MaskedAutoencoder) -> Differences:
+def read_official(file: Path, model: MaskedAutoencoder | Classifier) -> Differences:
     """As the official code reads it (`torch.load`, entry `model`, strict names), into timm's encoder, on which that
     code is built, and a decoder that is written anew: the official one cannot be shipped, its licence is CC-BY-NC.
     """
     state = torch.load(file, map_location="cpu", weights_only=True)["model"]
     config, images = model.config, model.normalize(fixed_images(model))
     inner = {name: value for name, value in state.items() if not name.startswith("decoder_") and name != "mask_token"}
+    head: dict[str, Any] = {"num_classes": 0, "global_pool": ""}
+    if isinstance(model, Classifier):
+        head = {"num_classes": len(model.classes), "global_pool": {"mean": "avg", "cls": "token"}[model.pool]}
     theirs: Any = timm.create_model(
-        OFFICIAL_MODELS.get(config.model, config.model), num_classes=0, global_pool="", img_size=config.size_hw,
+        OFFICIAL_MODELS.get(config.model, config.model), **head, img_size=config.size_hw,
         patch_size=config.patch_size, in_chans=config.in_chans, embed_dim=config.embed_dim, depth=config.depth,
         num_heads=config.num_heads, mlp_ratio=config.mlp_ratio, class_token=True, reg_tokens=0, no_embed_class=False,
     ).eval()  # fmt: skip
     theirs.load_state_dict(inner, strict=True)
     found = {"tokens": worst(theirs.forward_features(images), model.encode(images, pool="tokens"))}
+    if isinstance(model, Classifier):
+        return {**found, "logits": worst(theirs(images), model(images))}
     outer = {name: value for name, value in state.items() if name not in inner}
     if not outer:
         return found
@@ -164,30 +185,29 @@ def read_official(file: Path, model: MaskedAutoencoder) -> Differences:
     }
 
 
-def read_onnx(file: Path, model: MaskedAutoencoder, pool: Any) -> Differences:
+def read_onnx(file: Path, model: MaskedAutoencoder | Classifier, pool: Any) -> Differences:
     """By onnxruntime on the CPU, for batches of 1 and 3."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
 
     def run(images: Tensor) -> Tensor:
-        found = session.run(["features"], {"images": np.ascontiguousarray(images.numpy())})[0]
+        found = session.run(None, {"images": np.ascontiguousarray(images.numpy())})[0]
         return torch.from_numpy(np.asarray(found))
 
     return _batches(run, model, pool)
 
 
-def read_torch_export(file: Path, model: MaskedAutoencoder, pool: Any) -> Differences:
+def read_torch_export(file: Path, model: MaskedAutoencoder | Classifier, pool: Any) -> Differences:
     """By `torch.export.load`, for batches of 1 and 3."""
     return _batches(torch.export.load(file).module(), model, pool)
 
 
 @torch.no_grad()
-def _batches(run: Any, model: MaskedAutoencoder, pool: Any) -> Differences:
+def _batches(run: Any, model: MaskedAutoencoder | Classifier, pool: Any) -> Differences:
     found = {}
     for count in (1, 3):
         images = fixed_images(model, count)
-        found[f"features ({pool}), batch of {count}"] = worst(
-            run(images), model.encode(model.normalize(images), pool=pool)
-        )
+        name, expected = answer(model, model.normalize(images), pool)
+        found[f"{name}, batch of {count}"] = worst(run(images), expected)
     return found
