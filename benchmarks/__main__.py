@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -220,23 +221,30 @@ def starting(bench: Bench) -> list[Row]:
     ]
 
 
-def accelerated(bench: Bench) -> list[Row]:
-    """ViT-B, L and H in bfloat16, and the cifar10 recipe, beside Hugging Face as it comes, and compiled."""
+def accelerated(bench: Bench, number: int, recipe: str, batch: int) -> list[Row]:
+    """A recipe in bfloat16, beside Hugging Face as it comes, and compiled."""
     rows = []
-    shapes = (("in1k-vit-base", 512), ("in1k-vit-large", 256), ("in1k-vit-huge", 128), ("cifar10", 128))
-    for number, (recipe, batch) in enumerate(shapes, 1):
-        for compiled in ("off", "on")[: 1 if bench.config.tiny else 2]:
-            result = bench.step(
-                recipe, batch_size=batch, precision="bf16", peer_precision="bf16", peer_compile=compiled, warmup=2,
-                memory=bench.device.type == "cuda" and compiled == "off",
-            )  # fmt: skip
-            work = f"{recipe} step, batch {batch}, vs HF{' compiled' if compiled == 'on' else ''}"
-            rows.append(versus(number, work, result))
-            if result["ours"]["peak_memory"]:
-                used = [result[side]["peak_memory"] for side in ("ours", "peer")]
-                ours, peer = (f"{one / 1e9:.1f} GB" for one in used)
-                rows.append(Row(number, f"{recipe} peak memory", ours, peer, result["memory_ratio"], lower=True))
+    for compiled in ("off", "on")[: 1 if bench.config.tiny else 2]:
+        result = bench.step(
+            recipe, batch_size=batch, precision="bf16", peer_precision="bf16", peer_compile=compiled, warmup=2,
+            memory=bench.device.type == "cuda" and compiled == "off",
+        )  # fmt: skip
+        work = f"{recipe} step, batch {batch}, vs HF{' compiled' if compiled == 'on' else ''}"
+        rows.append(versus(number, work, result))
+        if result["ours"]["peak_memory"]:
+            used = [result[side]["peak_memory"] for side in ("ours", "peer")]
+            ours, peer = (f"{one / 1e9:.1f} GB" for one in used)
+            rows.append(Row(number, f"{recipe} peak memory", ours, peer, result["memory_ratio"], lower=True))
     return rows
+
+
+ACCELERATOR_SET: dict[int, Callable[[Bench], Row | list[Row]]] = {
+    number: partial(accelerated, number=number, recipe=recipe, batch=batch)
+    for number, (recipe, batch) in enumerate(
+        (("in1k-vit-base", 512), ("in1k-vit-large", 256), ("in1k-vit-huge", 128), ("cifar10", 128)), 1
+    )
+}
+"""ViT-B, L and H, and the cifar10 recipe."""
 
 
 CPU_SET: dict[int, Callable[[Bench], Row | list[Row]]] = {
@@ -251,28 +259,35 @@ def measure(config: BenchConfig) -> tuple[list[Row], dict[str, Any], Bench]:
     Raises:
         UserError: a row that does not exist.
     """
-    if unknown := [number for number in config.only if number not in {*CPU_SET, 7}]:
-        raise UserError(f"--only {unknown[0]}: the rows are 1 to 9")
+    works = ACCELERATOR_SET if config.accelerator else CPU_SET
+    known = set(works) if config.accelerator else {*works, 7}
+    if unknown := [number for number in config.only if number not in known]:
+        raise UserError(f"--only {unknown[0]}: the rows are 1 to {max(known)}")
     if config.threads:
         torch.set_num_threads(config.threads)
     wanted = "cuda" if config.accelerator else "cpu"
     device = torch.device(wanted if config.device == "auto" else config.device)
     bench = Bench(config, device, peaks(device, 1, 128) if config.tiny else peaks(device))
     rows: list[Row] = []
-    works = {0: accelerated} if config.accelerator else CPU_SET
     for number, work in works.items():
-        if config.only and number and not {number, 7 if number == 6 else number} & set(config.only):
+        also = 7 if number == 6 and not config.accelerator else number
+        if config.only and not {number, also} & set(config.only):
             continue
-        print(f"measuring {work.__name__.replace('_', ' ')} ...", file=sys.stderr, flush=True)
+        print(f"measuring row {number} ...", file=sys.stderr, flush=True)
         found = work(bench)
         rows += found if isinstance(found, list) else [found]
-    result = {
+        write_json(config.json, result_of(bench, rows))  # whatever comes next, this is kept
+    return rows, result_of(bench, rows), bench
+
+
+def result_of(bench: Bench, rows: list[Row]) -> dict[str, Any]:
+    """What goes into the JSON."""
+    return {
         "rows": [{**row._asdict(), "verdict": row.verdict} for row in rows],
         "peaks": bench.peaks,
-        "environment": environment(device),
+        "environment": environment(bench.device),
         "raw": bench.raw,
     }
-    return rows, result, bench
 
 
 def main(config: BenchConfig) -> int:

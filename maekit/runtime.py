@@ -67,9 +67,14 @@ def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def choose_precision(requested: str, device: torch.device) -> Choice[str]:
-    """fp32 or bf16 for the matrix products: bf16 only where the hardware multiplies in it."""
+    """fp32 or bf16 for the matrix products: bf16 only where the hardware multiplies in it.
+
+    On CUDA, fp32 is so in convolutions too from here on, where torch's default is 19 bits (TF32).
+    """
     import torch
 
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
     if requested != "auto":
         return Choice(requested, "as asked for")
     if device.type == "cuda":
@@ -202,6 +207,7 @@ def compile_or_eager(model: torch.nn.Module, how: str, report: Callable[[str], N
 
     if how == "off":
         return model.__call__
+    _lower_both_passes()
     compiled, parts = model.__call__, []
     if how == "blocks":
         parts = [block for name, block in model.named_modules() if re.search(r"\.blocks\.\d+$", name)]
@@ -223,13 +229,24 @@ def compile_or_eager(model: torch.nn.Module, how: str, report: Callable[[str], N
                 use["compiled"] = False
                 for part in parts:
                     part._compiled_call_impl = None
-                report(f"eager from here on, torch.compile failed: {str(error).splitlines()[0]}")
+                reason = " ".join(str(error).split())[:300] or type(error).__name__
+                report(f"eager from here on, torch.compile failed: {reason}")
             else:
                 use["proven"] = True
                 return output
         return model(*arguments, **named)
 
     return run
+
+
+def _lower_both_passes() -> None:
+    """Compile the backward pass with the forward one, where torch has that switch: its failure then comes in the call
+    that can still go on without, and not in the first `backward`.
+    """
+    from torch._functorch import config
+
+    if hasattr(config, "force_non_lazy_backward_lowering"):
+        config.force_non_lazy_backward_lowering = True
 
 
 @contextlib.contextmanager

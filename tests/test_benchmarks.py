@@ -251,8 +251,23 @@ def test_the_table_of_the_cpu_set(
     assert "GFLOP/s in float32" in said
 
 
-def test_the_accelerators_set_runs_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
-    """At a tiny size, in bfloat16: four recipes beside Hugging Face."""
+def test_the_accelerators_set_runs_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At a tiny size, in bfloat16: four recipes beside Hugging Face; what was measured before an error is kept."""
+    path = tmp_path / "rows.json"
+    config = bench.BenchConfig(accelerator=True, tiny=True, device="cpu", threads=1, only=(4, 2), json=str(path))
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(bench.ACCELERATOR_SET, 4, broken)
+        with pytest.raises(RuntimeError):
+            bench.main(config)
+    assert [row["number"] for row in json.loads(path.read_text())["rows"]] == [2]
+    with pytest.raises(UserError, match="--only 9: the rows are 1 to 4"):
+        bench.measure(bench.BenchConfig(accelerator=True, device="cpu", only=(9,)))
     assert bench.main(bench.BenchConfig(accelerator=True, tiny=True, device="cpu", threads=1)) == 0
     said = capsys.readouterr().out
     assert all(name in said for name in ("in1k-vit-base", "in1k-vit-large", "in1k-vit-huge", "cifar10"))

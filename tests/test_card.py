@@ -242,8 +242,9 @@ def heldout_ids(count: int) -> set[int]:
     return set(np.flatnonzero(evaluation.held_out_S(np.arange(count, dtype=np.int64))).tolist())
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_an_encoder_trained_with_labels(
-    data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    precision: str, data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It learns (its features tell brightness apart better than at the start), and never sees a held-out image."""
     used: list[Ids] = []
@@ -262,7 +263,17 @@ def test_an_encoder_trained_with_labels(
 
     monkeypatch.setattr(probe, "train_supervised", train)
     monkeypatch.setattr(anew, "SUPERVISED_BATCH", 54)
-    words = [str(data[0]), "--data", str(data[1]), "--scratch", "--scratch-epochs", "12", "--probes"]
+    words = [
+        str(data[0]),
+        "--data",
+        str(data[1]),
+        "--precision",
+        precision,
+        "--scratch",
+        "--scratch-epochs",
+        "12",
+        "--probes",
+    ]
     card = card_of([*words, "--no-baselines"], tmp_path)
     assert card["scores"][1]["source"] == f"{data[0]}, trained with labels"
     assert card["scores"][1]["linear"] > 0.75

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import TINY
 from tiny_runs import SMALLEST, run
+from torch._dynamo.backends.common import aot_autograd
 
 from maekit.config import PretrainConfig
 from maekit.data.loader import Batch
@@ -63,6 +64,24 @@ def test_a_failed_compilation_is_said_and_survived(how: str, monkeypatch: pytest
     loss, gradient = step(how, said)
     assert said == ["eager from here on, torch.compile failed: no compiler today"]
     monkeypatch.undo()
+    wanted_loss, wanted = step("off", said)
+    assert loss == wanted_loss
+    assert torch.equal(gradient, wanted)
+
+
+def test_a_failed_backward_compilation_is_survived_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both passes are compiled in the first call, which can still go on without."""
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("\n  no backward today")
+
+    backend = aot_autograd(fw_compiler=lambda graph, _: graph.forward, bw_compiler=broken)
+    compile_it = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compile_it(model, backend=backend, dynamic=False))
+    said: list[str] = []
+    loss, gradient = step("whole", said)
+    assert len(said) == 1 and "no backward today" in said[0]
+    torch.compiler.reset()
     wanted_loss, wanted = step("off", said)
     assert loss == wanted_loss
     assert torch.equal(gradient, wanted)

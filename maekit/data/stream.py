@@ -5,6 +5,7 @@ Shapes: B batch, C channels, H x W pixels in, S x T pixels out, N images.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -26,6 +27,8 @@ from maekit.data.workers import WorkerStart
 from maekit.runtime import to_device
 from maekit.seeding import own_generators
 
+PREFETCHED_BYTES = 8 << 30
+"""What batches that are ready ahead may take: four for each of 16 workers are 40 GB of 4,096 images of 224 px."""
 _REPLACEMENTS = 100
 """How many following images are tried at least in the place of one that cannot be read."""
 
@@ -52,15 +55,23 @@ class StreamPool:
 
     def train_batches(self, shares: Iterable[tuple[int, Ids]]) -> Iterator[Batch]:
         told = 0  # what evaluation met is told here too: nobody else listens
-        for batch in self._batches([(epoch, int(i)) for i in ids] for epoch, ids in shares):
+        largest = self.config.batch_size // self.config.accum  # of one process
+        for batch in self._batches(([(epoch, int(i)) for i in ids] for epoch, ids in shares), largest):
             yield batch._replace(bad=list(self.bad.items())[told:]) if len(self.bad) > told else batch
             told = len(self.bad)
 
     def eval_batches(self, ids: Ids, batch_size: int) -> Iterator[Batch]:
         starts = range(0, len(ids), batch_size)
-        yield from self._batches([(None, int(i)) for i in ids[start : start + batch_size]] for start in starts)
+        yield from self._batches(
+            ([(None, int(i)) for i in ids[start : start + batch_size]] for start in starts), batch_size
+        )
 
-    def _batches(self, keys: Iterable[list[tuple[int | None, int]]]) -> Iterator[Batch]:
+    def _prefetched(self, images: int) -> int:
+        """Batches of so many 8-bit images that each worker holds ready: 4, and fewer where that takes much memory."""
+        size = images * self.config.in_chans * math.prod(self.config.size_hw)
+        return max(1, min(4, PREFETCHED_BYTES // max(1, size * self.workers)))
+
+    def _batches(self, keys: Iterable[list[tuple[int | None, int]]], images: int) -> Iterator[Batch]:
         loader: DataLoader[Any] = DataLoader(
             Decoder(self.part, self.config, self.heldout_N, self.augment),
             batch_sampler=_Once(keys),
@@ -70,10 +81,10 @@ class StreamPool:
             generator=torch.Generator(),
             worker_init_fn=WorkerStart(os.getpid()),
             pin_memory=self.device.type == "cuda",
-            prefetch_factor=4 if self.workers else None,
+            prefetch_factor=self._prefetched(images) if self.workers else None,
         )
-        for images, ids, bad in loader:
-            if images is None:  # raised here, since an exception loses its words on the way out of a worker
+        for found, ids, bad in loader:
+            if found is None:  # raised here, since an exception loses its words on the way out of a worker
                 raise UserError(
                     f"{len(bad)} images in a row cannot be read, such as {self.part.name(bad[-1][0])}: {bad[-1][1]} "
                     f"(--max-bad-share {self.config.max_bad_share:g} of {len(self.part)} images)"
@@ -81,7 +92,7 @@ class StreamPool:
             for index, reason in bad:
                 self.bad.setdefault(index, reason)
             # Rows of pixels travel as they lie; the axes are named anew on the device, where nothing is copied for it.
-            images_BCST = to_device(images, self.device).permute(0, 3, 1, 2)
+            images_BCST = to_device(found, self.device).permute(0, 3, 1, 2)
             yield Batch(images_BCST, ids.numpy(), bad)
 
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def main(sources: list[str], config: ProbeConfig) -> int:
     console = make_console()
     device = choose_device(config.device).value
     precision = choose_precision(config.precision, device).value
-    job = Job(config, console, device, lambda: torch.autocast(device.type, torch.bfloat16, precision == "bf16"))
+    job = Job(config, console, device, partial(encoders_arithmetic, device, precision))
     models = load_each(sources, config, device)
     for name, model in models:
         for line in model.key_report.remarks():
@@ -189,6 +190,11 @@ def main(sources: list[str], config: ProbeConfig) -> int:
     draw_card(curves, folder / "card.png", title=f"{data.name}: accuracy after each block", note=searched)
     console.print(f"card: {folder / 'card.json'}, {folder / 'card.png'}")
     return 0
+
+
+def encoders_arithmetic(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """bfloat16 for an encoder, or float32. Without autocast's cache of weights: inside of it, --scratch trains them."""
+    return torch.autocast(device.type, torch.bfloat16, precision == "bf16", cache_enabled=False)
 
 
 def reading_config(config: ProbeConfig, passport: Passport) -> PretrainConfig:
