@@ -200,8 +200,9 @@ def _asked_of_launcher() -> int | None:
 def compile_or_eager(model: torch.nn.Module, how: str, report: Callable[[str], None]) -> Callable[..., Any]:
     """The model compiled for static shapes; where its first call fails to compile, the model itself from then on.
 
-    how: off; blocks (each transformer block by itself: all of a kind share what is compiled, so it takes seconds);
-    whole; graphs (whole, and replayed as CUDA graphs: for models whose kernels are shorter than their launches).
+    how: off; blocks (each transformer block by itself: all of a kind share what is compiled, so it takes seconds, but
+    for stochastic depth, where each has a share of its own); whole; graphs
+    (whole, and replayed as CUDA graphs: for models whose kernels are shorter than their launches).
     """
     import torch
 
@@ -211,6 +212,7 @@ def compile_or_eager(model: torch.nn.Module, how: str, report: Callable[[str], N
     compiled, parts = model.__call__, []
     if how == "blocks":
         parts = [block for name, block in model.named_modules() if re.search(r"\.blocks\.\d+$", name)]
+        _allow_compilations(2 * len(parts))
         for part in parts:
             part.compile(dynamic=False)
     else:
@@ -247,6 +249,15 @@ def _lower_both_passes() -> None:
 
     if hasattr(config, "force_non_lazy_backward_lowering"):
         config.force_non_lazy_backward_lowering = True
+
+
+def _allow_compilations(count: int) -> None:
+    """Let torch compile one function so many times: it stops at eight, and blocks that drop paths are all different."""
+    from torch._dynamo import config
+
+    for name in ("recompile_limit", "accumulated_recompile_limit"):
+        if hasattr(config, name):
+            setattr(config, name, max(getattr(config, name), count))
 
 
 @contextlib.contextmanager

@@ -87,6 +87,26 @@ def test_a_failed_backward_compilation_is_survived_too(monkeypatch: pytest.Monke
     assert torch.equal(gradient, wanted)
 
 
+def test_blocks_of_their_own_stochastic_depth_are_all_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve blocks that drop twelve shares of their paths are twelve functions to torch, which stops at eight."""
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    compile_it = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: compile_it(module, **how, backend=backend))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # timm.optim raises it where it is imported
+    torch.compiler.reset()
+    config = PretrainConfig(**(TINY | {"precision": "fp32", "data": "-", "depth": 12, "drop_path": 0.1}))
+    model = MaskedAutoencoder(config, (0.5,) * 3, (0.25,) * 3).train()
+    forward = compile_or_eager(model, "blocks", pytest.fail)
+    images = torch.randint(0, 256, (4, 3, 16, 24), dtype=torch.uint8)
+    part_loss(model, config, Batch(images, np.arange(4), []), 0, forward).backward()
+    assert len(compiled) >= 12
+
+
 def test_only_the_training_step_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Held-out passes, probes and pictures have other shapes and would each compile both kinds of block again."""
     compiled = []
