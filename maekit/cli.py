@@ -70,7 +70,7 @@ usage: maekit COMMAND ...
   selftest resume RECIPE              prove here that a stopped run continues bit for bit
 
 SRC   a run's folder, a weights file or folder of any known layout, timm:NAME, hub:OWNER/NAME, or random:MODEL
-D     photos, digits, cifar10, cifar100, a folder of images, a Parquet file or folder, or a text file of paths
+D     photos, digits, cifar10, cifar100, a folder of images, Parquet, a .txt of paths, or a .csv of paths and labels
 
 maekit COMMAND --help tells every flag; maekit --version; start with: maekit demo
 """

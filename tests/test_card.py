@@ -23,9 +23,8 @@ from maekit.data.order import Ids
 from maekit.data.sources import open_source
 from maekit.data.splits import open_splits
 from maekit.tasks import probe
-from maekit.tasks.probe import reading_config, shape_of
 from maekit.training import anew, evaluation, keras_probe
-from maekit.training.probe_choices import encoder_kind
+from maekit.training.probe_choices import encoder_kind, reading_config, shape_of
 from maekit.weights.store import load, load_as, load_each, random_model
 
 LEVELS = {"a-dark": 60, "b-grey": 110, "c-bright": 160}

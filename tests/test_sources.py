@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from image_files import SHARED, listed, make_tree, png, problem
 
+from maekit.config import UserError
 from maekit.data.images import BadImage
 from maekit.data.sources import FilePart, open_source
 
@@ -174,6 +175,55 @@ def test_text_files_without_paths(tmp_path: Path) -> None:
     assert "nowhere/a.png" in problem(tmp_path / "wrong.txt")
     (tmp_path / "binary.txt").write_bytes(b"\0\1\2")
     assert "not a text file" in problem(tmp_path / "binary.txt")
+
+
+def test_tables_of_paths_labels_and_parts(tree: Callable[..., Path], tmp_path: Path) -> None:
+    """By the rules of folders: byte order, classes over all parts, numbers in their order, no label for none."""
+    root = tree("b.png", "a.png", "c.png", "d.png", root="pictures")
+    text = (
+        f'\ufeffsplit,file_name,note,Label\r\ntrain,pictures/b.png,"x, y",10\r\nTrain,{root}/a.png,,9\r\n\r\n'
+        "validation, pictures/c.png ,,9\r\ntrain,pictures/d.png,,\r\ntrain,pictures/b.png,again,10\r\n"
+        "test,gone.png,,10"
+    )
+    (tmp_path / "list.csv").write_bytes(text.encode())
+    source = open_source(str(tmp_path / "list.csv"))
+    assert source.name == "list"
+    assert listed(source.train) == [f"{root}/a.png", "pictures/b.png", "pictures/d.png"]
+    assert source.train.labels is not None and source.train.labels.tolist() == [0, 1, -1]
+    assert source.train.class_names == ["9", "10"]
+    assert source.val is not None and source.test is not None
+    assert (listed(source.val), listed(source.test)) == (["pictures/c.png"], ["gone.png"])
+    assert int(source.train.read(1)[0, 0, 0]) == 0
+    (tmp_path / "other.tsv").write_text("where\tkind\npictures/a.png\tcat, big\npictures/b.png\tdog\n")
+    source = open_source(str(tmp_path / "other.tsv"), image_column="where", label_column="kind")
+    assert (source.train.class_names, source.val) == (["cat, big", "dog"], None)
+    (tmp_path / "plain.csv").write_text("path\npictures/a.png\n")
+    assert open_source(str(tmp_path / "plain.csv")).train.labels is None
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "no column of paths in its first line"),
+        ("name,label\na.png,x", "no column of paths in its first line (name, label)"),
+        ("file_name,label\n", "no rows below"),
+        ("file_name,label\na.png", "row 2 has 1 values under 2 headings"),
+        ("file_name,label\na.png,x\n,y", "row 3 has no path"),
+        ("file_name,label\na.png,x\na.png,y", "row 3: a.png stands in another row too"),
+        ("file_name,split\na.png,train\na.png,test", "row 3: a.png stands in another row too"),
+        ("file_name,split\na.png,tranig", "'tranig' is no part; did you mean train"),
+        ("file_name,split\na.png,test", "no row of a train part; its parts: test"),
+        ("file_name\nnowhere/a.png", "no such file as nowhere/a.png"),
+        ("file_name\n\0", "no path"),
+    ],
+)
+def test_tables_that_cannot_be_used(text: str, said: str, tree: Callable[..., Path], tmp_path: Path) -> None:
+    tree("a.png", root=".")
+    (tmp_path / "list.csv").write_text(text)
+    assert said in problem(tmp_path / "list.csv")
+    if text.startswith("file_name"):
+        with pytest.raises(UserError, match="--label-column kind: no such column"):
+            open_source(str(tmp_path / "list.csv"), label_column="kind")
 
 
 # ---- which form it is ----

@@ -23,7 +23,8 @@ from maekit.data.loader import choose_training, split_heldout
 from maekit.data.transforms import apply_to_image, centre_crops
 from maekit.models.encoder import resolve
 from maekit.models.mae import MaskedAutoencoder
-from maekit.tasks import attend, predict, pretrain, probe, reconstruct
+from maekit.tasks import attend, predict, pretrain, reconstruct
+from maekit.training import probe_choices
 from maekit.training.finetuning import reading_config
 from maekit.weights.export import obstacles
 from maekit.weights.passport import Passport
@@ -143,7 +144,7 @@ def test_later_commands_resize_as_its_training_did(finished: Path, tmp_path: Pat
     assert torch.equal(image, centre("bilinear") / 255)
     assert reading_config(FinetuneConfig(data="-"), model.passport).interpolation == "bilinear"
     assert model.passport.reading("-").size_hw == (12, 12)
-    assert probe.reading_config(ProbeConfig(data="-"), model.passport).interpolation == "bilinear"
+    assert probe_choices.reading_config(ProbeConfig(data="-"), model.passport).interpolation == "bilinear"
 
 
 def test_a_classifier_of_it_and_every_reader_resize_so_too(

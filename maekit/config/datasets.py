@@ -11,7 +11,8 @@ class CheckDataConfig:
     """Read every image without training: counts, sizes, labels, and the files that cannot be read with the reasons."""
 
     data: str
-    """What to read: a known name, a folder, a Parquet file or folder, or a text file of paths."""
+    """What to read: a known name, a folder, a Parquet file or folder, a text file of paths, or a CSV of
+    paths and labels."""
     in_chans: int = 3
     """Channels of the model to come. With 3, grayscale images are replicated."""
     image_column: str | None = None
@@ -29,7 +30,8 @@ class PackConfig:
     """Write images once, resized, into Parquet shards that every later epoch and any other tool reads faster."""
 
     data: str
-    """What to pack: a known name, a folder, a Parquet file or folder, or a text file of paths."""
+    """What to pack: a known name, a folder, a Parquet file or folder, a text file of paths, or a CSV of
+    paths and labels."""
     out: str
     """Folder for the shards; it must not exist, or be empty. It appears whole, when all is written."""
     size: int = 256

@@ -18,8 +18,9 @@ class DataConfig:
     """Which images, and how they are read."""
 
     data: str = ""
-    """What to train on: photos, digits, cifar10, cifar100, a folder, a Parquet file or folder, or a text file of
-    paths. Labels are not needed. Where there are parts (train/, val/, test/), only the training part is trained on."""
+    """What to train on: photos, digits, cifar10, cifar100, a folder, a Parquet file or folder, a text file of paths, or
+    a CSV or TSV with a column of paths (file_name) and if you like of labels and parts (split). Labels are not needed.
+    Where there are parts (train/, val/, test/), only the training part is trained on."""
     out: str = ""
     """Folder of the run. It must not hold another run. Default: runs/RECIPE."""
     or_resume: bool = False

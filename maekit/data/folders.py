@@ -1,4 +1,4 @@
-"""Folders of images and text files of paths as parts of a data set.
+"""Folders of images as parts of a data set.
 
 Paths are bytes throughout: names that are not UTF-8, or hold newlines, are listed, sorted and opened like any other.
 """
@@ -12,11 +12,10 @@ import numpy as np
 
 from maekit.config import UserError
 from maekit.data.images import IMAGE_SUFFIXES
-from maekit.data.parts import SPLITS, FilePart, Source, evenly_spaced, is_folder, printable
+from maekit.data.parts import SPLITS, FilePart, Source, is_folder, printable
 
 _SUFFIXES = frozenset(suffix.encode() for suffix in IMAGE_SUFFIXES)
 _SKIPPED = (b"lost+found",)  # on every ext4 disk, readable by root only
-_LIST_SAMPLES = 1000
 
 
 def walk(root: bytes) -> Iterator[tuple[bytes, bool]]:
@@ -157,28 +156,3 @@ def _labelled(root: bytes, prefix: bytes, names: list[bytes], classes: list[byte
     labels = np.fromiter((ids[name.partition(b"/")[0]] for name in names), np.int64, len(names))
     class_names = [printable(folder) for folder in classes]
     return FilePart(root, names, in_chans, prefix=prefix, labels=labels, class_names=class_names)
-
-
-def open_list(path: bytes, spec: str, name: str, in_chans: int) -> Source:
-    """A text file of paths: one to a line, absolute or relative to the text file; blank lines and # are skipped.
-
-    The order is the byte order of the lines; equal lines are kept once.
-
-    Raises:
-        UserError: no path in it, or none of a sample of its paths exists.
-    """
-    try:
-        with open(path, "rb") as file:
-            lines = {line.strip() for line in file.read().removeprefix(b"\xef\xbb\xbf").split(b"\n")}
-    except OSError as error:
-        raise UserError(f"--data {spec}: cannot be read ({error.strerror})") from None
-    names = sorted(line for line in lines if line and not line.startswith(b"#"))
-    if not names:
-        raise UserError(f"--data {spec}: no paths in it; write one path of an image to a line")
-    if any(b"\0" in line for line in names):
-        raise UserError(f"--data {spec}: not a text file of paths")
-    part = FilePart(os.path.dirname(path), names, in_chans)
-    if not any(os.path.exists(part.path(int(index))) for index in evenly_spaced(len(part), _LIST_SAMPLES)):
-        folder = printable(part.root or b".")
-        raise UserError(f"--data {spec}: no such file as {part.name(0)}; relative paths start at {folder}")
-    return Source(name, part)

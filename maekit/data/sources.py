@@ -1,4 +1,4 @@
-"""Every form of `--data`: a known name, a folder of images, Parquet in the hub's schema, a text file of paths."""
+"""Every form of `--data`: a known name, a folder, Parquet in the hub's schema, a text file of paths, a table."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import re
 import stat
 
 from maekit.config import UserError, did_you_mean
-from maekit.data.folders import holds_images, open_folder, open_list
+from maekit.data.folders import holds_images, open_folder
 from maekit.data.images import IMAGE_SUFFIXES
 from maekit.data.known import KNOWN, open_known
+from maekit.data.lists import open_list, open_table
 from maekit.data.parquet import TablePart, find_files, has_image_column, open_parquet
 from maekit.data.parts import ArrayPart, FilePart, Part, Source, printable
 
@@ -22,13 +23,13 @@ def open_source(
     """What `--data` names, opened: listed or read into memory, but no image decoded.
 
     A known name means the known data set even where a file of that name lies here; write ./cifar10 for the file.
-    The columns are for Parquet only.
+    The columns are those of Parquet or a table.
 
     Raises:
         UserError: nothing of that name, nothing readable in it, or a column that does not fit.
     """
     if not spec:
-        raise UserError("--data is empty: give a folder, a Parquet file, a text file of paths, or a known name")
+        raise UserError("--data is empty: give a folder, a Parquet file, a list or table of paths, or a known name")
     columns = {"--image-column": image_column, "--label-column": label_column}
     if spec in KNOWN:
         _refuse(columns, spec)
@@ -52,12 +53,19 @@ def open_source(
         raise UserError(f"--data {shown}: neither a folder nor a regular file")
     if suffix == ".parquet":
         return open_parquet([path], shown, name, in_chans, image_column=image_column, label_column=label_column)
+    if suffix in (".csv", ".tsv"):
+        return open_table(
+            os.fsencode(path), shown, name, in_chans, image_column=image_column, label_column=label_column
+        )
     _refuse(columns, shown)
     if suffix == ".txt":
         return open_list(os.fsencode(path), shown, name, in_chans)
     if suffix in IMAGE_SUFFIXES:
         raise UserError(f"--data {shown}: one image; give its folder, or a .txt file with its path")
-    raise UserError(f"--data {shown}: a {suffix or 'nameless'} file; folders, .parquet and .txt (paths) are read")
+    raise UserError(
+        f"--data {shown}: a {suffix or 'nameless'} file; folders, .parquet, .txt (paths), and .csv or .tsv (paths and "
+        "labels) are read"
+    )
 
 
 def lasting(spec: str) -> str:
@@ -90,7 +98,7 @@ def short_name(path: str) -> str:
 def _refuse(columns: dict[str, str | None], shown: str) -> None:
     given = [flag for flag, value in columns.items() if value is not None]
     if given:
-        raise UserError(f"{' and '.join(given)}: only for Parquet, which --data {shown} is not")
+        raise UserError(f"{' and '.join(given)}: only for Parquet and tables, which --data {shown} is not")
 
 
 def choose_parts(data: Source, part: str, spec: str) -> dict[str, Part]:

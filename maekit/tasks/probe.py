@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from maekit.config import PretrainConfig, ProbeConfig, UserError
+from maekit.config import ProbeConfig, UserError
 from maekit.data.loader import choose_training, split_heldout
 from maekit.data.sources import Source, open_source
 from maekit.data.splits import Split, open_splits
@@ -58,9 +58,16 @@ from maekit.training.features import (
     plan_features,
     raw_pixels,
 )
-from maekit.training.probe_choices import blocks_of, encoder_kind, kinds_of, wanted, wants_mirrored
+from maekit.training.probe_choices import (
+    blocks_of,
+    encoder_kind,
+    kinds_of,
+    reading_config,
+    shape_of,
+    wanted,
+    wants_mirrored,
+)
 from maekit.viz.card import Curves, draw_card
-from maekit.weights.passport import Passport
 from maekit.weights.store import load_each, random_model
 
 ATTENTIVE_BYTES = 2**28
@@ -195,16 +202,6 @@ def main(sources: list[str], config: ProbeConfig) -> int:
 def encoders_arithmetic(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     """bfloat16 for an encoder, or float32. Without autocast's cache of weights: inside of it, --scratch trains them."""
     return torch.autocast(device.type, torch.bfloat16, precision == "bf16", cache_enabled=False)
-
-
-def reading_config(config: ProbeConfig, passport: Passport) -> PretrainConfig:
-    """How images are read for an encoder; crops and flips are those of the probes that see images anew."""
-    return passport.reading(config.data, seed=config.seed, crop_scale=config.crop_scale, flip=config.flip != "no")
-
-
-def shape_of(reading: PretrainConfig) -> tuple[Any, ...]:
-    """What models must have in common to share the images that were read."""
-    return reading.size_hw, reading.in_chans, reading.interpolation, reading.crop_pct
 
 
 def measure_encoder(

@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 import torch
 
-from maekit.config import ModelConfig, ProbeConfig, UserError
+from maekit.config import ModelConfig, PretrainConfig, ProbeConfig, UserError
 from maekit.models.encoder import flops_per_image
 from maekit.models.mae import MaskedAutoencoder
+from maekit.weights.passport import Passport
 
 MIRROR_FLOP = 5e12
 """Mirrored images double the encoder's work; on a CPU they are taken by default below this."""
@@ -55,3 +56,13 @@ def encoder_kind(model: MaskedAutoencoder) -> tuple[Any, ...]:
                                 decoder_dim=0, decoder_depth=0, decoder_heads=0, predict_share=None, drop_path=0.0,
                                 target_cut=ModelConfig.target_cut)  # fmt: skip
     return plain, model.passport.mean, model.passport.std
+
+
+def reading_config(config: ProbeConfig, passport: Passport) -> PretrainConfig:
+    """How images are read for an encoder; crops and flips are those of the probes that see images anew."""
+    return passport.reading(config.data, seed=config.seed, crop_scale=config.crop_scale, flip=config.flip != "no")
+
+
+def shape_of(reading: PretrainConfig) -> tuple[Any, ...]:
+    """What models must have in common to share the images that were read."""
+    return reading.size_hw, reading.in_chans, reading.interpolation, reading.crop_pct

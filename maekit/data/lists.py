@@ -1,0 +1,139 @@
+"""Images by lists: a text file of paths, or a table (CSV, TSV) of paths with labels and parts."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from maekit.config import UserError, did_you_mean
+from maekit.data.parts import PART_WORDS, FilePart, Labels, Source, evenly_spaced, printable
+
+PATH_COLUMNS = ("file_name", "filename", "path", "image", "image_path", "file")
+LABEL_COLUMNS = ("label", "class", "category", "target")
+PART_COLUMNS = ("split", "part", "subset")
+"""Names of a table's columns in any case, the first that is there; file_name is that of the hub's metadata.csv."""
+_SAMPLES = 1000
+"""Paths that are looked for before a list is believed."""
+
+
+def open_list(path: bytes, spec: str, name: str, in_chans: int) -> Source:
+    """A text file of paths: one to a line, absolute or relative to the text file; blank lines and # are skipped.
+
+    The order is the byte order of the lines; equal lines are kept once.
+
+    Raises:
+        UserError: no path in it, or none of a sample of its paths exists.
+    """
+    try:
+        with open(path, "rb") as file:
+            lines = {line.strip() for line in file.read().removeprefix(b"\xef\xbb\xbf").split(b"\n")}
+    except OSError as error:
+        raise UserError(f"--data {spec}: cannot be read ({error.strerror})") from None
+    names = sorted(line for line in lines if line and not line.startswith(b"#"))
+    if not names:
+        raise UserError(f"--data {spec}: no paths in it; write one path of an image to a line")
+    if any(b"\0" in line for line in names):
+        raise UserError(f"--data {spec}: not a text file of paths")
+    part = FilePart(os.path.dirname(path), names, in_chans)
+    _look(part, spec)
+    return Source(name, part)
+
+
+def open_table(
+    path: bytes, spec: str, name: str, in_chans: int, *, image_column: str | None, label_column: str | None
+) -> Source:
+    """A table with a heading: a column of paths (absolute or relative to it), and if there are, labels and parts.
+
+    Classes are the different labels, in the order of their numbers or bytes; an empty label is none. Parts are named as
+    folders are (train, val, test; any case). The order is the byte order of the paths; equal rows are kept once.
+
+    Raises:
+        UserError: no such column, a row that is not whole, a path with two labels or in two parts, no training part, or
+            none of a sample of its paths exists.
+    """
+    rows = _rows(path, spec)
+    heading = next(rows, [])
+    paths = _column(heading, image_column, PATH_COLUMNS, "--image-column", spec)
+    if paths is None:
+        raise UserError(
+            f"--data {spec}: no column of paths in its first line ({', '.join(map(printable, heading))}): call it "
+            "file_name, or give --image-column"
+        )
+    labels = _column(heading, label_column, LABEL_COLUMNS, "--label-column", spec)
+    parts = _column(heading, None, PART_COLUMNS, "", spec)
+    found: dict[bytes, tuple[str, str]] = {}
+    shared: dict[tuple[str, str], tuple[str, str]] = {}  # one object for all rows of a class
+    for number, row in enumerate(rows, 2):
+        told = f"--data {spec}: row {number}"
+        if len(row) != len(heading):
+            raise UserError(f"{told} has {len(row)} values under {len(heading)} headings")
+        image = os.fsencode(row[paths])
+        if not image or b"\0" in image:
+            raise UserError(f"{told} has no path")
+        said = "train" if parts is None else row[parts].lower()
+        if said not in PART_WORDS:
+            raise UserError(f"{told}: {printable(said)!r} is no part; {did_you_mean(said, PART_WORDS)}")
+        facts = PART_WORDS[said], "" if labels is None else row[labels]
+        if found.setdefault(image, shared.setdefault(facts, facts)) != facts:
+            raise UserError(f"{told}: {printable(image)} stands in another row too, with another label or part")
+    if not found:
+        raise UserError(f"--data {spec}: no rows below its first line")
+    return _opened(found, path, spec, name, in_chans)
+
+
+def _rows(path: bytes, spec: str) -> Iterator[list[str]]:
+    """The heading, then every row that is not blank; paths that are not UTF-8 stay what they are."""
+    separator = "\t" if path.lower().endswith(b".tsv") else ","
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            for row in csv.reader(file, delimiter=separator):
+                if row:
+                    yield [value.strip() for value in row]
+    except OSError as error:
+        raise UserError(f"--data {spec}: cannot be read ({error.strerror})") from None
+    except csv.Error as error:
+        raise UserError(f"--data {spec}: not a table ({error})") from None
+
+
+def _column(heading: list[str], asked: str | None, names: Sequence[str], flag: str, spec: str) -> int | None:
+    """The place of a column: the one that was asked for, or the first of the usual names."""
+    if asked is not None:
+        if asked not in heading:
+            raise UserError(f"{flag} {asked}: no such column in --data {spec}; {did_you_mean(asked, heading)}")
+        return heading.index(asked)
+    lower = [value.lower() for value in heading]
+    return next((lower.index(usual) for usual in names if usual in lower), None)
+
+
+def _opened(found: dict[bytes, tuple[str, str]], path: bytes, spec: str, name: str, in_chans: int) -> Source:
+    classes = _in_order({label for _, label in found.values() if label})
+    ids = {label: index for index, label in enumerate(classes)} | {"": -1}
+    opened: dict[str, FilePart] = {}
+    for part in {part for part, _ in found.values()}:
+        images = sorted(image for image, facts in found.items() if facts[0] == part)
+        labels: Labels = np.array([ids[found[image][1]] for image in images], np.int64)
+        opened[part] = FilePart(
+            os.path.dirname(path), images, in_chans, labels=labels if classes else None,
+            class_names=[printable(label) for label in classes] if classes else None,
+        )  # fmt: skip
+    if "train" not in opened:
+        raise UserError(f"--data {spec}: no row of a train part; its parts: {', '.join(sorted(opened))}")
+    _look(opened["train"], spec)
+    return Source(name, opened["train"], opened.get("val"), opened.get("test"))
+
+
+def _in_order(labels: Iterable[str]) -> list[str]:
+    """By number where all are numbers: 10 comes after 9."""
+    labels = sorted(labels)
+    return sorted(labels, key=int) if all(re.fullmatch(r"[0-9]{1,18}", label) for label in labels) else labels
+
+
+def _look(part: FilePart, spec: str) -> None:
+    if any(os.path.exists(part.path(int(index))) for index in evenly_spaced(len(part), _SAMPLES)):
+        return
+    folder = printable(part.root or b".")
+    raise UserError(f"--data {spec}: no such file as {part.name(0)}; relative paths start at {folder}")
