@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,14 @@ from maekit.data.loader import Batch
 from maekit.models.mae import MaskedAutoencoder
 from maekit.runtime import choose_compile, compile_or_eager
 from maekit.training.step import part_loss
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    """What one test compiles counts towards torch's limit for a function in the next."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
 
 
 def step(how: str, said: list[str]) -> tuple[float, torch.Tensor]:
@@ -81,7 +90,6 @@ def test_a_failed_backward_compilation_is_survived_too(monkeypatch: pytest.Monke
     said: list[str] = []
     loss, gradient = step("whole", said)
     assert len(said) == 1 and "no backward today" in said[0]
-    torch.compiler.reset()
     wanted_loss, wanted = step("off", said)
     assert loss == wanted_loss
     assert torch.equal(gradient, wanted)
@@ -97,13 +105,12 @@ def test_blocks_of_their_own_stochastic_depth_are_all_compiled(monkeypatch: pyte
 
     compile_it = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: compile_it(module, **how, backend=backend))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # timm.optim raises it where it is imported
-    torch.compiler.reset()
-    config = PretrainConfig(**(TINY | {"precision": "fp32", "data": "-", "depth": 12, "drop_path": 0.1}))
-    model = MaskedAutoencoder(config, (0.5,) * 3, (0.25,) * 3).train()
-    forward = compile_or_eager(model, "blocks", pytest.fail)
-    images = torch.randint(0, 256, (4, 3, 16, 24), dtype=torch.uint8)
-    part_loss(model, config, Batch(images, np.arange(4), []), 0, forward).backward()
+    with torch._dynamo.config.patch(recompile_limit=8):  # timm.optim raises it where it is imported
+        config = PretrainConfig(**(TINY | {"precision": "fp32", "data": "-", "depth": 12, "drop_path": 0.1}))
+        model = MaskedAutoencoder(config, (0.5,) * 3, (0.25,) * 3).train()
+        forward = compile_or_eager(model, "blocks", pytest.fail)
+        images = torch.randint(0, 256, (4, 3, 16, 24), dtype=torch.uint8)
+        part_loss(model, config, Batch(images, np.arange(4), []), 0, forward).backward()
     assert len(compiled) >= 12
 
 

@@ -36,9 +36,9 @@ _WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
 """Where training scripts put the weights in what they save, the first that is there."""
 _FACTS = {"epoch": (int,), "norm_pix_loss": (bool,), "mask_ratio": (int, float), "model": (str,)}
 _HOW = (
-    "ask its author for a .safetensors file; or, where you trust the file, take the weights out with the program that "
-    "wrote it, where x = torch.load(FILE, weights_only=False): torch.save(x['model'], NEW); x['state_dict'] of "
-    "Lightning's and mmengine's files, x.state_dict() where a whole module was saved"
+    "ask its author for a .safetensors file; or, where you trust it, take the weights out with what wrote it: "
+    "x = torch.load(FILE, weights_only=False); torch.save(x['model'], NEW), with x['state_dict'] of Lightning and "
+    "mmengine, x.state_dict() of a whole module"
 )
 
 
