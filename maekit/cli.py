@@ -125,7 +125,7 @@ def pretrain(words: list[str]) -> int:
     base = recipe_or_file(words[0], "pretrain")
     config = parse(PretrainConfig, f"maekit pretrain {words[0]}", words[1:], base)
     adapt_durations(config, base, words)
-    if (code := goes_on(config, "pretrain", words)) is not None:
+    if (code := or_resume(config, "pretrain", words)) is not None:
         return code
     from maekit.tasks import pretrain as task
 
@@ -176,17 +176,17 @@ def resume(words: list[str]) -> int:
     """maekit resume RUN --flags"""
     folder, rest = positional(words, "maekit resume RUN", "a run's folder")
     changes = parse(ResumeConfig, "maekit resume RUN", rest)
-    return go_on(written_by(folder[0]) or "pretrain", folder[0], changes)
+    return continue_run(written_by(folder[0]) or "pretrain", folder[0], changes)
 
 
-def go_on(task: str, folder: str, changes: ResumeConfig) -> int:
+def continue_run(task: str, folder: str, changes: ResumeConfig) -> int:
     """Continue a run of a task."""
     if task not in ("pretrain", "finetune", "segment"):
         raise UserError(f"{folder}: config.json names {task!r}, no task whose runs are continued")
     return int(import_module(f"maekit.tasks.{task}").resume(folder, changes))
 
 
-def goes_on(asked: PretrainConfig | SupervisedConfig, task: str, words: Sequence[str]) -> int | None:
+def or_resume(asked: PretrainConfig | SupervisedConfig, task: str, words: Sequence[str]) -> int | None:
     """--or-resume: continue the run that the same command began; None where there is none yet, or it was not asked."""
     if not asked.or_resume:
         return None
@@ -199,7 +199,7 @@ def goes_on(asked: PretrainConfig | SupervisedConfig, task: str, words: Sequence
     if (held := written_by(asked.out) or "pretrain") != task:
         raise UserError(f"--or-resume: {asked.out} holds a run of maekit {held}; give another --out")
     typed = [word.partition("=")[0] for word in words]
-    return go_on(task, asked.out, asked_again(asked, read(type(asked), path), typed, asked.out))
+    return continue_run(task, asked.out, asked_again(asked, read(type(asked), path), typed, asked.out))
 
 
 def written_by(folder: str) -> str:
@@ -224,7 +224,7 @@ def finetune(words: list[str]) -> int:
     adapt_durations(config, base, rest)
     config.source = source[0]
     config.adapt([word.partition("=")[0] for word in rest])
-    if (code := goes_on(config, "finetune", rest)) is not None:
+    if (code := or_resume(config, "finetune", rest)) is not None:
         return code
     return int(import_module(f"maekit.tasks.finetune{'_score' if config.eval else ''}").main(source[0], config))
 
@@ -270,7 +270,7 @@ def segment(words: list[str]) -> int:
     config = parse(configs.SegmentConfig, usage, rest, configs.preset(configs.preset_of(rest)))
     config.source = source[0]
     config = configs.adapted(config, given)
-    if (code := goes_on(config, "segment", rest)) is not None:
+    if (code := or_resume(config, "segment", rest)) is not None:
         return code
     from maekit.tasks import segment as task
 

@@ -201,6 +201,15 @@ def test_tables_of_paths_labels_and_parts(tree: Callable[..., Path], tmp_path: P
     assert open_source(str(tmp_path / "plain.csv")).train.labels is None
 
 
+def test_a_folders_own_table_is_named(tree: Callable[..., Path]) -> None:
+    """The hub's metadata.csv holds labels that a folder of images does not show."""
+    root = tree("train/a.png", "train/b.png", "test/c.png")
+    (root / "train" / "metadata.csv").write_text("file_name,label\na.png,cat\nb.png,dog\n")
+    (note,) = open_source(str(root)).notes
+    assert note == f"not read: train/metadata.csv (--data {root}/train/metadata.csv takes labels from it)"
+    assert open_source(f"{root}/train/metadata.csv").train.class_names == ["cat", "dog"]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

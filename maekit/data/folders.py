@@ -15,6 +15,8 @@ from maekit.data.images import IMAGE_SUFFIXES
 from maekit.data.parts import SPLITS, FilePart, Source, is_folder, printable
 
 _SUFFIXES = frozenset(suffix.encode() for suffix in IMAGE_SUFFIXES)
+METADATA = b"metadata.csv"
+"""Where the hub's folders of images keep labels and captions."""
 _SKIPPED = (b"lost+found",)  # on every ext4 disk, readable by root only
 
 
@@ -91,6 +93,11 @@ def open_folder(root: bytes, spec: str, name: str, in_chans: int) -> Source:
         if found
     }
     notes = _left_out(os.path.join(root, prefix), subfolders, parts, spec)
+    for table in (prefix + folder + METADATA for folder in (b"", *(folder + b"/" for folder in parts.values()))):
+        if os.path.isfile(os.path.join(root, table)):
+            notes += (
+                f"not read: {printable(table)} (--data {os.path.join(spec, printable(table))} takes labels from it)",
+            )
     empty = tuple(part for part in names if part not in opened)
     return Source(name, opened["train"], opened.get("val"), opened.get("test"), notes, empty)
 
