@@ -302,7 +302,7 @@ def test_random_weights_are_trained_at_one_rate(source: Path, tmp_path: Path, mo
 )  # fmt: skip
 def test_all_of_an_image_is_scored_above_224_px(side: int | None, eval: bool, typed: list[str], seen: Any) -> None:
     """The released code's rule; what is typed holds, and --eval reads as the run did."""
-    config = dataclasses.replace(PRESETS["official"], img_size=side and (side,), eval=eval)
+    config = dataclasses.replace(PRESETS["official"], img_size=None if side is None else (side,), eval=eval)
     config.adapt(typed)
     assert config.crop_pct == seen
 
