@@ -291,15 +291,14 @@ def result_of(bench: Bench, rows: list[Row]) -> dict[str, Any]:
 
 
 def main(config: BenchConfig) -> int:
-    """Measure, print one table, write."""
+    """Measure, which writes as it goes, and print one table."""
     try:
-        rows, result, bench = measure(config)
+        rows, _, bench = measure(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     show("maekit beside its peers: medians (quartiles of the rounds)", COLUMNS, [row.cells() for row in rows])
     print(say_machine(bench.device, bench.peaks))
-    write_json(config.json, result)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -66,6 +67,8 @@ def test_only_what_was_said_is_compared() -> None:
     asked = FinetuneConfig(source="runs/a", data="data", out="b", workers=8, lr=1e-3)
     typed = ["--data", "--out", "--workers", "--lr", "--precision", "--or-resume"]
     assert asked_again(asked, held, typed, "b") == ResumeConfig(data="data", workers=8)
+    with pytest.raises(UserError, match="has True for flip, not False"):
+        asked_again(dataclasses.replace(asked, flip=False), held, ["--no-flip"], "b")
     asked.source, asked.seed = "runs/other", 1
     with pytest.raises(UserError) as caught:
         asked_again(asked, held, typed, "b")

@@ -77,8 +77,9 @@ def asked_again(asked: Any, held: Any, typed: Collection[str], out: str) -> Resu
     Raises:
         UserError: the run in the folder has other settings; all that differ.
     """
-    names = {word.lstrip("-").replace("-", "_") for word in typed} | {"source"}
-    names &= {item.name for item in dataclasses.fields(asked)}
+    fields = {item.name for item in dataclasses.fields(asked)}
+    said = {word.lstrip("-").replace("-", "_") for word in typed} | {"source"}
+    names = fields & (said | {name.removeprefix("no_") for name in said})  # --no-flip speaks of flip
     problems = [
         f"--or-resume: the run in {out} has {getattr(held, name)!r} for {flag(name)}, not {getattr(asked, name)!r}; "
         "a new run needs another --out"

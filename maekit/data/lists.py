@@ -67,19 +67,22 @@ def open_table(
     parts = _column(heading, None, PART_COLUMNS, "", spec)
     found: dict[bytes, tuple[str, str]] = {}
     shared: dict[tuple[str, str], tuple[str, str]] = {}  # one object for all rows of a class
+
+    def told(number: int) -> str:
+        return f"--data {spec}: row {number}"
+
     for number, row in enumerate(rows, 2):
-        told = f"--data {spec}: row {number}"
         if len(row) != len(heading):
-            raise UserError(f"{told} has {len(row)} values under {len(heading)} headings")
+            raise UserError(f"{told(number)} has {len(row)} values under {len(heading)} headings")
         image = os.fsencode(row[paths])
         if not image or b"\0" in image:
-            raise UserError(f"{told} has no path")
+            raise UserError(f"{told(number)} has no path")
         said = "train" if parts is None else row[parts].lower()
         if said not in PART_WORDS:
-            raise UserError(f"{told}: {printable(said)!r} is no part; {did_you_mean(said, PART_WORDS)}")
+            raise UserError(f"{told(number)}: {printable(said)!r} is no part; {did_you_mean(said, PART_WORDS)}")
         facts = PART_WORDS[said], "" if labels is None else row[labels]
         if found.setdefault(image, shared.setdefault(facts, facts)) != facts:
-            raise UserError(f"{told}: {printable(image)} stands in another row too, with another label or part")
+            raise UserError(f"{told(number)}: {printable(image)} stands in another row too, with another label or part")
     if not found:
         raise UserError(f"--data {spec}: no rows below its first line")
     return _opened(found, path, spec, name, in_chans)

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from maekit.viz.panels import render, write_png
-from maekit.viz.shown import FloatArray, levels, stretched, three_channels
+from maekit.viz.shown import FloatArray, clipped, levels, stretched
 
 TILE_INCH, LABEL_INCH, HEADING_INCH, LINE_INCH = 1.35, 0.3, 0.3, 0.14
 LETTERS_PER_INCH = {"title": 11.5, "note": 18.5}
@@ -83,7 +83,7 @@ def draw_attention(
         figure.subplots_adjust(LABEL_INCH / width, bottom / height, 0.995, 1 - top / height, wspace=0.05, hspace=0.14)
         grid = figure.subplots(len(rows), columns, squeeze=False)
         for row, label, line in zip(rows, row_labels, grid, strict=True):
-            _show(line[0], three_channels(stretched(row.image_HWC, levels(row.image_HWC))))
+            _show(line[0], clipped(stretched(row.image_HWC, levels(row.image_HWC))))
             _show(line[1], row.colors, interpolation="nearest")
             for head, axes in enumerate(line[2:]):
                 weights = row.weights[head]

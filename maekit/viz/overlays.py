@@ -31,7 +31,7 @@ from maekit.viz.panels import (
     enlargement,
     save_png,
 )
-from maekit.viz.shown import as_uint8, levels, stretched
+from maekit.viz.shown import as_uint8, levels, stretched, three_channels
 
 UInt8s = npt.NDArray[np.uint8]
 
@@ -217,7 +217,7 @@ def _reduced(row: OverlayRow) -> OverlayRow:
 def _rgb(image_HWC: npt.NDArray[Any]) -> UInt8s:
     """uint8 [H, W, 3]; floats in levels that can be seen."""
     if image_HWC.dtype == np.uint8:
-        return as_uint8(image_HWC / np.float32(255))
+        return np.ascontiguousarray(three_channels(image_HWC))
     return as_uint8(stretched(image_HWC, levels(image_HWC)))
 
 

@@ -33,15 +33,20 @@ def stretched(values: FloatArray, black_white: tuple[float, float]) -> FloatArra
     return values if (low, high) == (0.0, 1.0) else (values - low) / (high - low)
 
 
-def three_channels(image_HWC: FloatArray) -> FloatArray:
-    """Red, green and blue in 0..1 [H, W, 3]: one channel replicated, two padded by zeros, the first three of more."""
+def three_channels(image_HWC: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Red, green and blue [H, W, 3], of any type: one channel replicated, two padded by zeros, three of more."""
     chans = image_HWC.shape[2]
     if chans < 3:
         fill = image_HWC if chans == 1 else np.zeros_like(image_HWC)
         image_HWC = np.concatenate([image_HWC, fill, fill], axis=2)
-    return np.clip(np.nan_to_num(image_HWC[:, :, :3]), 0.0, 1.0)
+    return image_HWC[:, :, :3]
+
+
+def clipped(image_HWC: FloatArray) -> FloatArray:
+    """Three channels in 0..1; what is no number is black."""
+    return np.clip(np.nan_to_num(three_channels(image_HWC)), 0.0, 1.0)
 
 
 def as_uint8(image_HWC: FloatArray) -> npt.NDArray[np.uint8]:
     """The same as uint8 [H, W, 3]."""
-    return np.round(three_channels(image_HWC) * 255.0).astype(np.uint8)
+    return np.round(clipped(image_HWC) * 255.0).astype(np.uint8)
