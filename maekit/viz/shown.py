@@ -44,7 +44,8 @@ def three_channels(image_HWC: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 def clipped(image_HWC: FloatArray) -> FloatArray:
     """Three channels in 0..1; what is no number is black."""
-    return np.clip(np.nan_to_num(three_channels(image_HWC)), 0.0, 1.0)
+    found: FloatArray = np.clip(np.nan_to_num(three_channels(image_HWC)), 0.0, 1.0)
+    return found
 
 
 def as_uint8(image_HWC: FloatArray) -> npt.NDArray[np.uint8]:
