@@ -98,10 +98,22 @@ def test_levels_that_a_screen_hides_are_stretched(scale: float, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "values", [[0.0, 0.3], [0.0, 0.0], [0.1, 0.1], [np.nan, np.nan], [0.0, 1.0], [np.nan, 0.9]], ids=str
+    "values",
+    [
+        [0.0, 0.3],
+        [0.0, 0.1],
+        [-1e-6, 0.5],
+        [0.0, 1.000001],
+        [0.0, 0.0],
+        [0.1, 0.1],
+        [np.nan, np.nan],
+        [0.0, 1.0],
+        [np.nan, 0.9],
+    ],
+    ids=str,
 )
 def test_levels_of_a_screen_stay(values: list[float]) -> None:
-    """Also where nothing could be stretched."""
+    """Also where nothing could be stretched; rounding is no other range, and a dark corner of a photograph is dark."""
     assert levels(np.array(values, np.float32).reshape(1, 2, 1)) == (0.0, 1.0)
 
 

@@ -9,8 +9,10 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.floating[Any]]
 
-DARK = 0.25
-"""An image with less than a thousandth of its pixels above this is black on a screen: 12 of 16 bits end at 0.06."""
+DARK = 0.07
+"""An image with less than a thousandth of its pixels above this is black on a screen: 12 of 16 bits end at 0.0625."""
+SLACK = 1e-3
+"""So far beyond 0 and 1 lie values that were normalised and brought back, and no range of another kind."""
 CUT = 0.1
 """Percent of the pixels at either end that a stretch may leave black or white."""
 STRETCHED = "images of other levels than a screen's: each is shown from its darkest to its brightest 0.1 %"
@@ -22,7 +24,7 @@ def levels(image_HWC: FloatArray) -> tuple[float, float]:
     if not finite.size:
         return 0.0, 1.0
     low, high = (float(level) for level in np.percentile(finite, (CUT, 100 - CUT)))
-    if high <= low or (finite.min() >= 0 and finite.max() <= 1 and high >= DARK):
+    if high <= low or (finite.min() >= -SLACK and finite.max() <= 1 + SLACK and high >= DARK):
         return 0.0, 1.0
     return low, high
 
