@@ -1,8 +1,8 @@
 """Training steps side by side: ours, Hugging Face's ViTMAE and lightly's MAE, of equal sizes and on equal batches.
 
 What each does in a step, and what favours whom:
-- ours: everything the trainer does (`maekit/training/trial.py`): masks drawn from sample ids on the CPU, uint8 images
-  normalised on the device, forward, backward, gradient norm, the guarded fused AdamW.
+- ours: everything the trainer does (`maekit/training/trial.py`): masks drawn from sample ids on the CPU, those of 2,048
+  images at once, uint8 images normalised on the device, forward, backward, gradient norm, the guarded fused AdamW.
 - peers: forward with their own masks, backward, fused AdamW. Their images are float32 and normalised before the clock
   starts, and their gradients are neither clipped nor checked (Hugging Face's Trainer would clip): in their favour.
 - bfloat16 is autocast with float32 weights on both sides, as Trainer(bf16=True) does it.
@@ -11,6 +11,7 @@ What each does in a step, and what favours whom:
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from maekit.config import ModelConfig, PretrainConfig, UserError
 from maekit.models.encoder import flops_per_image, resolve
 from maekit.models.masking import num_visible
 from maekit.runtime import choose_attention
+from maekit.training.step import masks_ahead
 from maekit.training.trial import Trial
 
 
@@ -52,10 +54,11 @@ class Ours:
         self.setting += "" if compiled == "off" else f", compiled ({compiled})"
         self.flops = needed_flops(config)
         self.images, self.ids = self.trial.images(config.batch_size)
+        shares = ((0, self.ids + count * config.batch_size) for count in itertools.count())  # others, so other masks
+        self.masks = masks_ahead(self.trial.model, config, shares, device)
 
     def step(self) -> None:
-        self.trial.step(self.images, self.ids)
-        self.ids = self.ids + len(self.ids)  # other samples, so other masks
+        self.trial.step(self.images, self.ids, next(self.masks))
 
 
 class Peer:

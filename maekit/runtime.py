@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 
+_UNPINNED_BYTES = 2**16
+"""CUDA's driver takes so much of unpinned memory along with the command to copy it."""
+
+
 class Choice(NamedTuple, Generic[Value]):
     """A setting that was chosen, and why."""
 
@@ -60,9 +64,12 @@ def choose_device(requested: str) -> Choice[torch.device]:
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The values on a device, without waiting for the copy on CUDA.
 
-    There, memory that is not pinned is copied aside first. On MPS nothing is: a copy that is still to be made reads
-    what has taken the place of a temporary.
+    There, a little memory that is not pinned is copied aside first; for more than that the driver would wait for all
+    that the device still has to do. On MPS nothing is copied aside: a copy that is still to be made reads what has
+    taken the place of a temporary.
     """
+    if device.type == "cuda" and values.device.type == "cpu" and values.nbytes > _UNPINNED_BYTES:
+        values = values.pin_memory()
     return values.to(device, non_blocking=device.type == "cuda")
 
 
@@ -106,8 +113,11 @@ def choose_attention(device: torch.device, precision: str) -> Choice[bool]:
     return Choice(True, f"fused scaled_dot_product_attention on {device.type}")
 
 
-def choose_compile(requested: str, device: torch.device) -> Choice[str]:
-    """What torch.compile is given: off, blocks, whole or graphs. On a CPU it needs a C++ compiler, often absent."""
+def choose_compile(requested: str, device: torch.device, alone: bool = True) -> Choice[str]:
+    """What torch.compile is given: off, blocks, whole or graphs. On a CPU it needs a C++ compiler, often absent.
+
+    alone: a step is one batch of one process, so that it can be recorded as a whole.
+    """
     if requested == "off":
         return Choice("off", "as asked for")
     if requested == "auto" and device.type != "cuda":
@@ -117,7 +127,15 @@ def choose_compile(requested: str, device: torch.device) -> Choice[str]:
     compilers = [name for name in (os.environ.get("CXX"), "g++", "c++", "clang++") if name]
     if device.type == "cpu" and not any(shutil.which(name) for name in compilers):
         return Choice("off", "eager: no C++ compiler was found (g++ or clang++), which torch.compile needs on a CPU")
-    return Choice("whole", "CUDA") if requested == "auto" else Choice(requested, "as asked for")
+    if requested == "graphs" and device.type != "cuda":
+        return Choice("whole", f"there are no CUDA graphs on {device.type}")
+    if requested == "graphs" and not alone:
+        return Choice("whole", "graphs hold one batch of one process")
+    if requested != "auto":
+        return Choice(requested, "as asked for")
+    if alone:
+        return Choice("graphs", "CUDA: the model is compiled, and a whole step replayed as one graph")
+    return Choice("whole", "CUDA; graphs hold one batch of one process")
 
 
 def start_accelerator(device: torch.device, trackers: tuple[str, ...], out: Path) -> Accelerator:
@@ -201,8 +219,8 @@ def compile_or_eager(model: torch.nn.Module, how: str, report: Callable[[str], N
     """The model compiled for static shapes; where its first call fails to compile, the model itself from then on.
 
     how: off; blocks (each transformer block by itself: all of a kind share what is compiled, so it takes seconds, but
-    for stochastic depth, where each has a share of its own); whole; graphs
-    (whole, and replayed as CUDA graphs: for models whose kernels are shorter than their launches).
+    for stochastic depth, where each has a share of its own); whole; graphs (the same here: the step around it is what
+    is recorded, `training.replayed`).
     """
     import torch
 
@@ -216,13 +234,11 @@ def compile_or_eager(model: torch.nn.Module, how: str, report: Callable[[str], N
         for part in parts:
             part.compile(dynamic=False)
     else:
-        compiled = torch.compile(model, dynamic=False, mode="reduce-overhead" if how == "graphs" else None)
+        compiled = torch.compile(model, dynamic=False)
     use = {"compiled": True, "proven": False}
 
     def run(*arguments: Any, **named: Any) -> Any:
         if use["compiled"]:
-            if how == "graphs":  # what the last step gave may be overwritten from here on
-                torch.compiler.cudagraph_mark_step_begin()
             try:
                 output = compiled(*arguments, **named)
             except Exception as error:

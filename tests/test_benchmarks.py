@@ -70,12 +70,18 @@ def test_both_sides_step_on_equal_models_and_batches() -> None:
 def test_our_masks_are_drawn_anew_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sample ids move on, as in training."""
     ours = contenders.Ours(PretrainConfig(**SQUARE), torch.device("cpu"), "fp32", "off")
-    seen: list[list[int]] = []
-    real = ours.trial.model.draw_masks
-    monkeypatch.setattr(ours.trial.model, "draw_masks", lambda ids, **key: seen.append(list(ids)) or real(ids, **key))  # type: ignore[func-returns-value]
+    seen: list[Any] = []
+    real = ours.trial.step
+
+    def watched(images: Any, ids: Any, masks: Any) -> None:
+        seen.append(masks.ids_keep_BV)
+        real(images, ids, masks)
+
+    monkeypatch.setattr(ours.trial, "step", watched)
     ours.step()
     ours.step()
-    assert seen == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    wanted = [ours.trial.model.draw_masks(ids, seed=0).ids_keep_BV for ids in (range(4), range(4, 8))]
+    assert [one.tolist() for one in seen] == [one.tolist() for one in wanted]
 
 
 def test_operations_by_the_formula() -> None:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import TINY
@@ -15,7 +14,6 @@ from tiny_runs import SMALLEST, run
 from torch._dynamo.backends.common import aot_autograd
 
 from maekit.config import PretrainConfig
-from maekit.data.loader import Batch
 from maekit.models.mae import MaskedAutoencoder
 from maekit.runtime import choose_compile, compile_or_eager
 from maekit.training.step import part_loss
@@ -39,7 +37,7 @@ def step(how: str, said: list[str]) -> tuple[float, torch.Tensor]:
     forward = compile_or_eager(model, how, said.append)
     for _ in range(2):
         model.zero_grad()
-        loss = part_loss(model, config, Batch(images, np.arange(4), []), 0, forward)
+        loss = part_loss(model, config, images, model.draw_masks(range(4), seed=0), forward)
         loss.backward()
     gradient = model.encoder.patch_embed.proj.weight.grad
     assert gradient is not None
@@ -110,7 +108,7 @@ def test_blocks_of_their_own_stochastic_depth_are_all_compiled(monkeypatch: pyte
         model = MaskedAutoencoder(config, (0.5,) * 3, (0.25,) * 3).train()
         forward = compile_or_eager(model, "blocks", pytest.fail)
         images = torch.randint(0, 256, (4, 3, 16, 24), dtype=torch.uint8)
-        part_loss(model, config, Batch(images, np.arange(4), []), 0, forward).backward()
+        part_loss(model, config, images, model.draw_masks(range(4), seed=0), forward).backward()
     assert len(compiled) >= 12
 
 

@@ -24,7 +24,8 @@ from maekit.data.sources import open_source
 from maekit.models.mae import MaskedAutoencoder
 from maekit.tasks import pretrain
 from maekit.training import guard
-from maekit.training.guard import Guard, is_spike, replay, update
+from maekit.training.guard import Guard, update
+from maekit.training.nonfinite import is_spike, replay
 
 PROMISE = "non-finite numbers: skipped, named, rolled back once, replayable"
 

@@ -127,7 +127,7 @@ def test_while_the_first_step_compiles(alone: Path, tmp_path: Path, monkeypatch:
     """Minutes of compilation are not waited for: the checkpoint of this position stands already."""
     with monkeypatch.context() as patch:
         patch.setattr(StopRequest, "GRACE", 0.3)
-        patch.setattr(prepare, "choose_compile", lambda *_: Choice("whole", "for the test"))
+        patch.setattr(prepare, "choose_compile", lambda *_, **__: Choice("whole", "for the test"))
         patch.setattr(pretrain, "compile_or_eager", lambda model, how, report: lambda *_, **__: slowly())
         began = time.monotonic()
         assert run(WORDS, tmp_path / "run") == 143

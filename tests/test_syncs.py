@@ -11,11 +11,10 @@ from conftest import TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maekit.config import PretrainConfig
-from maekit.data.loader import Batch
 from maekit.models.mae import MaskedAutoencoder
 from maekit.training.guard import Guard, backward, guarded_update
 from maekit.training.optim import make_optimizer
-from maekit.training.step import part_loss
+from maekit.training.step import masks_ahead, part_loss
 
 WAITING = {
     "_local_scalar_dense",
@@ -58,11 +57,12 @@ def test_a_step_waits_for_nothing(change: dict[str, Any]) -> None:
     for group in optimizer.param_groups:
         group["fused"], group["foreach"] = True, False
     guard = Guard(torch.device("cpu"), 5, 0)
-    batch = Batch(torch.randint(0, 256, (4, 3, 16, 24), dtype=torch.uint8), np.arange(4), [])
+    images = torch.randint(0, 256, (4, 3, 16, 24), dtype=torch.uint8)
+    masks = masks_ahead(model, config, ((0, np.arange(4)) for _ in range(2)), torch.device("cpu"))
     before = [parameter.detach().clone() for parameter in model.parameters()]
     with Syncs() as syncs:
         for step in range(2):
-            loss = part_loss(model, config, batch, 0)
+            loss = part_loss(model, config, images, next(masks))
             backward(loss)
             guarded_update(model, optimizer, guard, step, config.clip_grad)
     assert syncs.seen == []
@@ -80,9 +80,10 @@ def test_a_step_waits_for_nothing_on_cuda() -> None:
     config = PretrainConfig(**(TINY | {"precision": "bf16", "data": "-"}))
     model = MaskedAutoencoder(config, (0.5,) * 3, (0.25,) * 3).to(device).train()
     optimizer, guard = make_optimizer(model, config, 1e-3), Guard(device, 5, 0)
-    batch = Batch(torch.randint(0, 256, (4, 3, 16, 24), dtype=torch.uint8, device=device), np.arange(4), [])
+    images = torch.randint(0, 256, (4, 3, 16, 24), dtype=torch.uint8, device=device)
+    masks = masks_ahead(model, config, ((epoch, np.arange(4)) for epoch in range(3)), device)
     for step in range(3):  # the first allocates
         torch.cuda.set_sync_debug_mode("error" if step else "default")
-        backward(part_loss(model, config, batch, 0))
+        backward(part_loss(model, config, images, next(masks)))
         guarded_update(model, optimizer, guard, step, 1.0)
     torch.cuda.set_sync_debug_mode("default")

@@ -78,7 +78,7 @@ def adapt_durations(config: Durations, base: Durations, words: Sequence[str] = (
 def compile_problems(compile: str, accum: int) -> list[str]:
     """Why a way to compile cannot go with accumulation."""
     if compile == "graphs" and accum > 1:
-        return ["--compile graphs: replayed graphs overwrite the gradients that --accum adds up: --compile whole"]
+        return ["--compile graphs: a graph is a whole step, and --accum makes steps of several parts: --compile whole"]
     return []
 
 

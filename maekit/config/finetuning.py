@@ -127,7 +127,7 @@ class FinetuneConfig(SupervisedConfig):
     """Keep an average of the weights that forgets with this factor a step, such as 0.9999, less so in the beginning
     (t / (t + 9) after t steps); it is what is evaluated, saved as the best and scored. Default: none."""
     compile: Literal["auto", "off", "blocks", "whole", "graphs"] = "auto"
-    """torch.compile, as in maekit pretrain. auto: whole on CUDA, off elsewhere."""
+    """torch.compile, as in maekit pretrain. auto: graphs or whole on CUDA, off elsewhere."""
     in_memory: Literal["auto", "yes", "no"] = "auto"
     """Decode all images once and keep them as uint8. auto: where they have one size and fit."""
     eval_every: float = 1.0

@@ -192,8 +192,8 @@ class PretrainConfig(ModelConfig, DataConfig):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the matrix products; loss and normalisation stay in float32."""
     compile: Literal["auto", "off", "blocks", "whole", "graphs"] = "auto"
-    """torch.compile. blocks: each block by itself, quick to compile; whole: the model; graphs: the model, replayed as
-    CUDA graphs (small models). auto: whole on CUDA, off elsewhere."""
+    """torch.compile. blocks: each block by itself, quick to compile; whole: the model; graphs: the model, and
+    each step replayed as one CUDA graph, for one process without --accum. auto: graphs or whole on CUDA, else off."""
     workers: int | None = None
     """Processes that decode images. Default: chosen from the cores. Not used where the data fit in memory."""
     grad_checkpoint: bool = False

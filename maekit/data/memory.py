@@ -5,6 +5,7 @@ Shapes: N images, B batch, C channels, H x W pixels.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from maekit.config import PretrainConfig, UserError
 from maekit.data.images import BadImage
-from maekit.data.order import Batch, Ids, Progress, sides
+from maekit.data.order import Batch, Ids, Progress, sides, together
 from maekit.data.parts import Part
 from maekit.data.pixels import Pixels
 from maekit.data.transforms import Crops, apply_to_batch, apply_to_image, centre_crops, random_crops
@@ -31,6 +32,10 @@ _CHUNK = 256
 LARGE = 96
 """On a CPU, images with a longer side from here on are scaled one by one, without the zeros of the dense products:
 equally quick at 96 px, 12 times as quick at 480 x 360. A GPU would wait for such a loop."""
+
+AHEAD, AHEAD_VALUES = 2048, 2**25
+"""On a GPU, the batches of several steps are augmented at once, up to so many images, and values of them before and
+after: a hundred small kernels take as long to launch for one batch as for all. A CPU has nothing to launch."""
 
 Read = list[Pixels | str]
 """Of each image of a chunk, its pixels or the reason why there are none; it ends early where a size differs."""
@@ -64,10 +69,12 @@ class MemoryPool:
 
     def train_batches(self, shares: Iterable[tuple[int, Ids]]) -> Iterator[Batch]:
         bad = self.bad
-        for epoch, ids in shares:
+        for epoch, group in together(shares, self._ahead):
+            ids = np.concatenate(group)
             crops = random_crops(self.config, self._sizes(ids), ids, epoch=epoch)
-            yield Batch(self._apply(ids, crops), ids, bad)
-            bad = []
+            for images, some in zip(self._apply(ids, crops).split([len(one) for one in group]), group, strict=True):
+                yield Batch(images, some, bad)
+                bad = []
 
     def eval_batches(self, ids: Ids, batch_size: int) -> Iterator[Batch]:
         for start in range(0, len(ids), batch_size):
@@ -83,6 +90,14 @@ class MemoryPool:
         images_NHWC = self.images_NCHW.permute(0, 2, 3, 1).numpy()
         size_hw = self.config.size_hw
         return torch.stack([apply_to_image(images_NHWC[i], crops, row, size_hw) for row, i in enumerate(ids)])
+
+    @property
+    def _ahead(self) -> int:
+        """Images of training that are augmented together."""
+        if self.device.type == "cpu":
+            return 1
+        values = self.images_NCHW.shape[1] * max(math.prod(self.size_hw), math.prod(self.config.size_hw))
+        return min(AHEAD, AHEAD_VALUES // values)
 
     def _take(self, ids: Ids) -> Tensor:
         return self.images_NCHW[to_device(torch.from_numpy(ids), self.device)]

@@ -109,6 +109,20 @@ class SampleOrder:
                 yield epoch, part
 
 
+def together(shares: Iterable[tuple[int, Ids]], most: int) -> Iterator[tuple[int, list[Ids]]]:
+    """Successive shares of one epoch in groups of at most `most` samples, or of one share that is larger."""
+    group: list[Ids] = []
+    current, count = -1, 0
+    for epoch, ids in shares:
+        if group and (epoch != current or count + len(ids) > most):
+            yield current, group
+            group, count = [], 0
+        group.append(ids)
+        current, count = epoch, count + len(ids)
+    if group:
+        yield current, group
+
+
 class Pool(Protocol):
     """Images that can be drawn by sample id."""
 

@@ -15,13 +15,14 @@ import contextlib
 import dataclasses
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.markup import escape
 from safetensors.torch import load_file
+from torch import Tensor
 
 from maekit.config import FinetuneConfig, ResumeConfig, UserError, changed
 from maekit.configfile import read
@@ -32,9 +33,10 @@ from maekit.stopping import StopRequest
 from maekit.terminal import Pace, counting, make_console, make_progress, print_settings, short_time
 from maekit.training import lock
 from maekit.training.finetuning import FinetuneJob, default_out, describe, prepare, reading_config
-from maekit.training.guard import Guard, backward, guarded_update
+from maekit.training.guard import Guard, backward, guarded_update, update_if_finite
 from maekit.training.mixing import soft_loss
 from maekit.training.optim import learning_rate
+from maekit.training.replayed import Replayed
 from maekit.training.scorecard import CARD, print_score, with_interval, write_card
 from maekit.training.scoring import EVAL_BATCH, Score, answer, of_all, score
 from maekit.training.supervised import BEST_FILE, mean_loss, set_scaled_rate, write_weights
@@ -72,6 +74,7 @@ def main(source: str, config: FinetuneConfig, resumed: bool = False) -> int:
         step_model = accelerator.prepare_model(model, evaluation_mode=accelerator.num_processes == 1)
         forward = compile_or_eager(step_model, job.choices["compile"].value, console.print)
         guard = Guard(accelerator.device, config.max_bad_steps, position.bad_row)
+        replayed = replayed_step(job, guard, forward)
         batches = open_batches(job)
         loss_sum = torch.tensor(position.loss_sum, device=accelerator.device)
         began = logged = time.monotonic()
@@ -124,6 +127,8 @@ def main(source: str, config: FinetuneConfig, resumed: bool = False) -> int:
                 step = position.step
                 lr = learning_rate(step, total, job.warmup_steps, job.peak_lr, config.min_lr, position.schedule_start)
                 set_scaled_rate(run.optimizer, lr)
+                if step == job.clean_from:  # images and perhaps the number of patches are others from here on
+                    replayed = replayed_step(job, guard, forward)
                 job.begin_step()
                 loss_of_step = torch.zeros_like(loss_sum)
                 for part_number in range(config.accum):
@@ -134,6 +139,10 @@ def main(source: str, config: FinetuneConfig, resumed: bool = False) -> int:
                     images, ids = take_good_slots(batch, job.pool.unreadable)
                     labels = job.labels[to_device(torch.from_numpy(ids), accelerator.device)]
                     images, targets = job.mixing(model.normalize(images), labels)
+                    if replayed is not None:
+                        loss_of_step, verdict = replayed(images, targets)
+                        skip = guard.note(step, verdict.clone())
+                        continue
                     # Earlier parts add up on their own process; the backward pass of the last one averages over all.
                     lonely = part_number < config.accum - 1
                     with accelerator.no_sync(step_model) if lonely else contextlib.nullcontext():
@@ -145,7 +154,8 @@ def main(source: str, config: FinetuneConfig, resumed: bool = False) -> int:
                 if batch is None:  # a signal, and data that do not come: as if the step had not begun
                     run.optimizer.zero_grad(set_to_none=True)
                     continue
-                skip = guarded_update(model, run.optimizer, guard, step, config.clip_grad)
+                if replayed is None:
+                    skip = guarded_update(model, run.optimizer, guard, step, config.clip_grad)
                 if job.averaged is not None:
                     job.averaged.update(model, step=step + 1)
                 loss_sum += torch.where(skip > 0, 0.0, loss_of_step)
@@ -159,6 +169,21 @@ def main(source: str, config: FinetuneConfig, resumed: bool = False) -> int:
         accelerator.end_training()
         return 0
     return stop.exit_code
+
+
+def replayed_step(job: FinetuneJob, guard: Guard, forward: Callable[..., Any]) -> Replayed | None:
+    """The step from mixed images and targets on as a CUDA graph, where one was chosen."""
+    if job.choices["compile"].value != "graphs":
+        return None
+
+    def step(images_BCHW: Tensor, targets_BK: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(images_BCHW.device.type, torch.bfloat16, enabled=job.config.precision == "bf16"):
+            logits = forward(images_BCHW)
+        loss = soft_loss(logits, targets_BK)
+        backward(loss)
+        return loss.detach(), update_if_finite(job.model, job.run.optimizer, guard, job.config.clip_grad)
+
+    return Replayed(step, job.run.optimizer, job.run.console.print)
 
 
 def open_batches(job: FinetuneJob) -> Iterator[Batch]:

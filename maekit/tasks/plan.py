@@ -92,7 +92,7 @@ def main(config: PlanConfig, base: PretrainConfig, name: str) -> int:
     if problems:
         raise UserError(*problems)
     console = make_console()
-    choices = choose_machine(config, config.processes or 1)
+    choices = choose_machine(config, config.processes or 1, config.processes or 1)
     device, precision = choices["device"], choices["precision"]
     data = open_data(config, choices, console)
     if data.in_memory is not None:

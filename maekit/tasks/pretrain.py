@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.markup import escape
@@ -30,14 +32,15 @@ from maekit.training.guard import Guard, backward, guarded_update
 from maekit.training.monitor import PANEL_IMAGES, heldout_masks, reconstruct, statistics_note
 from maekit.training.optim import learning_rate, set_learning_rate
 from maekit.training.prepare import prepare
+from maekit.training.replayed import Replayed
 from maekit.training.run import (
     Job,
     advise_on_loading,
     due,
     evaluate,
     log_training,
-    next_batch,
-    open_batches,
+    next_part,
+    open_parts,
     probe,
     report_unreadable,
     say_heldout,
@@ -45,7 +48,7 @@ from maekit.training.run import (
 )
 from maekit.training.run_state import restore_rng, rng_tensors
 from maekit.training.saving import SaveClock, begin, give_up, never_began, roll_back, save
-from maekit.training.step import part_loss
+from maekit.training.step import part_loss, whole_step
 from maekit.viz.panels import compose, draw
 from maekit.viz.plots import draw_curves
 from maekit.weights.store import WEIGHTS_FILE
@@ -76,7 +79,8 @@ def main(config: PretrainConfig, resume_from: Path | None = None, again: bool = 
         forward = compile_or_eager(step_model, job.choices["compile"].value, job.console.print)
         clock = SaveClock(config.save_minutes, config.max_unsaved_minutes)
         guard = Guard(accelerator.device, config.max_bad_steps, position.bad_row)
-        batches = open_batches(job)
+        replayed = replayed_step(job, guard, forward)
+        parts = open_parts(job)
         loss_sum = torch.tensor(position.loss_sum, device=accelerator.device)
         began = logged = time.monotonic()
         logged_step = first_step = position.step
@@ -106,7 +110,8 @@ def main(config: PretrainConfig, resume_from: Path | None = None, again: bool = 
                             return 1
                         position, guard = job.position, Guard(accelerator.device, config.max_bad_steps)
                         first_step = min(first_step, position.step)
-                        batches = open_batches(job)
+                        replayed = replayed_step(job, guard, forward)  # the optimiser's state is another one
+                        parts = open_parts(job)
                         loss_sum.fill_(position.loss_sum)
                         logged, logged_step = time.monotonic(), position.step
                         continue
@@ -143,26 +148,31 @@ def main(config: PretrainConfig, resume_from: Path | None = None, again: bool = 
                     step, position.total_steps, job.warmup_steps, job.peak_lr, config.min_lr, position.schedule_start
                 )
                 set_learning_rate(job.optimizer, lr, encoder_waits=step < job.decoder_only)
-                epoch = step // job.order.steps_per_epoch
                 loss_of_step = torch.zeros_like(loss_sum)
                 rng = rng_tensors(accelerator.process_index) if config.accum > 1 else {}
                 for part_number in range(config.accum):
-                    batch = next_batch(job, batches, begun=part_number > 0)
-                    if batch is None:
+                    part = next_part(job, parts, begun=part_number > 0)
+                    if part is None:
                         break
-                    if batch.bad:
-                        report_unreadable(job, batch.bad)
+                    pixels, masks = part.batch.images, part.masks
+                    if part.batch.bad:
+                        report_unreadable(job, part.batch.bad)
+                    if replayed is not None:
+                        loss_of_step, verdict = replayed(pixels, masks.ids_keep_BV, masks.ids_masked_BM)
+                        skip = guard.note(step, verdict.clone())
+                        continue
                     # Earlier parts add up on their own process; the backward pass of the last one averages over all.
                     lonely = part_number < config.accum - 1
                     with accelerator.no_sync(step_model) if lonely else contextlib.nullcontext():
-                        loss = part_loss(model, config, batch, epoch, forward) / config.accum
+                        loss = part_loss(model, config, pixels, masks, forward) / config.accum
                         backward(loss)
                     loss_of_step += loss.detach()
-                if batch is None:  # a signal, and data that do not come: as if the step had not begun
+                if part is None:  # a signal, and data that do not come: as if the step had not begun
                     job.optimizer.zero_grad(set_to_none=True)
                     restore_rng(rng, accelerator.process_index)
                     continue
-                skip = guarded_update(model, job.optimizer, guard, step, config.clip_grad)
+                if replayed is None:
+                    skip = guarded_update(model, job.optimizer, guard, step, config.clip_grad)
                 loss_sum += torch.where(skip > 0, 0.0, loss_of_step)
                 position.step, position.loss_count = step + 1, position.loss_count + 1
                 stop.patience = None  # from here on there is something to save
@@ -170,6 +180,13 @@ def main(config: PretrainConfig, resume_from: Path | None = None, again: bool = 
         finish(job, first_step, time.monotonic() - began)
         return 0
     return stop.exit_code
+
+
+def replayed_step(job: Job, guard: Guard, forward: Callable[..., Any]) -> Replayed | None:
+    """The step as a CUDA graph, where one was chosen."""
+    if job.choices["compile"].value != "graphs":
+        return None
+    return Replayed(whole_step(job.model, job.config, job.optimizer, guard, forward), job.optimizer, job.console.print)
 
 
 def watch(job: Job, pace: Pace) -> bool:

@@ -135,22 +135,26 @@ class MachineConfig(Protocol):
     trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...]
 
 
-def choose_machine(config: MachineConfig, local_processes: int) -> dict[str, Choice[Any]]:
-    """Device, precision, kernels and loader processes, each with its reason; so many trainers share the cores."""
+def choose_machine(config: MachineConfig, local_processes: int, world: int = 1) -> dict[str, Choice[Any]]:
+    """Device, precision, kernels and loader processes, each with its reason; so many trainers share the cores.
+
+    world: processes of the whole run.
+    """
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device.value)
     return {
         "device": device,
         "precision": precision,
         "attention": choose_attention(device.value, precision.value),
-        "compile": choose_compile(config.compile, device.value),
+        "compile": choose_compile(config.compile, device.value, alone=world * config.accum == 1),
         "workers": choose_workers(config.workers, local_processes),
     }
 
 
 def open_machine(config: MachineConfig, out: Path) -> tuple[dict[str, Choice[Any]], Accelerator]:
     """What was chosen of this machine, and Accelerate's handle on the processes of the run."""
-    choices = choose_machine(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    local, world = (int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    choices = choose_machine(config, local, world)
     accelerator = start_accelerator(choices["device"].value, config.trackers, out)
     check_processes(config.processes, accelerator.num_processes)
     check_batch(config.batch_size, config.accum, accelerator.num_processes)

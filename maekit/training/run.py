@@ -7,6 +7,7 @@ talk to other processes must be called by all of them.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import time
@@ -14,7 +15,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,14 +31,17 @@ from maekit.data.speed import keeps_up
 from maekit.data.workers import available_cores
 from maekit.models.encoder import flops_per_image
 from maekit.models.mae import MaskedAutoencoder
+from maekit.models.masking import Masks
 from maekit.rng import Purpose
 from maekit.runtime import Choice
 from maekit.stopping import StopRequest
 from maekit.terminal import Pace
 from maekit.training.diary import MOST_UNWRITTEN, note
-from maekit.training.guard import SPIKE_HISTORY, Guard, is_spike, note_bad_steps
+from maekit.training.guard import Guard
 from maekit.training.metrics import MetricsLog
 from maekit.training.monitor import TRIVIAL_IMAGES, Heldout, heldout_sums, online_probe, training_trivial
+from maekit.training.nonfinite import SPIKE_HISTORY, is_spike, note_bad_steps
+from maekit.training.step import masks_ahead
 
 EVAL_BATCH, EVAL_TOKENS = 256, 2**16
 """Images, and patches of all of them, per forward pass in evaluation, at most; they have no say in the numbers."""
@@ -170,21 +174,31 @@ def describe(job: Job, peak_reason: str) -> dict[str, str]:
     }
 
 
-def open_batches(job: Job) -> Iterator[Batch]:
+class TrainPart(NamedTuple):
+    """A part of a step: images, and their masks on the device."""
+
+    batch: Batch
+    masks: Masks
+
+
+def open_parts(job: Job) -> Iterator[TrainPart]:
     """This process's parts of all steps from the run's position on."""
     rank, world = job.accelerator.process_index, job.accelerator.num_processes
     steps = range(job.position.step, job.position.total_steps)
-    return job.pool.train_batches(job.order.micro_batches(steps, rank, world, job.config.accum))
+    shares = job.order.micro_batches(steps, rank, world, job.config.accum)
+    for_images, for_masks = itertools.tee(shares)
+    masks = masks_ahead(job.model, job.config, for_masks, job.accelerator.device)
+    return itertools.starmap(TrainPart, zip(job.pool.train_batches(for_images), masks, strict=True))
 
 
-def next_batch(job: Job, batches: Iterator[Batch], begun: bool) -> Batch | None:
+def next_part(job: Job, parts: Iterator[TrainPart], begun: bool) -> TrainPart | None:
     """The next part of a step; None where a signal came and it does not: at once, or soon where the step was begun."""
     if job.choices["in memory"].value:
-        return next(batches)  # it is there already
+        return next(parts)  # it is there already
     began = time.monotonic()
-    batch = job.stop.unless_stopped(job.accelerator, lambda: next(batches), job.stop.GRACE if begun else 0.0)
+    part = job.stop.unless_stopped(job.accelerator, lambda: next(parts), job.stop.GRACE if begun else 0.0)
     job.waited += time.monotonic() - began
-    return batch
+    return part
 
 
 def advise_on_loading(job: Job, images: int, seconds: float) -> None:

@@ -26,7 +26,7 @@ from maekit.configfile import from_values, to_json
 from maekit.runtime import environment, package_versions
 from maekit.stopping import Stopped, greatest
 from maekit.training import checkpoint as checkpoints
-from maekit.training import guard, lock
+from maekit.training import lock, nonfinite
 from maekit.training.diary import write_lines
 from maekit.training.metrics import MetricsLog
 from maekit.training.run import Job, Position, bad_step_record, log, measure_trivial
@@ -271,20 +271,20 @@ def roll_back(job: Job, last_bad: int) -> bool:
 
 
 def give_up(job: Job, step: int, lr: float) -> None:
-    """Write down the bad step (0-based) that ends the run, so that `guard.replay` can do it again."""
+    """Write down the bad step (0-based) that ends the run, so that `nonfinite.replay` can do it again."""
     folder = job.out / "nonfinite" / f"step-{step + 1}"
     if job.accelerator.is_main_process:
         record = bad_step_record(job, step) | {
             "seed": job.config.seed, "lr": lr, "fingerprint": job.part.fingerprint, "row": job.position.bad_row,
         }  # fmt: skip
         try:
-            guard.dump(folder, job.model, job.config, record, passport_of(job).to_metadata())
+            nonfinite.dump(folder, job.model, job.config, record, passport_of(job).to_metadata())
         except (OSError, SafetensorError) as error:
             job.console.print(f"[red]{folder} cannot be written:[/red] {error}")
     job.console.print(
         f"[bold red]the run stops: {job.position.bad_row} bad steps in a row again.[/bold red] {folder} holds the last "
-        f"of them (maekit.training.guard.replay does it again); go on with maekit resume {job.out} --clip-grad 1 or "
-        "--precision fp32, or begin again with a lower --blr",
+        f"of them (maekit.training.nonfinite.replay does it again); go on with maekit resume {job.out} --clip-grad 1 "
+        "or --precision fp32, or begin again with a lower --blr",
         soft_wrap=True,
     )
 

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from maekit.config import PretrainConfig
-from maekit.data.loader import Batch, Ids
+from maekit.data.loader import Ids
 from maekit.models.encoder import use_fused_attention
 from maekit.models.mae import MaskedAutoencoder
+from maekit.models.masking import Masks
 from maekit.runtime import compile_or_eager, seed_everything
 from maekit.training.guard import Guard, backward, guarded_update
 from maekit.training.optim import make_optimizer, peak_learning_rate
-from maekit.training.step import part_loss
+from maekit.training.replayed import Replayed
+from maekit.training.step import masks_ahead, part_loss, whole_step
 
 _FIRST_LR = 1e-3
 """The learning rate as a share of the peak."""
@@ -43,11 +45,15 @@ class Trial:
         self.optimizer = make_optimizer(self.model, config, _FIRST_LR * peak_learning_rate(config)[0])
         self.guard = Guard(device, config.max_bad_steps)
         self.forward: Callable[..., Any] = self.model.__call__
+        self.replayed: Replayed | None = None
         self.steps = 0
 
     def compile(self, how: str, report: Callable[[str], None]) -> None:
-        """Compile the forward pass from here on."""
+        """Compile the forward pass from here on, and record whole steps where `how` says so."""
         self.forward = compile_or_eager(self.model, how, report)
+        if how == "graphs" and self.device.type == "cuda":
+            step = whole_step(self.model, self.config, self.optimizer, self.guard, self.forward)
+            self.replayed = Replayed(step, self.optimizer, report)
 
     def images(self, batch: int) -> tuple[Tensor, Ids]:
         """Noise of the model's size on the device, with sample ids."""
@@ -57,7 +63,11 @@ class Trial:
 
     def loss(self, images_BCHW: Tensor, sample_ids: Ids) -> Tensor:
         """The training loss of a batch, with its own masks."""
-        return part_loss(self.model, self.config, Batch(images_BCHW, sample_ids, []), self.steps, self.forward)
+        return part_loss(self.model, self.config, images_BCHW, self.masks(sample_ids), self.forward)
+
+    def masks(self, sample_ids: Ids) -> Masks:
+        """The masks of this step."""
+        return next(masks_ahead(self.model, self.config, [(self.steps, sample_ids)], self.device))
 
     def gradients(self, images_BCHW: Tensor, sample_ids: Ids) -> None:
         """Forward and backward: all that is done again for each accumulated part of a batch."""
@@ -70,10 +80,16 @@ class Trial:
             self.guard.look()
         self.steps += 1
 
-    def step(self, images_BCHW: Tensor, sample_ids: Ids) -> None:
-        """One whole training step."""
-        self.gradients(images_BCHW, sample_ids)
-        self.update()
+    def step(self, images_BCHW: Tensor, sample_ids: Ids, masks: Masks | None = None) -> None:
+        """One whole training step, under these masks or those of the samples."""
+        masks = masks or self.masks(sample_ids)
+        if self.replayed is None:
+            backward(part_loss(self.model, self.config, images_BCHW, masks, self.forward))
+            self.update()
+            return
+        _, verdict = self.replayed(images_BCHW, masks.ids_keep_BV, masks.ids_masked_BM)
+        self.guard.note(self.steps, verdict.clone())
+        self.steps += 1
 
     def wait(self) -> None:
         """Until the device has done all that it was told."""
