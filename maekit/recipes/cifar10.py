@@ -28,4 +28,7 @@ CONFIG = PretrainConfig(
     warmup_epochs=5,
     batch_size=128,
     blr=4.25e-3,  # lr 1e-3: x batch / 256 x predicted share / mask ratio
+    probe_every=10,
+    panel_every=10,
+    save_every=10,  # an epoch takes a second on a GPU; on a CPU, --save-minutes saves more often
 )
