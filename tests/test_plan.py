@@ -125,6 +125,25 @@ def test_the_dry_runs_batch_is_doubled_while_it_is_quick(tiny: Trial, monkeypatc
     assert plan.suitable_batch(tiny, 3) == 3
 
 
+def test_replayed_steps_are_timed_in_a_row(tiny: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in training, nothing waits between them; the first row records, and is not counted."""
+    steps: list[int] = []
+
+    def replayed(images: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        steps.append(len(images))
+        return torch.zeros(()), torch.zeros(3)
+
+    tiny.replayed = replayed  # type: ignore[assignment]
+    monkeypatch.setattr(tiny, "update", pytest.fail)
+    config = PlanConfig(**TINY, images=100, batch_size=8, dry_steps=3)
+    timing = plan.time_run(tiny, config, plan.Data("x", 90, 10), 4, plan.make_console())
+    assert steps == [4] * plan.REPLAYS * 4
+    assert len(timing.gradients) == 3 and timing.updates == [0.0] * 3
+    monkeypatch.setattr(plan, "timed_replays", lambda trial, draw: (2.0, 0.0))
+    timing = plan.time_run(tiny, config, plan.Data("x", 90, 10), 4, plan.make_console())
+    assert len(timing.gradients) == 2, "forty steps of two seconds"
+
+
 def test_slow_steps_end_the_dry_run(tiny: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
     """15 s a step and 20 s at most: two steps instead of twenty."""
     monkeypatch.setattr(plan, "timed_step", lambda trial, draw: (14.0, 1.0))

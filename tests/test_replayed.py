@@ -86,6 +86,27 @@ def test_a_replayed_step_is_the_step(change: dict[str, Any]) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_seeded_step_draws_the_same_in_a_replay(compiled: bool) -> None:
+    """Fine-tuning seeds the generators for each step: which patches and paths it drops, also by compiled code."""
+
+    def drop(inputs: Tensor) -> Tensor:
+        return torch.nn.functional.dropout(inputs, 0.5).sum(dim=1)
+
+    forward = torch.compile(drop, dynamic=False) if compiled else drop
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2, device="cuda"))], lr=0.5, fused=True)
+    work = Replayed(lambda inputs: (forward(inputs),), optimizer, pytest.fail)
+    seen = []
+    for seed in range(WARM_UP + 4):
+        torch.manual_seed(seed)
+        found = work(torch.ones(8, 64, device="cuda"))[0].clone()
+        torch.manual_seed(seed)
+        assert torch.equal(found, forward(torch.ones(8, 64, device="cuda")))
+        seen.append(tuple(found.tolist()))
+    assert len(set(seen)) == len(seen)
+
+
+@pytest.mark.gpu
 def test_a_run_of_replayed_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its losses are those of steps that are launched singly, and what is seen between steps changes nothing."""
     words = "pretrain digits --steps 12 --device cuda --log-every 1 --probe-every 0.5 --panel-every 0".split()

@@ -30,10 +30,7 @@ from maekit.data.order import MIN_HELDOUT
 from maekit.data.sources import open_source
 from maekit.models.encoder import flops_per_image
 from maekit.models.mae import model_problems
-from maekit.runtime import (
-    Choice,
-    environment,
-)
+from maekit.runtime import Choice, choose_compile, environment
 from maekit.terminal import counting, make_console, make_progress, print_settings, short_time
 from maekit.training.capacity import LARGEST_BATCH, RAM_SHARE, check_memory, find_limit, free_bytes, least_accum
 from maekit.training.optim import duration_steps
@@ -43,6 +40,8 @@ from maekit.weights.passport import size_problems
 
 SUITABLE_SECONDS = 3.0
 """The batch of the dry run is doubled as long as the larger one should take less than this for its gradients."""
+REPLAYS = 20
+"""Steps that are replayed without a wait between them: enough for images that are augmented ahead to count."""
 LOADER_SECONDS, LOADER_BATCH, LOADER_WARMUP = 5.0, 32, 3
 """The loader alone is timed for so long, in batches of so many images, after so many that are not counted."""
 
@@ -108,6 +107,8 @@ def main(config: PlanConfig, base: PretrainConfig, name: str) -> int:
             f"--model {config.model}: not even one image fits beside its weights into the {size(free)} that are free: "
             "take a smaller model or smaller images"
         )
+    if accum > 1:
+        choices["compile"] = choose_compile(config.compile, device.value, alone=False)
     trial.compile(choices["compile"].value, console.print)
     batch = suitable_batch(trial, min(share // accum, data.train))
     timing = time_run(trial, config, data, batch, console)
@@ -185,6 +186,18 @@ def timed_step(trial: Trial, draw: Callable[[], tuple[Any, Any]]) -> tuple[float
     return middle - start, time.perf_counter() - middle
 
 
+def timed_replays(trial: Trial, draw: Callable[[], tuple[Any, Any]]) -> tuple[float, float]:
+    """Seconds of a step that is replayed as a whole, so that nothing is left for an update: of several in a row, as
+    images are drawn for several at once.
+    """
+    trial.wait()
+    start = time.perf_counter()
+    for _ in range(REPLAYS):
+        trial.step(*draw())
+    trial.wait()
+    return (time.perf_counter() - start) / REPLAYS, 0.0
+
+
 def time_run(trial: Trial, config: PlanConfig, data: Data, batch: int, console: Console) -> Timing:
     """Time the steps, on the data where they are in memory and so part of the step; then the loader where it is not."""
     draw: Callable[[], tuple[Any, Any]]
@@ -194,15 +207,16 @@ def time_run(trial: Trial, config: PlanConfig, data: Data, batch: int, console: 
     else:
         noise = trial.images(batch)
         draw = lambda: noise  # noqa: E731
-    timed_step(trial, draw)  # compiles
+    timed, each = (timed_step, 1) if trial.replayed is None else (timed_replays, REPLAYS)
+    timed(trial, draw)  # compiles, and records
     gradients: list[float] = []
     updates: list[float] = []
     with make_progress(console) as progress:
         bar = progress.add_task("timing steps", total=config.dry_steps)
         while len(gradients) < config.dry_steps:
-            if len(gradients) >= 2 and sum(gradients) + sum(updates) > config.dry_seconds:
+            if len(gradients) >= 2 and each * (sum(gradients) + sum(updates)) > config.dry_seconds:
                 break
-            forth, update = timed_step(trial, draw)
+            forth, update = timed(trial, draw)
             gradients.append(forth)
             updates.append(update)
             progress.update(bar, completed=len(gradients))
@@ -319,13 +333,16 @@ def describe(config: PlanConfig, data: Data, trial: Trial, timing: Timing, forec
     what = f"image{'s' if timing.batch > 1 else ''} {'from memory' if in_memory else 'of noise'}"
     finish = time.localtime(time.time() + min(forecast.training + forecast.heldout, 3e9))
     spread = f"{min(timing.gradients):.3g} to {max(timing.gradients):.3g} s"
+    work = "forward and backward"
+    steps = f"{forth:.3g} s (median; {spread}), update {update:.3g} s"
+    if trial.replayed is not None:
+        work, steps = "forward, backward and update", f"{forth:.3g} s (median; {spread})"
     said = {
         "data": f"{data.name}: {data.train:,} to train on, {data.heldout:,} held out",
-        "dry run": f"{count} step{'s' if count > 1 else ''} of {timing.batch} {what}: forward and backward "
-        f"{forth:.3g} s (median; {spread}), update {update:.3g} s",
+        "dry run": f"{count} step{'s' if count > 1 else ''} of {timing.batch} {what}: {work} {steps}",
         "step": f"{rate(forecast.step_speed)} with batches of {config.batch_size:,}"
         + (f" on {world} processes as quick as this one" if world > 1 else "")
-        + f"; here {here * cost / 1e12:.3g} TFLOP/s in forward and backward",
+        + f"; here {here * cost / 1e12:.3g} TFLOP/s in {work}",
     }
     if count < config.dry_steps:
         said["dry run"] += f"; stopped after {config.dry_seconds:g} s instead of {config.dry_steps} steps"
