@@ -1,8 +1,9 @@
 """Training steps side by side: ours, Hugging Face's ViTMAE and lightly's MAE, of equal sizes and on equal batches.
 
 What each does in a step, and what favours whom:
-- ours: everything the trainer does (`maekit/training/trial.py`): masks drawn from sample ids on the CPU, those of 2,048
-  images at once, uint8 images normalised on the device, forward, backward, gradient norm, the guarded fused AdamW.
+- ours: everything the trainer does (`maekit/training/trial.py`): masks drawn from sample ids on the CPU (for a GPU
+  those of 2,048 images at once), uint8 images normalised on the device, forward, backward, gradient norm, the guarded
+  fused AdamW.
 - peers: forward with their own masks, backward, fused AdamW. Their images are float32 and normalised before the clock
   starts, and their gradients are neither clipped nor checked (Hugging Face's Trainer would clip): in their favour.
 - bfloat16 is autocast with float32 weights on both sides, as Trainer(bf16=True) does it.

@@ -134,6 +134,7 @@ def test_what_changes_goes_in_by_copying(fake_cuda: list[FakeGraph]) -> None:
         work(torch.ones(2))
     (graph,) = fake_cuda
     result, images, rates = work._outputs[0], work._inputs[0], work._rates
+    assert rates is not None
     graph.replay = lambda: result.copy_(images.sum() * rates[0])  # type: ignore[method-assign,assignment]
     for value, rate in ((2.0, 0.25), (3.0, 0.125)):
         group["lr"] = rate
@@ -193,7 +194,7 @@ def test_masks_drawn_ahead_are_those_of_each_step(change: dict[str, Any]) -> Non
     model = MaskedAutoencoder(config, (0.5,) * 3, (0.25,) * 3)
     rng = np.random.default_rng(0)
     shares = [(step // 3, rng.integers(0, 99, 4)) for step in range(7)]
-    ahead = masks_ahead(model, config, iter(shares), torch.device("cpu"))
+    ahead = masks_ahead(model, config, iter(shares), torch.device("cpu"), at_once=17)
     for (epoch, ids), masks in zip(shares, ahead, strict=True):
         alone = model.draw_masks(ids, seed=3, epoch=epoch, views=config.masks_per_image)
         assert torch.equal(masks.ids_keep_BV, alone.ids_keep_BV)

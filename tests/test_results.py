@@ -196,6 +196,7 @@ def test_each_row_of_the_ablation_adds_to_the_one_before(monkeypatch: pytest.Mon
         configs.append(dataclasses.asdict(config))
     one, other = configs
     rest = {"recipe", "train_images", "mean", "std"}
+    rest |= {"probe_every", "panel_every", "save_every"}  # what is seen of it
     rest |= {"decoder", "decoder_dim", "decoder_depth", "predict_share", "mask_ratio", "batch_size", "lr"}  # the search
     unread = {"resize_to", "blr"}  # of other crops; the rate is given
     same = {"embed_dim": 192, "num_heads": 3, "mlp_ratio": 4.0, "class_token": True}  # the model's own, in the recipe

@@ -208,7 +208,7 @@ def read_hangs(patch: pytest.MonkeyPatch, part: int, seconds: float = 60) -> Non
         return real(self, index, *look)
 
     patch.setattr(FilePart, "read", read)
-    before_call(patch, pretrain, "open_batches", 1, lambda: patch.setenv("TEST_HANGS", "1"))
+    before_call(patch, pretrain, "open_parts", 1, lambda: patch.setenv("TEST_HANGS", "1"))
 
 
 @pytest.mark.parametrize(("workers", "part", "done"), [(0, 2, 1), (2, 2, 1), (0, 3, 1), (2, 5, 2)])
@@ -224,7 +224,7 @@ def test_data_that_do_not_come(
         patch.setattr(StopRequest, "GRACE", 0.3)
         read_hangs(patch, part)
         # a timer of the test's own thread: the signal arrives while the main thread waits
-        when = before_call(patch, pretrain, "next_batch", part + 1, lambda: threading.Timer(0.3, kill_me).start())
+        when = before_call(patch, pretrain, "next_part", part + 1, lambda: threading.Timer(0.3, kill_me).start())
         assert run([*words, "--workers", str(workers)], tmp_path / "run") == 143
         assert time.monotonic() - when[0] < 8  # a loader by itself waits 5 s for each of its workers
     assert state(tmp_path / "run")["step"] == done
@@ -238,7 +238,7 @@ def test_a_step_that_was_begun_is_finished(
     """The second part comes within the grace: the step counts."""
     words, _ = streamed
     read_hangs(monkeypatch, 3, seconds=0.1)
-    before_call(monkeypatch, pretrain, "next_batch", 4)
+    before_call(monkeypatch, pretrain, "next_part", 4)
     assert run(words, tmp_path / "run") == 143
     assert state(tmp_path / "run")["step"] == 2
 
@@ -313,7 +313,7 @@ def test_two_processes_stop_together(tmp_path: Path) -> None:
                     time.sleep(60)
 
                 next_read = lambda: before_call(patch, FilePart, "read", 1, hang)  # noqa: E731
-                before_call(patch, pretrain, "next_batch", 4, next_read)
+                before_call(patch, pretrain, "next_part", 4, next_read)
             return run(words, tmp_path / "run")
 
     children = tiny_runs.fork_ranks(job, tmp_path)

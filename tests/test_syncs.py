@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from maekit.config import PretrainConfig
 from maekit.models.mae import MaskedAutoencoder
+from maekit.runtime import to_device
 from maekit.training.guard import Guard, backward, guarded_update
 from maekit.training.optim import make_optimizer
 from maekit.training.step import masks_ahead, part_loss
@@ -87,3 +89,26 @@ def test_a_step_waits_for_nothing_on_cuda() -> None:
         backward(part_loss(model, config, images, next(masks)))
         guarded_update(model, optimizer, guard, step, 1.0)
     torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cpu", True), ("mps", True), ("cuda", False)])
+def test_only_cuda_copies_without_waiting(device: str, waits: bool) -> None:
+    """A copy to MPS that is still to be made would read what took a temporary's place."""
+    asked: list[bool] = []
+    values = SimpleNamespace(
+        to=lambda _, non_blocking: asked.append(non_blocking), nbytes=100, device=torch.device("cpu")
+    )
+    to_device(values, torch.device(device))  # type: ignore[arg-type]
+    assert asked == [not waits]
+
+
+@pytest.mark.parametrize(
+    ("device", "size", "pinned"), [("cuda", 10**6, True), ("cuda", 100, False), ("mps", 10**6, False)]
+)
+def test_large_copies_are_pinned(device: str, size: int, pinned: bool) -> None:
+    """CUDA's driver would wait for the device before it copies much memory that is not."""
+    asked: list[str] = []
+    values: Any = SimpleNamespace(nbytes=size, device=torch.device("cpu"), to=lambda *_, **__: asked.append("copied"))
+    values.pin_memory = lambda: asked.append("pinned") or values  # type: ignore[func-returns-value]
+    to_device(values, torch.device(device))
+    assert asked == ["pinned", "copied"][not pinned :]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from maekit.data.loader import open_pool
 from maekit.data.parts import ArrayPart
 from maekit.data.sources import open_source
 from maekit.data.transforms import Crops, apply_to_batch, apply_to_image, centre_crops, random_crops
-from maekit.runtime import Choice, to_device
+from maekit.runtime import Choice
 
 Sizes = npt.NDArray[np.int64]
 
@@ -311,15 +310,6 @@ def test_images_are_never_coarse(crop: Any) -> None:
     plain = apply_to_batch(images, crops, (16, 24))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(apply_to_batch(images, crops, (16, 24)), plain)
-
-
-@pytest.mark.parametrize(("device", "waits"), [("cpu", True), ("mps", True), ("cuda", False)])
-def test_only_cuda_copies_without_waiting(device: str, waits: bool) -> None:
-    """A copy to MPS that is still to be made would read what took a temporary's place."""
-    asked: list[bool] = []
-    values = SimpleNamespace(to=lambda _, non_blocking: asked.append(non_blocking))
-    to_device(values, torch.device(device))  # type: ignore[arg-type]
-    assert asked == [not waits]
 
 
 def test_a_constant_image_stays_constant() -> None:

@@ -17,15 +17,24 @@ from maekit.models.masking import Masks
 from maekit.training.guard import Guard, backward, update_if_finite
 
 MASKS_AHEAD = 2048
-"""Masks of several steps are drawn at once, for up to so many samples: most of a batch's time is calls of NumPy."""
+"""For a GPU, masks of several steps are drawn at once, up to so many: most of a batch's time is calls of NumPy."""
 
 
 def masks_ahead(
-    model: MaskedAutoencoder, config: PretrainConfig, shares: Iterable[tuple[int, Ids]], device: torch.device
+    model: MaskedAutoencoder,
+    config: PretrainConfig,
+    shares: Iterable[tuple[int, Ids]],
+    device: torch.device,
+    at_once: int | None = None,
 ) -> Iterator[Masks]:
-    """The masks of each (epoch, sample ids), on the device; they depend on no other sample of the batch."""
+    """The masks of each (epoch, sample ids), on the device; they depend on no other sample that is drawn with them.
+
+    at_once: how many are drawn together at most; a share that is larger is drawn whole. Default: by the device.
+    """
     views = config.masks_per_image
-    for epoch, group in together(shares, MASKS_AHEAD // views):
+    if at_once is None:
+        at_once = 1 if device.type == "cpu" else MASKS_AHEAD
+    for epoch, group in together(shares, at_once // views):
         masks = model.draw_masks(np.concatenate(group), seed=config.seed, epoch=epoch, views=views).to(device)
         sizes = [views * len(ids) for ids in group]
         yield from itertools.starmap(
