@@ -19,6 +19,7 @@ from maekit.data.loader import lowest_hash
 from maekit.models.encoder import flops_per_image, resolve
 from maekit.models.mae import MaskedAutoencoder
 from maekit.rng import Purpose
+from maekit.training import probes
 from maekit.training.optim import (
     duration_steps,
     learning_rate,
@@ -26,7 +27,14 @@ from maekit.training.optim import (
     peak_learning_rate,
     set_learning_rate,
 )
-from maekit.training.probes import fit_linear, fit_linear_path, knn_accuracy, rankme, ridge_accuracy
+from maekit.training.probes import (
+    fit_linear,
+    fit_linear_path,
+    knn_accuracy,
+    principal_axes,
+    rankme,
+    ridge_accuracy,
+)
 
 # ---- learning rate ----
 
@@ -201,6 +209,23 @@ def test_linear_probe_reaches_the_minimum(decay: float, samples: int) -> None:
     near = fit_linear(features[:part], labels[:part], 4, decay)
     warm = fit_linear(features, labels, 4, decay, start=near)
     assert least - 1e-7 <= loss_of(warm.weight_DK, warm.bias_K) <= least + 2e-5
+
+
+def test_axes_of_similar_samples_lead_to_the_same_minimum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are found once for all fits; a fit to fewer samples than features finds its own."""
+    features, labels = blobs(900, 1.5)
+    axes = principal_axes(features[:300])
+    own = fit_linear(features, labels, 3, 1e-3)
+    found: list[Tensor] = []
+    real = probes._axes_of
+    monkeypatch.setattr(probes, "_axes_of", lambda inputs: found.append(inputs) or real(inputs))  # type: ignore[func-returns-value]
+    other = fit_linear(features, labels, 3, 1e-3, axes=axes)
+    assert not found
+    torch.testing.assert_close(other.weight_DK, own.weight_DK, rtol=0.05, atol=0.01)
+    few = fit_linear(features[:4], labels[:4], 3, 1e-3, axes=axes)
+    assert len(found) == 1 and few.weight_DK.shape == own.weight_DK.shape
+    with pytest.raises(AssertionError):
+        principal_axes(features[:4])
 
 
 def test_a_fit_that_begins_near_its_minimum_takes_fewer_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:

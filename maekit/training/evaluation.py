@@ -23,7 +23,15 @@ from maekit.data.loader import lowest_hash
 from maekit.rng import Purpose, random_bits
 from maekit.training.features import BlockFeatures, Pooling
 from maekit.training.linear_probe import RATES, LarsSweep, scaled_batch, train_sweep
-from maekit.training.probes import LinearProbe, fit_linear, fit_linear_path, knn_predict, ridge_predict
+from maekit.training.probes import (
+    Axes,
+    LinearProbe,
+    fit_linear,
+    fit_linear_path,
+    knn_predict,
+    principal_axes,
+    ridge_predict,
+)
 
 LEAST_IMAGES = 8
 HELDOUT_SHARE = 0.1
@@ -54,11 +62,21 @@ class TrainSet:
     held_S: Tensor
     search_S: Tensor
     queries_S: Tensor
+    _axes: dict[tuple[int, Pooling], Axes] = field(default_factory=dict, repr=False)
 
     def rows(self, block: int, pooling: Pooling, images_S: Tensor, views: int = 1) -> tuple[Tensor, Tensor]:
         """Features [R, D] and labels [R] of some images: all plain views, then all mirrored ones."""
         features_VSD = self.features.get(block, pooling, images_S, views)
         return features_VSD.flatten(0, 1), self.labels_S[images_S].repeat(views)
+
+    def axes(self, block: int, pooling: Pooling) -> Axes | None:
+        """Along which all fits to these features are searched, found once; None of fewer images than features."""
+        if (block, pooling) not in self._axes:
+            features_SD, _ = self.rows(block, pooling, self.fit_S)
+            if len(features_SD) < features_SD.shape[1]:
+                return None
+            self._axes[block, pooling] = principal_axes(features_SD)
+        return self._axes[block, pooling]
 
     @property
     def all_S(self) -> Tensor:
@@ -97,8 +115,10 @@ def divide(features: BlockFeatures, labels_S: Tensor, ids: npt.NDArray[np.int64]
     held = held_out_S(ids)
     search = np.isin(ids, lowest_hash(ids[~held], SEARCH_IMAGES, Purpose.SUBSET))
     queries = np.isin(ids, lowest_hash(ids[held], KNN_QUERIES, Purpose.SUBSET))
-    places = (torch.from_numpy(np.flatnonzero(rows)).to(labels_S.device) for rows in (~held, held, search, queries))
-    return TrainSet(features, labels_S, int(labels_S.max()) + 1, *places)
+    fit_S, held_S, search_S, queries_S = (
+        torch.from_numpy(np.flatnonzero(rows)).to(labels_S.device) for rows in (~held, held, search, queries)
+    )
+    return TrainSet(features, labels_S, int(labels_S.max()) + 1, fit_S, held_S, search_S, queries_S)
 
 
 def heldout_count(images: int) -> int:
@@ -167,7 +187,8 @@ def choose_linear(
     probes, sweep = _sweep_decays(train, block, pooling, fit, DECAYS, on_progress)
     best = best_of(sweep)
     everything = train.rows(block, pooling, train.all_S, views)
-    final = fit_linear(*everything, train.classes, best["decay"], start=probes[sweep.index(best)])
+    start, axes = probes[sweep.index(best)], train.axes(block, pooling)
+    final = fit_linear(*everything, train.classes, best["decay"], start, axes)
     setting = {"block": block, "pooling": pooling, "views": views, "decay": best["decay"]}
     return Chosen(setting, best["heldout"], sweep, _by(final, block, pooling))
 
@@ -187,7 +208,7 @@ def _sweep_decays(
     check = train.rows(block, pooling, train.held_S)
     probes: list[LinearProbe] = []
     sweep: list[dict[str, Any]] = []
-    for probe in fit_linear_path(*rows, train.classes, decays):
+    for probe in fit_linear_path(*rows, train.classes, decays, axes=train.axes(block, pooling)):
         probes.append(probe)
         sweep.append({"decay": probe.decay, "heldout": probe.accuracy(*check)})
         if on_progress is not None:

@@ -108,6 +108,10 @@ def rankme(features_SD: Tensor) -> float:
     return float((-(share * share.log()).sum()).exp())
 
 
+Axes = tuple[Tensor, Tensor]
+"""Principal axes [D, R] of standardised features, and the variance along each [R]."""
+
+
 @dataclass(frozen=True)
 class LinearProbe:
     """A linear classifier on standardised features: logits = ((x - mean) / deviation) @ weight + bias."""
@@ -128,14 +132,24 @@ class LinearProbe:
 
 
 def fit_linear(
-    features_SD: Tensor, labels_S: Tensor, num_classes: int, decay: float, start: LinearProbe | None = None
+    features_SD: Tensor,
+    labels_S: Tensor,
+    num_classes: int,
+    decay: float,
+    start: LinearProbe | None = None,
+    axes: Axes | None = None,
 ) -> LinearProbe:
     """One of `fit_linear_path`."""
-    return next(fit_linear_path(features_SD, labels_S, num_classes, (decay,), start))
+    return next(fit_linear_path(features_SD, labels_S, num_classes, (decay,), start, axes))
 
 
 def fit_linear_path(
-    features_SD: Tensor, labels_S: Tensor, num_classes: int, decays: Sequence[float], start: LinearProbe | None = None
+    features_SD: Tensor,
+    labels_S: Tensor,
+    num_classes: int,
+    decays: Sequence[float],
+    start: LinearProbe | None = None,
+    axes: Axes | None = None,
 ) -> Iterator[LinearProbe]:
     """Multinomial logistic regression by L-BFGS on standardised features, for one decay after the other.
 
@@ -143,11 +157,13 @@ def fit_linear_path(
     decays: factors of the squared weights in the mean loss, best from large to small: each fit begins where the last
     one ended; the bias is free.
     start: where the first fit begins, default zero. The minimum is the same; one of similar samples is nearer to it.
+    axes: `principal_axes` of similar samples, which take seconds to find where features are thousands; left out where
+        samples are fewer than features.
     """
     mean = features_SD.mean(dim=0)
     deviation = features_SD.std(dim=0).clamp_min(1e-6)
     inputs_SD = (features_SD - mean) / deviation
-    axes_DR, variance_R = _principal_axes(inputs_SD)
+    axes_DR, variance_R = axes if axes is not None and len(inputs_SD) >= mean.numel() else _axes_of(inputs_SD)
     turned_SR = inputs_SD @ axes_DR
     if start is None:
         weight_KR, bias_K = turned_SR.new_zeros(num_classes, len(variance_R)), turned_SR.new_zeros(num_classes)
@@ -160,7 +176,17 @@ def fit_linear_path(
         yield LinearProbe(mean, deviation, axes_DR @ weight_KR.T, bias_K, decay)
 
 
-def _principal_axes(inputs_SD: Tensor) -> tuple[Tensor, Tensor]:
+def principal_axes(features_SD: Tensor) -> Axes:
+    """The axes along which a fit to these features is searched, for fits to others like them; a whole basis.
+
+    Raises:
+        AssertionError: fewer samples than features.
+    """
+    assert len(features_SD) >= features_SD.shape[1], features_SD.shape
+    return _axes_of((features_SD - features_SD.mean(dim=0)) / features_SD.std(dim=0).clamp_min(1e-6))
+
+
+def _axes_of(inputs_SD: Tensor) -> Axes:
     """Axes [D, R] that span all inputs, and the variance along each; of fewer samples than features as many as samples.
 
     Taken from a part of many samples: that decides how fast a fit is, not where it goes.
