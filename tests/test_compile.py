@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -126,3 +127,24 @@ def test_only_the_training_step_is_compiled(tmp_path: Path, monkeypatch: pytest.
     words = ["pretrain", "digits", *SMALLEST, "--batch-size", "128", "--compile", "blocks"]
     assert run([*words, "--drop-path", "0", "--steps", "2", "--probe-every", "1"], tmp_path / "run") == 0
     assert len(compiled) == 2  # a block of the encoder and one of the decoder
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="nothing is compiled there")
+@pytest.mark.parametrize(
+    ("asked", "device", "alone", "found"),
+    [
+        ("auto", "cuda", True, "graphs"),
+        ("auto", "cuda", False, "whole"),
+        ("graphs", "cuda", False, "whole"),
+        ("blocks", "cuda", False, "blocks"),
+        ("auto", "cpu", True, "off"),
+        ("graphs", "mps", True, "whole"),
+        ("off", "cuda", True, "off"),
+    ],
+)
+def test_a_step_is_recorded_where_it_is_one_batch_of_one_process(
+    asked: str, device: str, alone: bool, found: str
+) -> None:
+    choice = choose_compile(asked, torch.device(device), alone)
+    assert choice.value == found
+    assert choice.reason
