@@ -37,6 +37,7 @@ from maekit.config import (
     asked_again,
     did_you_mean,
     preset_for,
+    typed_flags,
 )
 from maekit.configfile import MAX_BYTES, read
 
@@ -138,7 +139,7 @@ def plan(words: list[str]) -> int:
         return explain_recipes("plan", "--data D or --images N", bool(words))
     base = recipe_or_file(words[0], "plan")
     defaults = PlanConfig(**vars(base))
-    given = {word.partition("=")[0] for word in words}
+    given = typed_flags(words)
     if "--images" in given and "--data" not in given:
         defaults.data = ""  # the recipe's own, which was not asked for
     config = parse(PlanConfig, f"maekit plan {words[0]}", words[1:], defaults)
@@ -198,8 +199,8 @@ def or_resume(asked: PretrainConfig | SupervisedConfig, task: str, words: Sequen
         return None
     if (held := written_by(asked.out) or "pretrain") != task:
         raise UserError(f"--or-resume: {asked.out} holds a run of maekit {held}; give another --out")
-    typed = [word.partition("=")[0] for word in words]
-    return continue_run(task, asked.out, asked_again(asked, read(type(asked), path), typed, asked.out))
+    again = asked_again(asked, read(type(asked), path), typed_flags(words), asked.out)
+    return continue_run(task, asked.out, again)
 
 
 def written_by(folder: str) -> str:
@@ -223,7 +224,7 @@ def finetune(words: list[str]) -> int:
     config = parse(FinetuneConfig, "maekit finetune SRC", rest, base)
     adapt_durations(config, base, rest)
     config.source = source[0]
-    config.adapt([word.partition("=")[0] for word in rest])
+    config.adapt(typed_flags(rest))
     if (code := or_resume(config, "finetune", rest)) is not None:
         return code
     return int(import_module(f"maekit.tasks.finetune{'_score' if config.eval else ''}").main(source[0], config))
@@ -260,7 +261,7 @@ def segment(words: list[str]) -> int:
 
     usage = "maekit segment SRC --data D"
     source, rest = positional(words, usage, "a source of weights")
-    given = {word.partition("=")[0] for word in rest}
+    given = typed_flags(rest)
     other: dict[str, type[Any]] = {"--predict": configs.SegmentPredictConfig, "--eval": configs.SegmentScoreConfig}
     for flag, kind in other.items():
         if flag in given:

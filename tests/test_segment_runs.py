@@ -20,7 +20,7 @@ from tiny_pairs import NAMES, TINY, card, leave_pictures_out, make_place, pairs_
 from tiny_runs import checkpoints, metrics, tensors
 
 from maekit import cli
-from maekit.config import UserError
+from maekit.config import UserError, typed_flags
 from maekit.config.segmentation import SegmentConfig, adapted, preset
 from maekit.data import pair_transforms
 from maekit.data.loader import SampleOrder, split_heldout
@@ -299,7 +299,7 @@ def test_presets_and_flags() -> None:
     other.data, other.window, other.head = "-", 256, "linear"
     assert (adapted(other, {"--window", "--head"}).stride, other.lr) == (None, None) and not other.problems()
     other.layer_decay, other.from_scratch = 0.5, True
-    assert adapted(other, {"--layer_decay"}).layer_decay == 0.5
+    assert adapted(other, typed_flags(["--layer_decay=0.5"])).layer_decay == 0.5
     with pytest.raises(UserError, match="--preset huge: no such preset"):
         preset("huge")
 

@@ -39,6 +39,11 @@ def flag(field_name: str) -> str:
     return field_name.replace("_", "-")
 
 
+def typed_flags(words: Iterable[str]) -> set[str]:
+    """The flags among the words of a command, as help texts spell them: --NAME, without values."""
+    return {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
+
+
 def spaced(values: Sequence[float]) -> str:
     """Numbers as they are typed after a flag."""
     return " ".join(f"{value:g}" for value in values)
@@ -63,8 +68,7 @@ def adapt_durations(config: Durations, base: Durations, words: Sequence[str] = (
         config.epochs = None
     if config.warmup_steps is not None and config.warmup_epochs == base.warmup_epochs:
         config.warmup_epochs = None
-    typed = {word.partition("=")[0].replace("_", "-") for word in words}
-    if "--warmup-epochs" in typed or not base.epochs or not base.warmup_epochs:
+    if "--warmup-epochs" in typed_flags(words) or not base.epochs or not base.warmup_epochs:
         return
     if config.warmup_epochs != base.warmup_epochs:
         return

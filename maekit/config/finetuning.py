@@ -179,7 +179,7 @@ class FinetuneConfig(SupervisedConfig):
         """As for every task with labels; and unless --crop-pct is typed, what is scored again is read as it was, and
         all of an image is seen above 224 px, as in the released code."""
         super().adapt(typed)
-        if {"--crop-pct", "--crop_pct"} & set(typed):
+        if "--crop-pct" in typed:
             return
         if self.eval:
             self.crop_pct = None

@@ -232,21 +232,20 @@ def preset_of(words: Sequence[str]) -> str:
     return "small"
 
 
-def adapted(config: SegmentConfig, given: Collection[str]) -> SegmentConfig:
-    """What the flags that were given (as they were typed) mean for the preset's other values.
+def adapted(config: SegmentConfig, typed: Collection[str]) -> SegmentConfig:
+    """What the flags that were typed mean for the preset's other values.
 
     A shorter run keeps the share of its warm-up, and a linear head its own rate.
     """
     base = PRESETS[config.preset]
-    config.adapt(given)
-    given = {flag(word.lstrip("-")) for word in given}
-    if config.inference == "whole" and not {"window", "stride"} & given:
+    config.adapt(typed)
+    if config.inference == "whole" and not {"--window", "--stride"} & set(typed):
         config.window = config.stride = None
-    if "window" in given and "stride" not in given:
+    if "--window" in typed and "--stride" not in typed:
         config.stride = None
-    if "warmup-steps" not in given and config.steps < base["steps"]:
+    if "--warmup-steps" not in typed and config.steps < base["steps"]:
         config.warmup_steps = int(base["warmup_steps"] / base["steps"] * config.steps)
-    if config.head == "linear" and "lr" not in given:
+    if config.head == "linear" and "--lr" not in typed:
         config.lr = None  # a preset's is for all layers
     return config
 

@@ -121,5 +121,5 @@ class SupervisedConfig(SourceConfig):
         """Random weights have no layers to be careful with, so they are trained at one rate unless --layer-decay is
         among the flags that were typed: a comparison must not handicap them.
         """
-        if self.begins_at_random and not {"--layer-decay", "--layer_decay"} & set(typed):
+        if self.begins_at_random and "--layer-decay" not in typed:
             self.layer_decay = 1.0
