@@ -139,7 +139,7 @@ def main(source: str, config: FinetuneConfig, resumed: bool = False) -> int:
                     images, ids = take_good_slots(batch, job.pool.unreadable)
                     labels = job.labels[to_device(torch.from_numpy(ids), accelerator.device)]
                     images, targets = job.mixing(model.normalize(images), labels)
-                    if replayed is not None:
+                    if replayed is not None:  # the rest of the step at once: it has this part only
                         loss_of_step, verdict = replayed(images, targets)
                         skip = guard.note(step, verdict.clone())
                         continue

@@ -157,7 +157,7 @@ def main(config: PretrainConfig, resume_from: Path | None = None, again: bool = 
                     pixels, masks = part.batch.images, part.masks
                     if part.batch.bad:
                         report_unreadable(job, part.batch.bad)
-                    if replayed is not None:
+                    if replayed is not None:  # the whole step at once: it has this part only
                         loss_of_step, verdict = replayed(pixels, masks.ids_keep_BV, masks.ids_masked_BM)
                         skip = guard.note(step, verdict.clone())
                         continue
