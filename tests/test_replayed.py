@@ -9,14 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_runs
 import torch
 from conftest import TINY
 from tiny_runs import run
 from torch import Tensor
 
 from maekit.config import PretrainConfig
+from maekit.data import memory
 from maekit.data.order import together
+from maekit.data.parts import ArrayPart
 from maekit.models.mae import MaskedAutoencoder
+from maekit.runtime import Choice
+from maekit.training import prepare
 from maekit.training.guard import Guard
 from maekit.training.metrics import MetricsLog
 from maekit.training.optim import make_optimizer, set_learning_rate
@@ -199,3 +204,50 @@ def test_masks_drawn_ahead_are_those_of_each_step(change: dict[str, Any]) -> Non
         alone = model.draw_masks(ids, seed=3, epoch=epoch, views=config.masks_per_image)
         assert torch.equal(masks.ids_keep_BV, alone.ids_keep_BV)
         assert torch.equal(masks.ids_masked_BM, alone.ids_masked_BM)
+
+
+def test_images_augmented_ahead_are_those_of_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a GPU; here on the CPU: the same crops and flips, unreadable images told once."""
+    settings = PretrainConfig(**(TINY | {"data": "-", "crop_scale": (0.3, 1.0)}))
+    images = np.random.default_rng(0).integers(0, 256, (20, 18, 26, 3), np.uint8)
+    pool = memory.MemoryPool(ArrayPart(images, None, None, in_chans=3), settings, torch.device("cpu"), (18, 26))
+    pool.bad = [(3, "torn")]
+    shares = [(step // 3, np.arange(step, step + 4)) for step in range(7)]
+    alone = list(pool.train_batches(iter(shares)))
+    monkeypatch.setattr(memory.MemoryPool, "_ahead", 9)
+    ahead = list(pool.train_batches(iter(shares)))
+    assert [batch.bad for batch in ahead] == [[(3, "torn")]] + [[]] * 6
+    for one, other in zip(alone, ahead, strict=True):
+        assert one.sample_ids.tolist() == other.sample_ids.tolist()
+        torch.testing.assert_close(one.images, other.images, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("task", ["pretrain", "finetune"])
+def test_a_run_takes_what_a_replayed_step_gives(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its losses are those of a run that steps singly; the graph is left out, which needs CUDA."""
+    tiny_runs.without_pictures(monkeypatch)
+    first = [*tiny_runs.DIGITS, "--drop-path", "0", "--steps", "3"]
+    assert run(first, tmp_path / "first") == 0
+    words = first
+    if task == "finetune":
+        words = ["finetune", str(tmp_path / "first"), "--data", "digits", "--steps", "3", "--batch-size", "128"]
+        words += "--log-every 1 --clean-epochs 0.1 --compile off --workers 0 --device cpu".split()
+    assert run(words, tmp_path / "single") == 0
+    made: list[Any] = []
+
+    def replayed(step: Any, optimizer: Any, report: Any) -> Any:
+        made.append(optimizer)
+        return step
+
+    monkeypatch.setattr(prepare, "choose_compile", lambda *_, **__: Choice("graphs", "for the test"))
+    monkeypatch.setattr(f"maekit.tasks.{task}.compile_or_eager", lambda model, how, report: model.__call__)
+    monkeypatch.setattr(f"maekit.tasks.{task}.Replayed", replayed)
+    assert run(words, tmp_path / "replayed") == 0
+    assert len(made) == (2 if task == "finetune" else 1)  # another graph for the clean epochs
+    one, other = (
+        [r["loss"] for r in MetricsLog(tmp_path / name / "metrics.jsonl").read() if r["kind"] == "step"]
+        for name in ("single", "replayed")
+    )
+    assert one == other and len(one) == 3

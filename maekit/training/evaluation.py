@@ -72,7 +72,7 @@ class TrainSet:
     def axes(self, block: int, pooling: Pooling) -> Axes | None:
         """Along which all fits to these features are searched, found once; None of fewer images than features."""
         if (block, pooling) not in self._axes:
-            features_SD, _ = self.rows(block, pooling, self.fit_S)
+            features_SD, _ = self.rows(block, pooling, self.search_S)
             if len(features_SD) < features_SD.shape[1]:
                 return None
             self._axes[block, pooling] = principal_axes(features_SD)
