@@ -259,6 +259,25 @@ def test_one_image_and_a_batch_are_the_same(crop: str, shape: tuple[int, int], s
         assert (one.float() - out[index] * 255).abs().max() < 1.5
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_8_bit_pixels_take_torchs_fast_path(channels: int) -> None:
+    """It is the one that leaves channels last in memory, so that a batch is filled by plain copies."""
+    images = calm_images(2, channels, 40, 56)
+    crops = random_crops(config(), sizes(40, 56, 2), range(2), epoch=0)
+    for index in range(2):
+        pixels_STC = apply_to_image(images[index], crops, index, (16, 24)).permute(1, 2, 0)
+        assert pixels_STC.is_contiguous()
+
+
+def test_8_bit_channels_beyond_four_are_scaled_like_the_first() -> None:
+    images = calm_images(1, 11, 40, 56)
+    crops = random_crops(config(), sizes(40, 56, 1), range(1), epoch=0)
+    out = apply_to_image(images[0], crops, 0, (16, 24))
+    for channel in range(11):
+        alone = apply_to_image(np.ascontiguousarray(images[0][..., channel : channel + 1]), crops, 0, (16, 24))
+        assert torch.equal(out[channel : channel + 1], alone)
+
+
 @pytest.mark.parametrize("channels", [1, 3, 5])
 def test_floats_equal_torchs_antialiased_bicubic(channels: int) -> None:
     """Float data of any range and channels: no clipping, and the filter is torch's to 1e-4 of the range."""

@@ -287,27 +287,39 @@ def apply_to_window(
 ) -> Tensor:
     """The `wanted` window of one image, decoded, scaled and flipped: [C, S, T], uint8 for 8-bit images, else float32.
 
-    The same filters as `apply_to_batch`, by torch's antialiased ones, which skip the zeros: large photographs. The
-    memory layout is channels last where the image is resized: torch's fast 8-bit path wants it.
+    The same filters as `apply_to_batch`, by torch's antialiased ones, which skip the zeros: large photographs.
     """
     if box_HWC.shape[:2] != (window.height, window.width):
         return _scale_shrunken(box_HWC, window, crops, index, size_hw)
-    # Channels last without a copy.
-    box_1CHW = torch.from_numpy(box_HWC).permute(2, 0, 1).unsqueeze(0)
     resized_hw = _resized_hw(crops, index)
     if math.prod(resized_hw) > _MAX_WASTE * math.prod(size_hw):
         here, first = slice(index, index + 1), np.array([window.top, window.left])
         start = crops.start[here] - first
         shape = (crops.length[here], crops.scale[here], crops.offset[here], crops.flip[here])
         one = Crops(start, *shape, crops.interpolation)
+        box_1CHW = torch.from_numpy(box_HWC).permute(2, 0, 1).unsqueeze(0)
         scaled_CST = apply_to_batch(box_1CHW, one, size_hw)[0]
         return (scaled_CST * 255).round().to(torch.uint8) if box_HWC.dtype == np.uint8 else scaled_CST
-    if resized_hw != list(box_1CHW.shape[2:]):
-        how = crops.interpolation
-        box_1CHW = F.interpolate(box_1CHW, size=resized_hw, mode=how, align_corners=False, antialias=True)
+    scaled_CHW = _scale(torch.from_numpy(box_HWC), resized_hw, crops.interpolation)
     y, x = crops.offset[index]
-    cut = _cut(box_1CHW[0], int(y), int(x), size_hw)
+    cut = _cut(scaled_CHW, int(y), int(x), size_hw)
     return cut.flip(2) if crops.flip[index] else cut
+
+
+def _scale(box_HWC: Tensor, size_hw: list[int], interpolation: str) -> Tensor:
+    """The box as [C, *size_hw]; its channels lie last in memory where pixels have 8 bits and at most four channels."""
+    if size_hw == list(box_HWC.shape[:2]):
+        return box_HWC.permute(2, 0, 1)
+    if box_HWC.dtype == torch.uint8:
+        # torch's fast path for 8 bits takes up to four channels that lie last, which it sees only where the axis of the
+        # one image was added in front of the others.
+        groups = [group.contiguous().unsqueeze(0).permute(0, 3, 1, 2) for group in box_HWC.split(4, dim=2)]
+    else:
+        groups = [box_HWC.permute(2, 0, 1).unsqueeze(0)]
+    scaled = [
+        F.interpolate(g, size=size_hw, mode=interpolation, align_corners=False, antialias=True)[0] for g in groups
+    ]
+    return scaled[0] if len(scaled) == 1 else torch.cat(scaled)
 
 
 def _scale_shrunken(
