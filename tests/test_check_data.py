@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from image_files import PLAIN, encoded, good_files, make_corpus, photograph, png16
 from PIL import Image
 from test_cli import run
@@ -86,9 +87,25 @@ def test_counts_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert parts["train"] == {
         "images": 4, "readable": 4, "bad": 0, "height": {"min": 9, "median": 10, "max": 30},
         "width": {"min": 8, "median": 20, "max": 24}, "eight_bit": 4, "sixteen_bit_or_float": 0, "gray": 1,
+        "with_frames_left_out": 0, "frames_left_out": 0,
         "labels": {"[red]": 1, "dog": 3},
     }  # fmt: skip
     assert (parts["test"]["sixteen_bit_or_float"], parts["test"]["eight_bit"], parts["test"]["gray"]) == (1, 0, 0)
+
+
+def test_pages_that_nothing_reads_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A stack of microscopy in a folder: its first page is an image, the others are counted, or they are channels."""
+    for name, pages in (("a", 4), ("b", 4), ("c", 1)):
+        tifffile.imwrite(tmp_path / f"{name}.tif", np.zeros((pages, 6, 7), np.uint8), photometric="minisblack")
+    from maekit import cli
+
+    words = ["check-data", "--data", str(tmp_path), "--workers", "0"]
+    assert cli.main(words) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "only the first page or frame is read of 2 files, and 6 others are left out" in text
+    (tmp_path / "c.tif").unlink()
+    assert cli.main([*words, "--in-chans", "4"]) == 0
+    assert "first page" not in capsys.readouterr().out
 
 
 def test_parquet_and_known_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import tifffile
 from image_files import RGB, RNG, STACK, encoded, npy, png16, reason, tiff, unit
 from PIL import Image
 
-from maekit.data.images import IMAGE_SUFFIXES, decode, probe_size
-from maekit.data.pixels import luminance
+from maekit.data.images import IMAGE_SUFFIXES, decode, frames_left_out, probe_size
+from maekit.data.pixels import BadImage, luminance
 
 LOSSLESS: dict[str, Any] = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}
 GRAY16 = np.array([[0, 1, 255, 256], [1000, 40000, 65534, 65535]], np.uint16)
@@ -252,6 +253,35 @@ def test_three_gray_pages_are_three_channels_and_other_numbers_the_first_page() 
     planes = np.ascontiguousarray(STACK.transpose(2, 0, 1))
     np.testing.assert_array_equal(decode(tiff(planes[:3], photometric="minisblack"), 3), STACK[..., :3])
     np.testing.assert_array_equal(decode(tiff(planes, photometric="minisblack"), 3), np.repeat(STACK[..., :1], 3, 2))
+
+
+def test_frames_that_are_left_out_are_counted() -> None:
+    """What `decode` does not read: pages, frames of animations; neither channels, nor a pyramid's smaller copies."""
+    planes, colours = np.ascontiguousarray(STACK.transpose(2, 0, 1)), np.stack([STACK[..., :3]] * 4)
+    pyramid = io.BytesIO()
+    with tifffile.TiffWriter(pyramid) as writer:
+        writer.write(STACK[..., :3], photometric="rgb", subifds=1)
+        writer.write(np.ascontiguousarray(STACK[::2, ::2, :3]), photometric="rgb", subfiletype=1)
+    frames = [Image.new("RGB", (5, 4), (shade, 0, 0)) for shade in (0, 90, 180)]
+    all_frames: dict[str, Any] = {"save_all": True, "append_images": frames[1:]}
+    cases: list[tuple[bytes, dict[int, int]]] = [
+        (tiff(planes, photometric="minisblack"), {5: 0, 1: 4, 3: 4}),
+        (tiff(planes, imagej=True), {5: 0, 1: 4, 3: 4}),
+        (tiff(planes[:3], photometric="minisblack"), {3: 0, 1: 2}),
+        (tiff(planes, photometric="minisblack", planarconfig="separate"), {5: 0}),
+        (tiff(colours, photometric="rgb"), {3: 3, 12: 0}),
+        (pyramid.getvalue(), {3: 0}),
+        (npy(STACK), {5: 0}),
+        (encoded(frames[0], "JPEG"), {3: 0}),
+        (encoded(frames[0], "MPO", **all_frames), {3: 0}),
+        *((encoded(frames[0], form, **all_frames), {3: 2}) for form in ("GIF", "PNG", "WEBP")),
+    ]
+    for number, (data, expected) in enumerate(cases):
+        for in_chans, left in expected.items():
+            assert frames_left_out(data, in_chans) == left, (number, in_chans)
+            decode(data, in_chans)
+    with pytest.raises(BadImage, match="empty file"):
+        frames_left_out(b"", 3)
 
 
 def test_four_samples_are_alpha_or_data_by_in_chans() -> None:

@@ -38,7 +38,7 @@ from maekit.data.pixels import (
     wrong_channels,
 )
 
-__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "BadImage", "decode", "probe_size"]
+__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "BadImage", "decode", "frames_left_out", "probe_size"]
 
 # Pillow's format -> suffixes. Only formats with a signature and without an outside program: Pillow's EPS reader starts
 # Ghostscript, and its TGA reader accepts noise.
@@ -115,6 +115,23 @@ def probe_size(data: bytes | str | Path) -> tuple[int, int]:
         image = open_pillow(file)
         height, width = image.height, image.width
         return (width, height) if orientation_of(image) >= 5 else (height, width)
+
+
+def frames_left_out(data: bytes | str | Path, in_chans: int) -> int:
+    """How many frames `decode` leaves unread: TIFF's pages, an animation's frames; by the headers.
+
+    Raises:
+        BadImage: no image; damage behind the headers is not seen.
+    """
+    with reading(data) as file, quiet:
+        head = _head(file)
+        if head.startswith(_NPY):
+            return 0
+        if head[:4] in tiff.MAGICS:
+            return tiff.frames_left_out(file, in_chans)
+        image = open_pillow(file)
+        # A JPEG with a second frame (MPO) is a camera's preview or the other eye's view of the same picture.
+        return int(getattr(image, "n_frames", 1)) - 1 if image.format != "MPO" else 0
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from maekit.config import UserError, did_you_mean
 from maekit.data.folders import holds_images
-from maekit.data.images import BadImage, decode, probe_size
+from maekit.data.images import BadImage, decode, frames_left_out, probe_size
 from maekit.data.parts import PART_WORDS, Labels, Source, evenly_spaced, is_folder, printable
 from maekit.data.pixels import Look, Pixels
 from maekit.data.rows import Rows, open_rows
@@ -83,6 +83,10 @@ class TablePart:
     def size(self, index: int) -> tuple[int, int]:
         """Height and width in pixels from the header; raises BadImage."""
         return probe_size(self.data(index))
+
+    def frames_left_out(self, index: int) -> int:
+        """Pages or frames of the image that `read` does not return; raises BadImage."""
+        return frames_left_out(self.data(index), self.in_chans)
 
     def name(self, index: int) -> str:
         """'row 17'."""

@@ -18,7 +18,7 @@ from typing import AnyStr, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from maekit.data.images import BadImage, decode, probe_size
+from maekit.data.images import BadImage, decode, frames_left_out, probe_size
 from maekit.data.pixels import Look, Pixels, fit_channels
 
 Labels = npt.NDArray[np.int64]
@@ -57,6 +57,9 @@ class Part(Protocol):
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width in pixels, from the header only; raises BadImage."""
+
+    def frames_left_out(self, index: int) -> int:
+        """Pages or frames of the file behind the first, which `read` does not return; raises BadImage."""
 
     def name(self, index: int) -> str:
         """What to call the sample in a message: its relative path, printable, or 'row 17'."""
@@ -143,6 +146,10 @@ class FilePart:
         """Height and width in pixels from the header; raises BadImage."""
         return probe_size(self.path(index))
 
+    def frames_left_out(self, index: int) -> int:
+        """Pages or frames of the file that `read` does not return; raises BadImage."""
+        return frames_left_out(self.path(index), self.in_chans)
+
     def name(self, index: int) -> str:
         """The path relative to the folder that `--data` names, with slashes, on one printable line."""
         return printable(self.prefix + self._relative(index))
@@ -185,6 +192,10 @@ class ArrayPart:
         if not 0 <= index < len(self):
             raise BadImage(f"no row {index}")
         return self.images.shape[1], self.images.shape[2]
+
+    def frames_left_out(self, index: int) -> int:
+        """None: an array is one image."""
+        return 0
 
     def name(self, index: int) -> str:
         """'row 17'."""

@@ -35,6 +35,10 @@ class Survey:
     gray: int = 0
     """Images whose channels are equal."""
     bad: int = 0
+    with_frames_left: int = 0
+    """Images that are the first page or frame of several."""
+    frames_left: int = 0
+    """The others of these pages and frames, which nothing reads."""
 
     def add(self, other: Survey) -> None:
         """Count another chunk's images too."""
@@ -44,14 +48,18 @@ class Survey:
         self.eight_bit += other.eight_bit
         self.gray += other.gray
         self.bad += other.bad
+        self.with_frames_left += other.with_frames_left
+        self.frames_left += other.frames_left
 
-    def count(self, image_HWC: Pixels) -> None:
-        """Count one image."""
+    def count(self, image_HWC: Pixels, frames_left: int) -> None:
+        """Count one image, behind which so many frames of its file are left."""
         self.readable += 1
         self.heights[image_HWC.shape[0]] += 1
         self.widths[image_HWC.shape[1]] += 1
         self.eight_bit += image_HWC.dtype == np.uint8
         self.gray += all(np.array_equal(image_HWC[..., 0], image_HWC[..., c]) for c in range(1, image_HWC.shape[2]))
+        self.with_frames_left += frames_left > 0
+        self.frames_left += frames_left
 
 
 Bad = list[tuple[int, str]]
@@ -92,9 +100,10 @@ def _read(part: Part, chunk: range) -> tuple[Survey, Bad]:
         image: Any = None  # the one before is given back first
         try:
             image = part.read(index)
+            frames_left = part.frames_left_out(index)
         except BadImage as error:
             bad.append((index, str(error)))
         else:
-            found.count(image)
+            found.count(image, frames_left)
     found.bad = len(bad)
     return found, bad

@@ -68,12 +68,11 @@ def decode(file: IO[bytes], in_chans: int) -> Pixels | None:
     check_size(height, width)
     _check_chain(file)
     series = opened.series[0]
-    channels = series.size // (height * width)
-    pages_are_channels = in_chans not in (1, 3) or (page.samplesperpixel == 1 and in_chans == 3)
-    if channels == in_chans and pages_are_channels and page.photometric in _PLAIN:
+    if _pages_are_channels(page, series, in_chans):
         _check_bytes(series.nbytes, page)
         _check_whole(series, file)
         return upright(_stack(series, page), _orientation(page))
+    channels = series.size // (height * width)
     if in_chans not in (1, 3) and channels != 1:
         raise wrong_channels(channels, in_chans)
     _check_bytes(page.nbytes, page)
@@ -81,6 +80,28 @@ def decode(file: IO[bytes], in_chans: int) -> Pixels | None:
     if _ordinary(page):
         return None
     return upright(_picture(page), _orientation(page))
+
+
+def frames_left_out(file: IO[bytes], in_chans: int) -> int:
+    """Pages of the first one's size (or ImageJ's images under one header) that `decode` does not read, by the headers.
+
+    Smaller copies (pyramids, thumbnails) are no images of their own.
+
+    Raises:
+        BadImage: a damaged header.
+    """
+    opened = _opened(file)
+    page, series = _first_page(opened), opened.series[0]
+    if _pages_are_channels(page, series, in_chans):
+        return 0
+    return max(1, series.size // (page.imagelength * page.imagewidth * page.samplesperpixel)) - 1
+
+
+def _pages_are_channels(page: tifffile.TiffPage, series: tifffile.TiffPageSeries, in_chans: int) -> bool:
+    """Whether all pages and samples together are the channels of one image."""
+    channels = series.size // (page.imagelength * page.imagewidth)
+    wanted = in_chans not in (1, 3) or (page.samplesperpixel == 1 and in_chans == 3)
+    return channels == in_chans and wanted and page.photometric in _PLAIN
 
 
 def _opened(file: IO[bytes]) -> tifffile.TiffFile:

@@ -128,6 +128,8 @@ def describe(part: Part, found: Survey) -> dict[str, Any]:
         "eight_bit": found.eight_bit,
         "sixteen_bit_or_float": found.readable - found.eight_bit,
         "gray": found.gray,
+        "with_frames_left_out": found.with_frames_left,
+        "frames_left_out": found.frames_left,
         "labels": labels(part),
     }
 
@@ -164,6 +166,12 @@ def show(console: Console, title: str, parts: dict[str, Part], found: dict[str, 
             said = [f"{escape(c or 'unlabelled')} {count:,}" for c, count in list(classes.items())[:SHOWN]]
             more = f" and {len(classes) - SHOWN} more" if len(classes) > SHOWN else ""
             console.print(f"{name}: {', '.join(said)}{more}")
+    several, left = (sum(getattr(one, name) for one in found.values()) for name in ("with_frames_left", "frames_left"))
+    if several:
+        console.print(
+            f"[yellow]only the first page or frame is read[/yellow] of {several:,} files, and {left:,} others are left "
+            "out: write each as a file of its own to train on it; --in-chans N takes N gray pages as channels"
+        )
     bad = sum(one.bad for one in found.values())
     for line in report.first:
         console.print(f"[yellow]cannot be read:[/yellow] {escape(line)}", soft_wrap=True)
