@@ -6,7 +6,7 @@ import collections
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -90,6 +90,12 @@ def print_settings(console: Console, title: str, settings: Mapping[str, str | Ch
         else:
             table.add_row(f"[dim]{name}[/dim]", escape(setting))
     console.print(table)
+
+
+def remark(console: Console, lines: Iterable[str]) -> None:
+    """What a user may want to know of data or weights, a line each."""
+    for line in lines:
+        console.print(line, style="dim", markup=False)
 
 
 def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -12,7 +12,7 @@ import numpy as np
 
 from maekit.config import UserError
 from maekit.data.images import IMAGE_SUFFIXES
-from maekit.data.parts import SPLITS, FilePart, Source, is_folder, printable
+from maekit.data.parts import PART_WORDS, SPLITS, FilePart, Source, is_folder, printable
 
 _SUFFIXES = frozenset(suffix.encode() for suffix in IMAGE_SUFFIXES)
 METADATA = b"metadata.csv"
@@ -132,6 +132,9 @@ def _parts(base: bytes, subfolders: list[bytes], spec: str) -> dict[str, bytes]:
             two = f"{printable(parts[part])}/ and {printable(folder)}/"
             raise UserError(f"--data {spec}: {two} are both the {part} part; keep one of them there")
         parts[part] = folder
+    if "train" in parts and "val" not in parts:  # beside it these words are no classes
+        more = [folder for folder in subfolders if PART_WORDS.get(os.fsdecode(folder).lower()) == "val"]
+        parts |= {"val": more[0]} if len(more) == 1 else {}
     if not parts or ("train" in parts and len(parts) > 1):
         return parts
     # One lone name can be a class, such as a train among vehicles; a wrong guess would mix up parts in silence.

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from maekit.data import tiff
 from maekit.data.pixels import (
@@ -125,13 +126,11 @@ def frames_left_out(data: bytes | str | Path, in_chans: int) -> int:
     """
     with reading(data) as file, quiet:
         head = _head(file)
-        if head.startswith(_NPY):
-            return 0
         if head[:4] in tiff.MAGICS:
             return tiff.frames_left_out(file, in_chans)
-        image = open_pillow(file)
+        image = None if head.startswith(_NPY) else open_pillow(file)
         # A JPEG with a second frame (MPO) is a camera's preview or the other eye's view of the same picture.
-        return int(getattr(image, "n_frames", 1)) - 1 if image.format != "MPO" else 0
+        return 0 if image is None or image.format == "MPO" else int(getattr(image, "n_frames", 1)) - 1
 
 
 @contextlib.contextmanager
@@ -225,6 +224,7 @@ def open_pillow(file: IO[bytes]) -> Any:
     """The image with its header read and its size checked; the pixels are not decoded yet."""
     image = Image.open(file, formats=_FORMATS)
     check_size(image.height, image.width)
+    image.info["white_is_zero"] = isinstance(image, TiffImageFile) and image.tag_v2.get(262) == 0
     return image
 
 
@@ -315,13 +315,13 @@ def _values(image: Any) -> Pixels:
     mode = image.mode
     if mode.startswith("I;16"):
         values = np.array(image).astype(np.uint16)
-        gray = to_pixels(values)
+        # Pillow has turned inverted TIFFs of 8 bits around, not those of 16.
+        gray = to_pixels(np.uint16(65535) - values if image.info.get("white_is_zero") else values)
         if isinstance(image.info.get("transparency"), int):  # PNG: one gray that is transparent
             gray[values == image.info["transparency"]] = 1
         return gray[..., None]
     if mode == "I":
-        wide = np.array(image)
-        if wide.min() < 0 or wide.max() > 65535:
+        if (wide := np.array(image)).min() < 0 or wide.max() > 65535:
             raise BadImage("32-bit integers beyond 0..65535")
         return to_pixels(wide.astype(np.uint16))[..., None]
     if mode == "F":
@@ -351,7 +351,7 @@ def _decode_tiff(file: IO[bytes], in_chans: int) -> Pixels | None:
             pages = getattr(image, "n_frames", 1)
         except UnidentifiedImageError:  # more than 4 compressed channels to a pixel
             raise BadImage(f"{' '.join(str(error).split())[:80]}: pip install imagecodecs") from error
-        if pages != in_chans or pages == 1:
+        if not error.all_pages:
             return None
     channels = []
     for page in range(pages):

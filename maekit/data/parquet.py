@@ -208,12 +208,17 @@ def open_parquet(
 
 
 def by_part(files: list[str], spec: str) -> dict[str, list[str]]:
-    """Part -> files: by the first word of the file's name (train-00000-of-00001.parquet), else by its folder's name."""
+    """Part -> files: by the word in a file's name (train-00000-of-00001, cifar-test), else by its folder's name.
+
+    Of several such words the first one counts, where it begins the name.
+    """
     parts: dict[str, list[str]] = {}
     for file in files:
-        word = re.split(r"[-_.]", os.path.basename(file).lower())[0]
+        words = re.findall("[a-z]+", os.path.splitext(os.path.basename(file))[0].lower())
+        said = [PART_WORDS[word] for word in words if word in PART_WORDS]
+        clear = len(set(said)) == 1 or (said and words[0] in PART_WORDS)
         folder = os.path.basename(os.path.dirname(file)).lower()
-        parts.setdefault(PART_WORDS.get(word) or PART_WORDS.get(folder) or "", []).append(file)
+        parts.setdefault(said[0] if clear else PART_WORDS.get(folder, ""), []).append(file)
     unnamed = parts.pop("", [])
     if unnamed and parts:
         raise UserError(

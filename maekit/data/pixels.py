@@ -44,6 +44,10 @@ MAX_PIXELS = 100_000_000
 """Larger images are refused before their pixels are decoded: a small file can claim any size (a decompression bomb)."""
 
 
+LARGEST = 1e18
+"""Of floats, either sign: squares of larger ones overflow, and a deviation needs squares."""
+
+
 class BadImage(Exception):
     """An image that cannot be read; the message is a one-line reason, such as 'empty file' or 'truncated JPEG'."""
 
@@ -84,6 +88,8 @@ def to_pixels(values: npt.NDArray[Any]) -> Pixels:
         values = values.astype(np.float32)
     if not np.isfinite(values).all():
         raise BadImage("values that are not finite")
+    if values.size and max(values.max(), -values.min()) > LARGEST:
+        raise BadImage(f"a value beyond {LARGEST:g}, as mark pixels without data: fill them first")
     return values
 
 

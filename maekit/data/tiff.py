@@ -39,6 +39,11 @@ for _library in ("tifffile", "PIL"):
 class NeedsPillow(Exception):
     """tifffile lacks a decompressor for this file; Pillow's libtiff may have it."""
 
+    def __init__(self, message: str, all_pages: bool) -> None:
+        """all_pages: whether every page was wanted, as a channel, or only the first."""
+        super().__init__(message)
+        self.all_pages = all_pages
+
 
 def size(file: IO[bytes]) -> tuple[int, int]:
     """Height and width in pixels after the orientation tag, from the first page's header.
@@ -67,7 +72,7 @@ def decode(file: IO[bytes], in_chans: int) -> Pixels | None:
     height, width = page.imagelength, page.imagewidth
     check_size(height, width)
     _check_chain(file)
-    series = opened.series[0]
+    series = _first_series(opened, page, file)
     if _pages_are_channels(page, series, in_chans):
         _check_bytes(series.nbytes, page)
         _check_whole(series, file)
@@ -91,7 +96,8 @@ def frames_left_out(file: IO[bytes], in_chans: int) -> int:
         BadImage: a damaged header.
     """
     opened = _opened(file)
-    page, series = _first_page(opened), opened.series[0]
+    page = _first_page(opened)
+    series = _first_series(opened, page, file)
     if _pages_are_channels(page, series, in_chans):
         return 0
     return max(1, series.size // (page.imagelength * page.imagewidth * page.samplesperpixel)) - 1
@@ -104,11 +110,22 @@ def _pages_are_channels(page: tifffile.TiffPage, series: tifffile.TiffPageSeries
     return channels == in_chans and wanted and page.photometric in _PLAIN
 
 
-def _opened(file: IO[bytes]) -> tifffile.TiffFile:
+def _opened(file: IO[bytes], **kinds: Any) -> tifffile.TiffFile:
+    """kinds: is_shaped=False and the like, a kind of TIFF that it shall not be read as."""
     try:
-        return tifffile.TiffFile(file)
+        # One file is one image: OME's and Micro-Manager's metadata name other files, whose pixels tifffile would give.
+        return tifffile.TiffFile(file, _multifile=False, is_mmstack=False, is_ndtiff=False, **kinds)
     except Exception as error:  # damaged headers raise about everything
         raise BadImage("broken or truncated TIFF header") from error
+
+
+def _first_series(opened: tifffile.TiffFile, page: tifffile.TiffPage, file: IO[bytes]) -> tifffile.TiffPageSeries:
+    """The first page and those that belong to it; pages that tifffile itself wrote one by one count as one series."""
+    series = opened.series
+    if opened.is_shaped and len(series) > 1 and series[0].size == page.size:
+        file.seek(0)
+        series = _opened(file, is_shaped=False).series
+    return series[0]
 
 
 def _first_page(tiff: tifffile.TiffFile) -> tifffile.TiffPage:
@@ -199,7 +216,7 @@ def _values(part: Any) -> Any:
         return part.asarray(maxworkers=1)  # the loader has its own processes
     except Exception as error:
         if "imagecodecs" in str(error):
-            raise NeedsPillow(str(error)) from error
+            raise NeedsPillow(str(error), isinstance(part, tifffile.TiffPageSeries)) from error
         raise
 
 
@@ -210,7 +227,7 @@ def _stack(series: tifffile.TiffPageSeries, page: tifffile.TiffPage) -> Pixels:
         raise BadImage(f"TIFF axes {axes} are not an image")
     values = np.moveaxis(_values(series), (axes.index("Y"), axes.index("X")), (0, 1))
     values_HWC = values.reshape(values.shape[0], values.shape[1], -1)
-    return to_pixels(_black_is_zero(values_HWC, page))
+    return _to_pixels(values_HWC, page)
 
 
 def _picture(page: tifffile.TiffPage) -> Pixels:
@@ -222,7 +239,7 @@ def _picture(page: tifffile.TiffPage) -> Pixels:
         values = values.transpose(1, 2, 0)
     elif page.axes != "YXS":
         raise BadImage(f"TIFF axes {page.axes} are not an image")
-    values_HWC = to_pixels(_black_is_zero(values, page))
+    values_HWC = _to_pixels(values, page)
     if page.photometric == _SEPARATED and values_HWC.shape[2] == 4:
         white = 255 if values_HWC.dtype == np.uint8 else 1
         ink = (white - values_HWC).astype(np.float32) / white
@@ -235,7 +252,16 @@ def _picture(page: tifffile.TiffPage) -> Pixels:
     return values_HWC
 
 
-def _black_is_zero(values: Any, page: tifffile.TiffPage) -> Any:
+def _to_pixels(values: Any, page: tifffile.TiffPage) -> Pixels:
+    """The numbers as pixels, black as zero.
+
+    Raises:
+        BadImage: floats of which some are GDAL's mark of missing ones; integers' mark is mostly 0, and black will do.
+    """
     if page.photometric == _MIN_IS_WHITE and values.dtype.kind == "u":
-        return np.iinfo(values.dtype).max - values
-    return values
+        values = np.iinfo(values.dtype).max - values
+    if values.dtype.kind == "f" and page.nodata:
+        missing = np.count_nonzero(values == values.dtype.type(page.nodata))
+        if missing:
+            raise BadImage(f"{missing:,} values without data (GDAL_NODATA {page.nodata:g}): fill them first")
+    return to_pixels(values)

@@ -333,10 +333,11 @@ def _scale_shrunken(
     bottom = min(top + window.height / window.shrink, box_HWC.shape[0])
     right = min(left + window.width / window.shrink, box_HWC.shape[1])
     (tall, wide), (y, x) = _resized_hw(crops, index), crops.offset[index]
-    gray = box_HWC.shape[2] == 1
-    image = Image.fromarray(box_HWC[..., 0] if gray else box_HWC)
+    channels = box_HWC.shape[2]  # other than three: a gray JPEG's, all equal, which Pillow would take for alpha
+    image = Image.fromarray(box_HWC if channels == 3 else box_HWC[..., 0])
     scaled = np.array(image.resize((wide, tall), _PILLOW[crops.interpolation], (left, top, right, bottom)))
-    whole = torch.from_numpy(scaled[..., None] if gray else scaled).permute(2, 0, 1)
+    whole = torch.from_numpy(scaled)
+    whole = whole.permute(2, 0, 1) if channels == 3 else whole.expand(channels, -1, -1)
     cut = _cut(whole, int(y), int(x), size_hw)
     return cut.flip(2) if crops.flip[index] else cut
 

@@ -105,6 +105,10 @@ def resolve(config: ModelConfig) -> ModelConfig:
         problems.append(f"--embed-dim {filled.embed_dim}: 2-D sine-cosine positions need a multiple of 4")
     if filled.decoder == "flat" and (filled.class_token or filled.reg_tokens):
         problems.append("--decoder flat takes patch tokens only: give --class-token False --reg-tokens 0")
+    if filled.target != "pixels" and patch**2 * filled.in_chans < 2:
+        problems.append(f"--target {filled.target}: a patch of one value has no deviation; take --target pixels")
+    if filled.target == "norm-pixels-whitened" and patch == 1:
+        problems.append("--target norm-pixels-whitened: a patch of 1 px has no frequencies; take --target norm-pixels")
     if filled.target == "norm-pixels-highpass" and filled.target_cut > 2 * patch - 2:
         problems.append(f"--target-cut {filled.target_cut}: a patch of {patch} px has none above {2 * patch - 2}")
     if problems:

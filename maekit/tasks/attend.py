@@ -22,7 +22,7 @@ from maekit.config import AttendConfig, UserError
 from maekit.data.centres import read_centres
 from maekit.models.mae import MaskedAutoencoder
 from maekit.runtime import choose_device
-from maekit.terminal import make_console
+from maekit.terminal import make_console, remark
 from maekit.viz.attention import AttentionRow, draw_attention, pca_colors
 from maekit.weights.store import load_as
 
@@ -38,8 +38,7 @@ def main(source: str, config: AttendConfig) -> int:
         raise UserError(f"--out {config.out}: a picture is a PNG file; name one that ends in .png")
     device = choose_device(config.device).value
     model = load_as(source, config, device)
-    for line in model.key_report.remarks():
-        console.print(line, style="dim", markup=False)
+    remark(console, model.key_report.remarks())
     depth = len(model.encoder.blocks)
     block = depth if config.block is None else config.block
     if not 1 <= block <= depth:

@@ -23,7 +23,7 @@ from maekit.data.parts import Part
 from maekit.data.sources import open_source
 from maekit.data.survey import Bad, Survey, summary, survey
 from maekit.data.workers import choose_workers
-from maekit.terminal import counting, make_console, make_table
+from maekit.terminal import counting, make_console, make_table, remark
 
 SHOWN = 20
 """Bad files and classes that are shown; --out has all."""
@@ -50,8 +50,7 @@ def main(config: CheckDataConfig) -> int:
     source = open_source(
         config.data, in_chans=config.in_chans, image_column=config.image_column, label_column=config.label_column
     )
-    for line in source.notes:
-        console.print(line, style="dim", markup=False)
+    remark(console, source.notes)
     parts: dict[str, Part] = {"train": source.train}
     parts |= {name: part for name, part in (("val", source.val), ("test", source.test)) if part is not None}
     workers = choose_workers(config.workers, 1).value

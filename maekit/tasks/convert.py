@@ -27,7 +27,7 @@ from maekit.config import ConvertConfig, UserError
 from maekit.models.classifier import Classifier
 from maekit.models.encoder import use_fused_attention
 from maekit.models.mae import MaskedAutoencoder
-from maekit.terminal import make_console
+from maekit.terminal import make_console, remark
 from maekit.weights.card import find_cards, model_card
 from maekit.weights.export import has_decoder, hf_class, hf_config, obstacles, timm_config, to_hf, to_official, to_timm
 from maekit.weights.readback import (
@@ -89,8 +89,7 @@ def main(source: str, config: ConvertConfig) -> int:
     out = Path(config.out)
     check_out(out, config)
     model = load_any(source, config)
-    for line in model.key_report.remarks():
-        console.print(line, style="dim", markup=False)
+    remark(console, model.key_report.remarks())
     with_decoder = not config.encoder_only and has_decoder(model)
     pool = model.pool if isinstance(model, Classifier) else config.pool
     problems = obstacles(model, config.to, with_decoder)

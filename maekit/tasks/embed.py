@@ -42,7 +42,7 @@ from maekit.data.workers import WorkerStart, choose_workers
 from maekit.models.encoder import use_fused_attention
 from maekit.models.mae import MaskedAutoencoder
 from maekit.runtime import choose_attention, choose_device, choose_precision, to_device
-from maekit.terminal import counting, make_console
+from maekit.terminal import counting, make_console, remark
 from maekit.weights.store import load_as
 
 SLICE = 16
@@ -92,8 +92,7 @@ def main(source: str, config: EmbedConfig) -> int:
     device = choose_device(config.device).value
     precision = choose_precision(config.precision, device).value
     model = load_as(source, config, device)
-    for line in model.key_report.remarks():
-        console.print(line, style="dim", markup=False)
+    remark(console, model.key_report.remarks())
     model = cut(model, config)
     use_fused_attention(model, choose_attention(device, precision).value)
     width = model.encoder.embed_dim
@@ -106,6 +105,7 @@ def main(source: str, config: EmbedConfig) -> int:
         image_column=config.image_column,
         label_column=config.label_column,
     )
+    remark(console, data.notes)
     parts = choose_parts(data, config.part, config.data)
     chunks = cut_chunks(parts, math.prod(encoder.shape))
     description = describe(source, data, parts, encoder)

@@ -37,7 +37,7 @@ from maekit.training.guard import Guard, backward, guarded_update, update_if_fin
 from maekit.training.mixing import soft_loss
 from maekit.training.optim import learning_rate
 from maekit.training.replayed import Replayed
-from maekit.training.scorecard import CARD, print_score, with_interval, write_card
+from maekit.training.scorecard import CARD, print_score, scored_steps, with_interval, write_card
 from maekit.training.scoring import EVAL_BATCH, Score, answer, of_all, score
 from maekit.training.supervised import BEST_FILE, mean_loss, set_scaled_rate, write_weights
 from maekit.viz.confusion import draw_training, picture_confusion
@@ -66,7 +66,7 @@ def main(source: str, config: FinetuneConfig, resumed: bool = False) -> int:
         job = prepare(config, out, console, stop, resumed)
         config, run, model, position = job.config, job.run, job.model, job.run.position
         accelerator, total = run.accelerator, position.total_steps
-        if position.step == position.watched == total and (out / CARD).is_file():
+        if position.step == position.watched == total and scored_steps(out) == total:
             console.print(f"the run is finished: {out / CARD}; --epochs or --steps of maekit resume makes it longer")
             return 0
         print_settings(console, f"maekit finetune {escape(source)}", describe(job))

@@ -17,7 +17,7 @@ from maekit.data.sources import open_source
 from maekit.data.workers import choose_workers
 from maekit.models.encoder import use_fused_attention
 from maekit.runtime import choose_attention, choose_device, choose_precision
-from maekit.terminal import counting, make_console
+from maekit.terminal import counting, make_console, remark
 from maekit.training.finetuning import default_out, labels_in, reading_config
 from maekit.training.scorecard import CARD, print_score, with_interval, write_card
 from maekit.training.scoring import EVAL_BATCH, answer, score
@@ -42,12 +42,12 @@ def main(source: str, config: FinetuneConfig) -> int:
     precision = choose_precision(config.precision, device).value
     given = SourceConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(SourceConfig)})
     model = load_classifier(source, given, device)
-    for line in model.key_report.remarks():
-        console.print(line, style="dim", markup=False)
+    remark(console, model.key_report.remarks())
     use_fused_attention(model, choose_attention(device, precision).value)
     data = open_source(
         config.data, in_chans=model.config.in_chans, image_column=config.image_column, label_column=config.label_column
     )
+    remark(console, data.notes)
     part, ids, what = test_images(data, config.data)
     labels = labels_in(
         labels_of(part, config.data), class_map(part.class_names or [], model.classes, config.data, source)

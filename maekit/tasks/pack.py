@@ -28,7 +28,7 @@ from maekit.data.shards import HUB_PARTS, Recipe, ShardWriter, pack_chunk, shard
 from maekit.data.sources import open_source
 from maekit.data.workers import choose_workers, in_order
 from maekit.stopping import StopRequest
-from maekit.terminal import counting, make_console, print_settings, short_time
+from maekit.terminal import counting, make_console, print_settings, remark, short_time
 
 CHUNK = 16
 """Images that a process makes ready between two reports."""
@@ -61,6 +61,7 @@ def main(config: PackConfig) -> int:
         raise UserError(*problems)
     console = make_console()
     source = open_source(config.data, image_column=config.image_column, label_column=config.label_column)
+    remark(console, source.notes)
     parts = {"train": source.train}
     parts |= {name: part for name, part in (("val", source.val), ("test", source.test)) if part is not None}
     # A part without labels gets the column too: other tools want one schema.

@@ -31,7 +31,7 @@ from maekit.data.sources import open_source
 from maekit.models.encoder import flops_per_image
 from maekit.models.mae import model_problems
 from maekit.runtime import Choice, choose_compile, environment
-from maekit.terminal import counting, make_console, make_progress, print_settings, short_time
+from maekit.terminal import counting, make_console, make_progress, print_settings, remark, short_time
 from maekit.training.capacity import LARGEST_BATCH, RAM_SHARE, check_memory, find_limit, free_bytes, least_accum
 from maekit.training.optim import duration_steps
 from maekit.training.prepare import choose_machine
@@ -150,6 +150,7 @@ def open_data(config: PlanConfig, choices: dict[str, Choice[Any]], console: Cons
     source = open_source(
         config.data, in_chans=config.in_chans, image_column=config.image_column, label_column=config.label_column
     )
+    remark(console, source.notes)
     train, heldout = split_heldout(len(source.train), config.heldout_share)
     train = choose_training(train, config.train_images)
     SampleOrder(train, config.batch_size, config.seed)  # refuses a batch that is larger than the data

@@ -37,7 +37,7 @@ from maekit.data.workers import WorkerStart, choose_workers
 from maekit.models.classifier import Classifier
 from maekit.models.encoder import use_fused_attention
 from maekit.runtime import choose_attention, choose_device, choose_precision, to_device
-from maekit.terminal import counting, make_console, make_table
+from maekit.terminal import counting, make_console, make_table, remark
 from maekit.training.interval import wilson
 from maekit.weights.store import load_classifier
 
@@ -74,12 +74,12 @@ def main(source: str, config: PredictConfig) -> int:
     device = choose_device(config.device).value
     precision = choose_precision(config.precision, device).value
     model = load_classifier(source, config, device)
-    for line in model.key_report.remarks():
-        console.print(line, style="dim", markup=False)
+    remark(console, model.key_report.remarks())
     use_fused_attention(model, choose_attention(device, precision).value)
     data = open_source(
         config.data, in_chans=model.config.in_chans, image_column=config.image_column, label_column=config.label_column
     )
+    remark(console, data.notes)
     parts = choose_parts(data, config.part, config.data)
     mapping, why_not = label_ids(parts, model, config, source)
     top, summary = min(config.top, len(model.classes)), Summary()

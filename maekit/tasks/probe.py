@@ -31,7 +31,7 @@ from maekit.data.splits import Split, open_splits
 from maekit.models.encoder import use_fused_attention
 from maekit.models.mae import MaskedAutoencoder
 from maekit.runtime import choose_attention, choose_device, choose_precision, environment
-from maekit.terminal import counting, make_console, make_table
+from maekit.terminal import counting, make_console, make_table, remark
 from maekit.training import evaluation, keras_probe
 from maekit.training.anew import LabelledPool, choose_paper, train_supervised
 from maekit.training.attentive import choose_attentive, tokens_bytes, tokens_of
@@ -101,8 +101,7 @@ def main(sources: list[str], config: ProbeConfig) -> int:
     job = Job(config, console, device, partial(encoders_arithmetic, device, precision))
     models = load_each(sources, config, device)
     for name, model in models:
-        for line in model.key_report.remarks():
-            console.print(line, style="dim", markup=False)
+        remark(console, model.key_report.remarks())
         kinds_of(config, model)
         blocks_of(config, name, model)
 
@@ -114,11 +113,12 @@ def main(sources: list[str], config: ProbeConfig) -> int:
         # ---- the images at this model's size, read once for all sources that share it ----
         reading = reading_config(config, model.passport)
         shape = shape_of(reading)
-        data = read.get(model.config.in_chans) or open_source(
-            config.data, in_chans=model.config.in_chans, image_column=config.image_column,
-            label_column=config.label_column,
-        )  # fmt: skip
-        read[model.config.in_chans] = data
+        channels = model.config.in_chans
+        if channels not in read:
+            named = {"image_column": config.image_column, "label_column": config.label_column}
+            read[channels] = open_source(config.data, in_chans=channels, **named)
+            remark(console, read[channels].notes)
+        data = read[channels]
         if shape not in opened:
             with counting(console, "reading images") as progress:
                 opened[shape] = open_splits(data, reading, device, progress)

@@ -24,7 +24,7 @@ from maekit.models.mae import MaskedAutoencoder
 from maekit.models.masking import make_masks
 from maekit.rng import Purpose
 from maekit.runtime import choose_attention, choose_device
-from maekit.terminal import counting, make_console, print_settings
+from maekit.terminal import counting, make_console, print_settings, remark
 from maekit.training.monitor import PANEL_IMAGES, Heldout, heldout_masks, heldout_sums, reconstruct, statistics_note
 from maekit.viz.panels import compose, draw
 from maekit.weights.store import load_as, require_decoder
@@ -56,8 +56,7 @@ def main(source: str, config: ReconstructConfig) -> int:
     device = choose_device(config.device).value
     model = load_as(source, config, device)
     require_decoder(model, source)
-    for line in model.key_report.remarks():
-        console.print(line, style="dim", markup=False)
+    remark(console, model.key_report.remarks())
     if config.data:
         images_BCHW, names, keep, masked = score_data(console, config, model)
     else:
@@ -87,6 +86,7 @@ def score_data(
     device = model.mean.device
     use_fused_attention(model, choose_attention(device, "fp32").value)
     source = open_source(config.data, in_chans=model.config.in_chans, image_column=config.image_column)
+    remark(console, source.notes)
     word = config.part or ("test" if source.test is not None else "val" if source.val is not None else "train")
     part = choose_parts(source, word, config.data)[word]
     reading = model.passport.reading(config.data)

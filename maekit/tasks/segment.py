@@ -35,6 +35,7 @@ from maekit.terminal import Pace, counting, make_console, make_progress, print_s
 from maekit.training import lock
 from maekit.training.guard import Guard, backward, guarded_update, put_back
 from maekit.training.saving import write_whole
+from maekit.training.scorecard import CARD, scored_steps
 from maekit.training.segmentation_inference import describe_view
 from maekit.training.segmentation_job import (
     SegmentJob,
@@ -54,8 +55,6 @@ from maekit.viz.overlays import draw_overlays
 from maekit.viz.segment_curves import draw_segment_curves
 from maekit.weights.segmenters import load_segmenter
 from maekit.weights.store import WEIGHTS_FILE
-
-CARD_FILE = "card.json"
 
 
 @lock.letting_go
@@ -222,8 +221,8 @@ def draw_sheet(job: SegmentJob, part: Any, name: str, title: str, ids: Ids | Non
 def finish(job: SegmentJob, seconds: float, first_step: int) -> bool:
     """Score the validation part once, print the table, write card.json and overlays.png; False where a signal came."""
     run, config, console = job.run, job.config, job.run.console
-    if (run.out / CARD_FILE).is_file() and first_step == config.steps:
-        console.print(f"the run is finished: {run.out / CARD_FILE}; maekit segment {run.out} --eval scores it again")
+    if scored_steps(run.out) == first_step == config.steps:
+        console.print(f"the run is finished: {run.out / CARD}; maekit segment {run.out} --eval scores it again")
         return True
     if job.heldout is None and not measure_heldout(job):  # stopped after it was measured, and resumed
         return False
@@ -243,7 +242,7 @@ def finish(job: SegmentJob, seconds: float, first_step: int) -> bool:
     if run.accelerator.is_main_process:
         card = {
             "data": job.pairs.name, "fingerprint": job.pairs.train.fingerprint, "part": what,
-            "weights": which, "step": step, "best_step": run.position.best_step,
+            "weights": which, "step": step, "steps": config.steps, "best_step": run.position.best_step,
             "best_heldout_miou": run.position.best if run.position.best_step else None,
             "last_heldout": job.heldout.to_json(job.pairs.class_names),
             "images": {"train": len(job.train_ids), "held-out": len(job.heldout_ids), what: len(ids)},
@@ -252,7 +251,7 @@ def finish(job: SegmentJob, seconds: float, first_step: int) -> bool:
             "confusion": matrix_KK.tolist(), "seconds": seconds, "config": dataclasses.asdict(config),
             "environment": environment(run.accelerator.device),
         }  # fmt: skip
-        write_whole(run.out / CARD_FILE, json.dumps(card, indent=1) + "\n")
+        write_whole(run.out / CARD, json.dumps(card, indent=1) + "\n")
         if config.overlays:
             draw_sheet(job, part, "overlays.png", f"{what} images, mIoU {100 * result.miou:.2f} %", ids)
     title = f"{job.run.out.name}: {what} images, {which} weights"
@@ -260,7 +259,7 @@ def finish(job: SegmentJob, seconds: float, first_step: int) -> bool:
     steps = run.position.step - first_step
     print_settings(console, "done", {
         "trained": f"{steps:,} steps in {seconds:,.0f} s, evaluation and saving included",
-        "card": str(run.out / CARD_FILE), "weights": f"{run.out / WEIGHTS_FILE}; best on held-out images: {BEST_FILE}",
+        "card": str(run.out / CARD), "weights": f"{run.out / WEIGHTS_FILE}; best on held-out images: {BEST_FILE}",
         "pictures": f"{run.out / 'overlays.png'}",
         "next": f"maekit segment {run.out} --predict IMAGES --out DIR",
     })  # fmt: skip

@@ -32,7 +32,7 @@ from maekit.runtime import (
 )
 from maekit.seeding import seed_step
 from maekit.stopping import StopRequest
-from maekit.terminal import counting
+from maekit.terminal import counting, remark
 from maekit.training import checkpoint as checkpoints
 from maekit.training import supervised
 from maekit.training.mixing import Mixing
@@ -124,6 +124,7 @@ def prepare(config: FinetuneConfig, out: Path, console: Console, stop: StopReque
     source = open_source(
         config.data, in_chans=model_config.in_chans, image_column=config.image_column, label_column=config.label_column
     )
+    remark(console, source.notes)
     splits = split_labelled(source, config.data, config.heldout_share, config.train_share)
     if not fresh and splits.classes != start.passport.classes:
         raise UserError(f"--data {config.data}: labels of other classes than {out} was trained on")
@@ -221,8 +222,7 @@ def load_start(config: FinetuneConfig, console: Console) -> Start:
         report = model.key_report  # its decoder has no place in a classifier, which needs no word
         report.missing = [name for name in report.missing if not name.startswith("decoder.")]
         report.unused = [name for name in report.unused if not name.startswith("decoder.")]
-        for line in report.remarks():
-            console.print(line, style="dim", markup=False)
+        remark(console, report.remarks())
     if config.begins_at_random:
         return Start(dataclasses.replace(passport, eps=EPS), None)
     return Start(passport, model.encoder.state_dict(), config.source, passport.weights_license)

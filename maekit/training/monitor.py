@@ -134,7 +134,10 @@ def online_probe(
     labels: npt.NDArray[np.int64] | None,
     batch_size: int,
 ) -> dict[str, float]:
-    """RankMe of the held-out features and, with labels, k-NN and ridge accuracy from training to held-out images."""
+    """RankMe of the held-out features and, with labels, k-NN and ridge accuracy from training to held-out images.
+
+    Where too few images have a label for that, only the first.
+    """
     heldout = extract_features(model, pool, heldout_ids, batch_size, ("mean",))["mean"]
     found = {"rankme": rankme(heldout)}
     if labels is not None:
@@ -142,8 +145,9 @@ def online_probe(
         train = extract_features(model, pool, some, batch_size, ("mean",))["mean"]
         train, train_labels = _labelled(pool, some, train, labels)
         heldout, heldout_labels = _labelled(pool, heldout_ids, heldout, labels)
-        found["knn"] = knn_accuracy(train, train_labels, heldout, heldout_labels)
-        found["linear"] = ridge_accuracy(train, train_labels, heldout, heldout_labels)
+        if len(train_labels) > 1 and len(heldout_labels):
+            found["knn"] = knn_accuracy(train, train_labels, heldout, heldout_labels)
+            found["linear"] = ridge_accuracy(train, train_labels, heldout, heldout_labels)
     return found
 
 

@@ -37,7 +37,7 @@ from maekit.runtime import (
     start_accelerator,
 )
 from maekit.seeding import seed_step
-from maekit.terminal import counting, print_settings
+from maekit.terminal import counting, print_settings, remark
 from maekit.training import lock
 from maekit.training.initial import load_start, take_over, with_start
 from maekit.training.metrics import MetricsLog
@@ -57,8 +57,7 @@ def prepare(config: PretrainConfig, resume_from: Path | None, console: Console, 
     source = open_source(
         config.data, in_chans=config.in_chans, image_column=config.image_column, label_column=config.label_column
     )
-    for line in source.notes:
-        console.print(line, style="dim", markup=False)
+    remark(console, source.notes)
     part = source.train
     train_ids, heldout_ids = split_heldout(len(part), config.heldout_share)
     train_ids = choose_training(train_ids, config.train_images)

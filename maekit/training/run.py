@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.markup import escape
 
-from maekit.config import PretrainConfig
+from maekit.config import PretrainConfig, UserError
 from maekit.data.loader import Batch, Pool, Quarantine, SampleOrder, lowest_hash
 from maekit.data.parts import Part
 from maekit.data.speed import keeps_up
@@ -249,6 +249,22 @@ def measure_trivial(job: Job) -> None:
     evaluate(job, with_trivial=True)
 
 
+class NothingToPredict(UserError):
+    """A predictor that learns nothing makes no error: there is no skill to speak of."""
+
+
+def check_trivial(job: Job) -> None:
+    """Raise NothingToPredict where images are blank, so that a trivial loss is 0."""
+    losses = {"training": job.position.train_trivial, "held-out": min(job.position.heldout_trivial)}
+    for which, loss in losses.items():
+        if not 0 < loss < math.inf:
+            raise NothingToPredict(
+                f"--data {job.config.data}: under --target {job.config.target} a predictor that learns nothing has a "
+                f"loss of {loss:g} on the {which} images, as on blank ones: leave those out, or try --target pixels or "
+                "a larger --heldout-share"
+            )
+
+
 def evaluate(job: Job, with_trivial: bool = False) -> bool:
     """Held-out loss with fixed masks; every process takes its share of the images, and the sums are added.
 
@@ -269,6 +285,7 @@ def evaluate(job: Job, with_trivial: bool = False) -> bool:
     loss, constant, fill, count = sums.tolist()
     if with_trivial:
         job.position.heldout_trivial = (constant / count, fill / count)
+        check_trivial(job)
     job.heldout = Heldout(loss / count, job.position.heldout_trivial)
     log(job, {"kind": "heldout", "loss": job.heldout.loss, "skill": job.heldout.skill})
     return True

@@ -29,7 +29,7 @@ from maekit.training import checkpoint as checkpoints
 from maekit.training import lock, nonfinite
 from maekit.training.diary import write_lines
 from maekit.training.metrics import MetricsLog
-from maekit.training.run import Job, Position, bad_step_record, log, measure_trivial
+from maekit.training.run import Job, NothingToPredict, Position, bad_step_record, log, measure_trivial
 from maekit.training.run_state import load_optimizer_tensors, optimizer_tensors, restore_rng, rng_tensors
 from maekit.weights.passport import Passport
 from maekit.weights.store import WEIGHTS_FILE, check_names
@@ -71,10 +71,11 @@ class SaveClock:
 def begin(job: Job, fresh: bool) -> None:
     """Start the run's folder; a fresh one gets the trivial losses and a checkpoint of step 0, which proves the disk.
 
-    A signal leaves nothing behind of a fresh run. From here on there is always a checkpoint to go on from.
+    A signal, or data with nothing to predict, leave nothing behind of a fresh run. From here on there is always a
+    checkpoint to go on from.
 
     Raises:
-        UserError: the folder cannot be written, or has too little room.
+        UserError: the folder cannot be written or has too little room, or images without any variation.
     """
     config, accelerator, out = job.config, job.accelerator, job.out
     try:
@@ -95,7 +96,7 @@ def begin(job: Job, fresh: bool) -> None:
             measure_trivial(job)
             if not save(job, SaveClock(config.save_minutes, config.max_unsaved_minutes), urgent=True):
                 raise UserError(f"--out {out}: the first checkpoint cannot be written (see above)")
-    except Stopped:
+    except (Stopped, NothingToPredict):
         job.stop.patience = None  # nothing may interrupt what follows
         if fresh and accelerator.is_main_process:
             for path in out.iterdir():
@@ -253,7 +254,8 @@ def roll_back(job: Job, last_bad: int) -> bool:
     if found < 0:
         return False
     position, _ = _take_up(job, folder / f"step-{int(found):06d}")
-    position.total_steps, position.schedule_start = now.total_steps, now.schedule_start
+    # A schedule that began where the run was lengthened begins at a checkpoint from before that.
+    position.total_steps, position.schedule_start = now.total_steps, min(now.schedule_start, position.step)
     position.rollbacks, position.lr_scale = now.rollbacks + 1, now.lr_scale / 2
     position.bad_steps = now.bad_steps
     job.accelerator.wait_for_everyone()

@@ -29,6 +29,15 @@ def with_interval(found: Score) -> str:
     return f"{found.top1:.2%} (95 % interval {100 * low:.2f} to {100 * high:.2f}, {found.images:,} images)"
 
 
+def scored_steps(folder: Path) -> int | None:
+    """The length, in steps, of the run whose weights a card speaks of; None where there is no card that can be read."""
+    try:
+        steps = json.loads((folder / CARD).read_text())["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return steps if isinstance(steps, int) else None
+
+
 def write_card(
     folder: Path,
     facts: dict[str, Any],

@@ -38,7 +38,7 @@ from maekit.runtime import (
     start_accelerator,
 )
 from maekit.stopping import StopRequest
-from maekit.terminal import counting
+from maekit.terminal import counting, remark
 from maekit.training.saving import never_began
 from maekit.training.segmentation_inference import View
 from maekit.training.segmentation_job import SegmentJob
@@ -147,8 +147,7 @@ def start_encoder(config: SegmentConfig, console: Console) -> tuple[Any, Passpor
         )
         console.print("the encoder begins with random weights (--from-scratch)")
     else:
-        for line in loaded.key_report.remarks():
-            console.print(line, style="dim", markup=False)
+        remark(console, loaded.key_report.remarks())
     return dense_encoder(loaded, config.crop_hw, config.drop_path), passport
 
 
@@ -172,8 +171,7 @@ def open_data(
             on_progress=progress,
         )  # fmt: skip
         checks = check_pairs(pairs, workers=workers, on_progress=progress)
-    for line in pairs.notes:
-        console.print(line, style="dim", markup=False)
+    remark(console, pairs.notes)
     for what, check in checks.items():
         if check.bad_images:
             index, reason = check.bad_images[0]
