@@ -120,6 +120,32 @@ def test_back_once_with_half_the_rate(
     assert_same_run(tmp_path / "run", tmp_path / "stopped")
 
 
+def test_bad_steps_leave_the_checkpoints_to_go_back_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set so small that every step is saved: the row's checkpoints stand beside the kept ones, not in their place."""
+    spoil_loss(monkeypatch, lambda part, loss: loss * NAN if 4 <= part < 7 else loss)
+    words = [*DIGITS, "--steps", "8", *EVERY_STEP, "--keep", "2", "--max-bad-steps", "3", "--warmup-epochs", "0"]
+    assert run(words, tmp_path / "run") == 0
+    back = [line for line in metrics(tmp_path / "run") if line["kind"] == "rollback"]
+    assert [line["step"] for line in back] == [3]
+    assert checkpoints(tmp_path / "run") == ["step-000007", "step-000008"]
+
+
+def test_a_longer_run_that_went_back_before_its_old_end_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The new schedule began at the old end, and the checkpoint to go back to is older; stopped there, it resumes."""
+    words = [*DIGITS, "--steps", "4", *EVERY_STEP, "--max-bad-steps", "3", "--warmup-epochs", "0"]
+    assert run(words, tmp_path / "run") == 0
+    stop_after(4, monkeypatch)
+    with monkeypatch.context() as patch:
+        spoil_loss(patch, lambda part, loss: loss * NAN if part < 3 else loss)
+        assert cli.main(["resume", str(tmp_path / "run"), "--steps", "8"]) == 143
+    assert "back to step 3" in capsys.readouterr().out
+    assert state(tmp_path / "run")["schedule_start"] == 3
+    assert cli.main(["resume", str(tmp_path / "run")]) == 0
+    assert checkpoints(tmp_path / "run")[-1] == "step-000008"
+
+
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Send a SIGTERM when a step is done after the run went back."""
     real = pretrain.log_training

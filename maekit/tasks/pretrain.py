@@ -129,9 +129,7 @@ def main(config: PretrainConfig, resume_from: Path | None = None, again: bool = 
                 if not stopping:
                     with uncompiled():
                         stopping = not watch(job, pace)
-                save_due = save_due or (position.step > first_step and "save" in due(job))
-                # Amid bad steps no weight changes, and a save would crowd out the checkpoint to go back to.
-                if last or stopping or (save_due and position.bad_row == 0):
+                if last or stopping or save_due or (position.step > first_step and "save" in due(job)):
                     position.loss_sum = float(accelerator.reduce(loss_sum, "mean"))
                     saved = save(job, clock, urgent=last or stopping)
                     if not saved and (last or stopping):

@@ -199,7 +199,8 @@ def _write(job: Job, rng: dict[str, torch.Tensor]) -> None:
         state=dataclasses.asdict(job.position),
         model_metadata=passport_of(job).to_metadata(),
     )
-    path = checkpoints.save(job.out / "checkpoints", job.position.step, content, config.keep)
+    keep = config.keep + job.position.bad_row  # those of bad steps must not crowd out the ones to go back to
+    path = checkpoints.save(job.out / "checkpoints", job.position.step, content, keep)
     checkpoints.publish(path, job.out / WEIGHTS_FILE)
 
 
