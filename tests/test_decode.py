@@ -215,6 +215,22 @@ def test_evaluation_decodes_in_full(tmp_path: Path) -> None:
     assert 0 < (trained.images.float() - batch.images.float()).abs().mean() < 12
 
 
+@pytest.mark.parametrize("channels", [1, 2, 4, 5])
+def test_a_gray_jpeg_that_is_decoded_smaller_fills_any_number_of_channels(channels: int, tmp_path: Path) -> None:
+    """Pillow, which resizes these, would take the last of two or four channels for alpha."""
+    place = np.mgrid[0:512, 0:640].sum(axis=0) / 8
+    Image.fromarray((128 + 100 * np.sin(place / 9)).astype(np.uint8)).save(tmp_path / "gray.jpg", quality=95)
+    config = PretrainConfig(data="-", img_size=(64,), in_chans=channels, crop_scale=(0.8, 1.0))
+    decoder = Decoder(FilePart(os.fsencode(tmp_path), [b"gray.jpg"], channels), config, np.zeros(1, np.bool_))
+    ((image, _, bad),) = decoder.__getitems__([(0, 0)])
+    assert image is not None and not bad
+    assert image.shape == (channels, 64, 64)
+    assert torch.equal(image, image[:1].expand(channels, -1, -1))
+    crops = random_crops(config, np.array([[512, 640]]), [0], epoch=0)
+    whole = apply_to_image(decode(tmp_path / "gray.jpg", channels), crops, 0, (64, 64))
+    assert (image.int() - whole.int()).abs().max() <= 4
+
+
 def test_arrays_are_cut_like_files() -> None:
     part = ArrayPart(np.asarray(PHOTO)[None], None, None, 3)
     found = part.read(0, lambda height, width: Window(3, 4, 20, 30, 8))

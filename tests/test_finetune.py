@@ -216,7 +216,13 @@ def test_a_signal_ends_the_scoring_of_the_test_split(
         assert run(source, tmp_path / "run", *PLAIN, "--steps", "2") == 143
     assert not (tmp_path / "run" / "card.json").exists()
     assert cli.main(["resume", str(tmp_path / "run")]) == 0
-    assert (tmp_path / "run" / "card.json").is_file()
+    card = tmp_path / "run" / "card.json"
+    assert json.loads(card.read_text())["steps"] == 2
+    with monkeypatch.context() as patch:  # a longer run has the old card until it is scored, and is not finished by it
+        patch.setattr(finetune, "answer", interrupted)
+        assert cli.main(["resume", str(tmp_path / "run"), "--steps", "4"]) == 143
+    assert cli.main(["resume", str(tmp_path / "run")]) == 0
+    assert json.loads(card.read_text())["steps"] == 4
 
 
 def test_accumulation_changes_neither_length_nor_rates_nor_updates(source: Path, tmp_path: Path) -> None:

@@ -167,6 +167,8 @@ def test_unknown_model_gets_near_names(name: str, near: str) -> None:
         ({"img_size": (4,)}, ["--img-size 4 4", "--patch-size", "single patch"]),
         ({"num_heads": 5}, ["--embed-dim 32", "--num-heads 5"]),
         ({"embed_dim": 18, "num_heads": 2}, ["--embed-dim 18", "multiple of 4"]),
+        ({"patch_size": 1, "in_chans": 1, "target": "norm-pixels"}, ["--target norm-pixels", "no deviation"]),
+        ({"patch_size": 1, "target": "norm-pixels-whitened"}, ["--target norm-pixels-whitened", "no frequencies"]),
     ],
 )
 def test_sizes_that_do_not_fit(changes: dict[str, Any], words: list[str]) -> None:

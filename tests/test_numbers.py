@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny_runs
 import torch
+from PIL import Image
 from tiny_runs import DIGITS, assert_same_run, checkpoints, equal, metrics, run, spoil_loss, state, tensors
 
 import maekit
@@ -263,6 +264,24 @@ def test_a_row_goes_on_over_a_look() -> None:
     assert watch.look() == ([], 2, False)
     watch.see(8, torch.tensor(INF))
     assert watch.look() == ([8], 3, True)
+
+
+def test_blank_images_leave_nothing_to_predict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One clear line instead of a division by zero, and no folder: the same command works when the data are mended."""
+    (tmp_path / "wells").mkdir()
+    for number in range(60):
+        Image.new("RGB", (8, 8), (4 * number, 100, 200)).save(tmp_path / "wells" / f"{number:02d}.png")
+    words = [*tiny_runs.folder_words(tmp_path / "wells"), "--img-size", "16", "--steps", "1", "--target", "norm-pixels"]
+    assert run(words, tmp_path / "run") == 2
+    said = capsys.readouterr().err
+    assert (
+        "a predictor that learns nothing has a loss of " in said
+        and "on the training images" in said
+        and "--target pixels" in said
+    )
+    assert not any(path.name == "config.json" for path in tmp_path.rglob("*"))
+    words[words.index("norm-pixels")] = "pixels"
+    assert run(words, tmp_path / "run") == 0
 
 
 def test_spikes_are_reported_and_change_nothing(

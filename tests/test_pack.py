@@ -322,3 +322,10 @@ def test_a_folder_that_is_not_free_is_refused(folders: tuple[Path, Path], tmp_pa
         assert any(flag in problem for problem in caught.value.problems)
     assert packed(folders[0], tmp_path / "empty", "--size", "20") == 0
     assert (tmp_path / "full" / "x").exists()
+
+
+def test_what_is_left_out_of_the_parts_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("train", "test", "extra"):
+        save(tmp_path / "data" / name / "a.png", photograph(1, 40, 30))
+    assert packed(tmp_path / "data", tmp_path / "shards") == 0
+    assert "left out, since" in capsys.readouterr().out

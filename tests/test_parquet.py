@@ -162,3 +162,20 @@ def test_the_shared_cifar10() -> None:
     assert np.bincount(source.train.labels).tolist() == [5000] * 10
     assert source.train.read(49_999).shape == (32, 32, 3)
     assert source.test.size(0) == (32, 32)
+
+
+def test_parts_by_the_word_in_a_files_name(tmp_path: Path) -> None:
+    """Wherever it stands and whatever is around it; of several the first, where it begins the name."""
+    names = {
+        "a": ["cifar10-train", "cifar10-test"], "b": ["train0", "train1", "test0"], "c": ["my train", "my test"],
+        "d": ["train-no-test", "test-no-train"],
+    }  # fmt: skip
+    for folder, files in names.items():
+        for number, name in enumerate(files):
+            parquet(tmp_path / folder / f"{name}.parquet", [png(number)])
+        source = open_source(str(tmp_path / folder))
+        assert source.test is not None, folder
+        assert (len(source.train), len(source.test)) == (len(files) - 1, 1), folder
+    for name in ("pets-0", "pets-1"):
+        parquet(tmp_path / "e" / f"{name}.parquet", [png(1)])
+    assert len(open_source(str(tmp_path / "e")).train) == 2

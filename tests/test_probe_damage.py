@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from conftest import tiny_config
 from PIL import Image
 from safetensors.torch import save_file
 
+import maekit
 from maekit import cli
 from maekit.config import PretrainConfig
 from maekit.data.loader import open_pool
@@ -19,7 +21,7 @@ from maekit.data.sources import open_source
 from maekit.runtime import Choice
 from maekit.training import evaluation
 from maekit.training.capacity import free_bytes
-from maekit.training.monitor import _labelled
+from maekit.training.monitor import _labelled, online_probe
 from maekit.weights.store import random_model
 
 BAD = 6
@@ -92,6 +94,20 @@ def test_online_probes_leave_out_the_same(folders: tuple[Path, Path]) -> None:
     features, found = _labelled(pool, ids, torch.arange(4.0)[:, None], labels)
     assert features.flatten().tolist() == [0.0, 2.0]
     assert found.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(("labelled", "found"), [((), 1), ((3,), 1), ((60,), 1), ((3, 60), 1), ((3, 41, 60), 3)])
+def test_online_probes_of_hardly_any_labels(folders: tuple[Path, Path], labelled: tuple[int, ...], found: int) -> None:
+    """A partly labelled set pretrains like any other: without a label on either side there is no accuracy."""
+    weights, images = folders
+    part = open_source(str(images)).train
+    model = maekit.load(weights)
+    config = PretrainConfig(data="-", img_size=model.config.img_size, max_bad_share=1.0)
+    pool, _ = open_pool(part, config, torch.device("cpu"), Choice(0, ""))
+    labels = np.full(len(part), -1)
+    labels[list(labelled)] = [0, 1, 0][: len(labelled)]
+    numbers = online_probe(model, pool, np.array([3, 41, 42]), np.array([60, 61]), labels, 4)
+    assert len(numbers) == found and all(math.isfinite(value) for value in numbers.values())
 
 
 def test_an_image_of_both_splits_is_left_out_once(folders: tuple[Path, Path], tmp_path: Path) -> None:

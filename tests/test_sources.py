@@ -83,6 +83,20 @@ def test_parts_share_their_class_ids(tree: Callable[..., Path], train: str, val:
         assert source.test.labels.tolist() == [2]
 
 
+def test_valid_beside_train_is_the_validation_part(tree: Callable[..., Path]) -> None:
+    """As Kaggle and Roboflow spell it; alone it may be a class, and of two nobody can tell which is meant."""
+    source = open_source(str(tree("train/a/1.png", "train/b/2.png", "valid/a/3.png", root="two")))
+    assert source.val is not None and source.train.class_names == ["a", "b"]
+    assert (listed(source.train), listed(source.val)) == (["train/a/1.png", "train/b/2.png"], ["valid/a/3.png"])
+    assert open_source(str(tree("train/a.png", "Valid/b.png", "test/c.png", root="three"))).val is not None
+    assert open_source(str(tree("valid/a.png", "expired/b.png", root="classes"))).train.class_names == [
+        "expired",
+        "valid",
+    ]
+    both = open_source(str(tree("train/a.png", "test/b.png", "valid/c.png", "dev/d.png", root="both")))
+    assert both.val is None and "dev/, valid/" in both.notes[0]
+
+
 def test_folders_beside_the_parts_are_left_out_and_named(tree: Callable[..., Path]) -> None:
     source = open_source(str(tree("train/a.png", "test/b.png", "unlabeled/c.png", "notes/d.txt")))
     assert len(source.train) == 1

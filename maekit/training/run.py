@@ -254,13 +254,13 @@ class NothingToPredict(UserError):
 
 
 def check_trivial(job: Job) -> None:
-    """Raise NothingToPredict where images are blank, so that a trivial loss is 0."""
+    """Raise NothingToPredict where images are blank, so that a trivial loss is 0 but for rounding (1e-8 or so)."""
     losses = {"training": job.position.train_trivial, "held-out": min(job.position.heldout_trivial)}
     for which, loss in losses.items():
-        if not 0 < loss < math.inf:
+        if not 1e-6 < loss < math.inf:
             raise NothingToPredict(
                 f"--data {job.config.data}: under --target {job.config.target} a predictor that learns nothing has a "
-                f"loss of {loss:g} on the {which} images, as on blank ones: leave those out, or try --target pixels or "
+                f"loss of {loss:.2g} on the {which} images, as on blank ones: leave those out, or try --target pixels or "
                 "a larger --heldout-share"
             )
 
