@@ -280,8 +280,6 @@ def test_blank_images_leave_nothing_to_predict(tmp_path: Path, capsys: pytest.Ca
         and "--target pixels" in said
     )
     assert not any(path.name == "config.json" for path in tmp_path.rglob("*"))
-    words[words.index("norm-pixels")] = "pixels"
-    assert run(words, tmp_path / "run") == 0
 
 
 def test_spikes_are_reported_and_change_nothing(

@@ -260,8 +260,8 @@ def check_trivial(job: Job) -> None:
         if not 1e-6 < loss < math.inf:
             raise NothingToPredict(
                 f"--data {job.config.data}: under --target {job.config.target} a predictor that learns nothing has a "
-                f"loss of {loss:.2g} on the {which} images, as on blank ones: leave those out, or try --target pixels or "
-                "a larger --heldout-share"
+                f"loss of {loss:.2g} on the {which} images, as on blank ones: leave those out, or take a larger "
+                "--heldout-share"
             )
 
 
