@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +30,7 @@ from maekit.data.sources import open_source
 from maekit.models import encoder as encoders
 from maekit.models.classifier import Classifier
 from maekit.tasks import finetune
+from maekit.training import checkpoint as checkpoints
 from maekit.training.mixing import Mixing
 from maekit.training.scoring import Answers, answer, score
 from maekit.viz import confusion
@@ -199,6 +201,18 @@ def test_a_finished_run_is_not_scored_again_and_can_be_made_longer(
     assert json.loads((out / "config.json").read_text())["steps"] == 4
     assert (json.loads((out / "card.json").read_text())["step"], tiny_runs.state(out)["step"]) == (4, 4)
     assert read_passport(out / "model.safetensors").steps == 4
+
+
+def test_a_signal_before_the_first_checkpoint_leaves_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+
+    monkeypatch.setattr(checkpoints, "save", interrupted)
+    assert run(source, tmp_path / "run", *PLAIN, "--steps", "2") == 143
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_signal_ends_the_scoring_of_the_test_split(

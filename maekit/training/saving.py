@@ -99,10 +99,15 @@ def begin(job: Job, fresh: bool) -> None:
     except (Stopped, NothingToPredict):
         job.stop.patience = None  # nothing may interrupt what follows
         if fresh and accelerator.is_main_process:
-            for path in out.iterdir():
-                if path.name != lock.FILE:  # the lock goes when it is let go
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            leave_nothing(out)
         raise
+
+
+def leave_nothing(out: Path) -> None:
+    """Empty the folder of a run that ends before it began."""
+    for path in out.iterdir():
+        if path.name != lock.FILE:  # the lock goes when it is let go
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def never_began(out: Path) -> bool:

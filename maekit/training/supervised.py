@@ -27,14 +27,14 @@ from torch import Tensor, nn
 from maekit.config import SupervisedConfig, UserError
 from maekit.configfile import from_values, to_json
 from maekit.runtime import environment
-from maekit.stopping import StopRequest, greatest
+from maekit.stopping import Stopped, StopRequest, greatest
 from maekit.training import checkpoint as checkpoints
 from maekit.training import lock
 from maekit.training.diary import MOST_UNWRITTEN, note, write_lines
 from maekit.training.guard import Guard
 from maekit.training.metrics import MetricsLog
 from maekit.training.run_state import load_optimizer_tensors, optimizer_tensors
-from maekit.training.saving import SaveClock, persist, write_whole
+from maekit.training.saving import SaveClock, leave_nothing, persist, write_whole
 from maekit.weights.passport import Passport
 from maekit.weights.sources import read_passport
 from maekit.weights.store import WEIGHTS_FILE, check_names
@@ -116,26 +116,34 @@ class SupervisedRun:
     def begin(self, fresh: bool) -> None:
         """Write config.json and env.json, and for a fresh run a checkpoint of step 0, which proves the disk.
 
+        A signal leaves nothing behind of a fresh run.
+
         Raises:
             UserError: the folder cannot be written.
         """
-        if self.accelerator.is_main_process:
-            try:
-                self.out.mkdir(parents=True, exist_ok=True)
-                write_whole(self.out / "config.json", to_json(self.config))
-                about = json.dumps(environment(self.accelerator.device), indent=2) + "\n"
-                write_whole(self.out / "env.json", about)
-            except OSError as error:
-                raise UserError(f"--out {self.out}: cannot be written: {error}") from error
-        self.accelerator.wait_for_everyone()
-        if self.config.trackers:
-            told = {key: str(value) for key, value in dataclasses.asdict(self.config).items()}
-            self.accelerator.init_trackers("maekit", config=told)
-        if fresh:
+        try:
             if self.accelerator.is_main_process:
-                self.metrics.truncate(0)
-            if not self.save(urgent=True):
-                raise UserError(f"--out {self.out}: the first checkpoint cannot be written (see above)")
+                try:
+                    self.out.mkdir(parents=True, exist_ok=True)
+                    write_whole(self.out / "config.json", to_json(self.config))
+                    about = json.dumps(environment(self.accelerator.device), indent=2) + "\n"
+                    write_whole(self.out / "env.json", about)
+                except OSError as error:
+                    raise UserError(f"--out {self.out}: cannot be written: {error}") from error
+            self.accelerator.wait_for_everyone()
+            if self.config.trackers:
+                told = {key: str(value) for key, value in dataclasses.asdict(self.config).items()}
+                self.accelerator.init_trackers("maekit", config=told)
+            if fresh:
+                if self.accelerator.is_main_process:
+                    self.metrics.truncate(0)
+                if not self.save(urgent=True):
+                    raise UserError(f"--out {self.out}: the first checkpoint cannot be written (see above)")
+        except Stopped:
+            self.stop.patience = None  # nothing may interrupt what follows
+            if fresh and self.accelerator.is_main_process:
+                leave_nothing(self.out)
+            raise
 
     def log(self, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl (kind and numbers), and the same numbers to the trackers."""
