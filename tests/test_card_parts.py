@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +24,7 @@ from maekit.data.loader import MemoryPool
 from maekit.data.parts import ArrayPart
 from maekit.models.mae import MaskedAutoencoder
 from maekit.training import evaluation, probes
-from maekit.training.attentive import LEAST_STEPS, AttentivePool, batch_for, choose_attentive
+from maekit.training.attentive import LEAST_STEPS, AttentivePool, batch_for, choose_attentive, train_attentive
 from maekit.training.card import Row, cell, line_of, note_of, seconds_of
 from maekit.training.evaluation import TestImages as Images
 from maekit.training.evaluation import (
@@ -36,6 +38,7 @@ from maekit.training.evaluation import (
 )
 from maekit.training.features import BlockFeatures, Plan, extract_blocks, of_pixels, plan_features, raw_pixels
 from maekit.training.interval import wilson
+from maekit.training.probe_choices import encoder_kind, untrained
 from maekit.training.probes import knn_predict, ridge_predict
 from maekit.viz.card import Curves, draw_card
 from maekit.weights.store import random_model
@@ -227,6 +230,33 @@ def test_an_attentive_probe_finds_the_patch_that_counts(tmp_path: Path) -> None:
     assert (kept.predict(Images(train.features, tokens)) == train.labels_S).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("epochs", [4, 40])
+def test_few_steps_leave_no_first_statistics_in_an_attentive_probe(epochs: int) -> None:
+    """Tokens far from mean 0 and variance 1: after 12 steps a quarter of those would be left, after 120 nothing."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, labels = 5 + 3 * torch.randn(96, 6, 8, generator=generator), torch.arange(96) % 3
+
+    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(96, generator=torch.Generator().manual_seed(epoch))
+        return ((tokens[some], labels[some]) for some in order.split(32))
+
+    (probe,) = train_attentive(batches, 3, 8, 2, 3, epochs, torch.device("cpu"), rates=(1e-3,))
+    with torch.no_grad():
+        gathered = probe.pool(tokens)
+    mean, running = probe.norm.running_mean, probe.norm.running_var
+    assert mean is not None and running is not None
+    torch.testing.assert_close(mean, gathered.mean(dim=0), atol=0.1, rtol=0)
+    torch.testing.assert_close(running, gathered.var(dim=0), atol=0.05, rtol=0.15)
+
+
+def test_a_classifiers_floor_has_the_positions_that_it_began_with() -> None:
+    model = random_model(tiny_config(pos_embed="learned"))
+    assert untrained(model).pos_embed == "learned"
+    model.passport = dataclasses.replace(model.passport, kind="classifier")
+    assert untrained(model).pos_embed == "sincos"
+    assert encoder_kind(model) == encoder_kind(random_model(tiny_config(pos_embed="sincos")))
+
+
 # ---- what is chosen on ----
 
 
@@ -365,3 +395,5 @@ def test_the_note_speaks_of_what_was_measured() -> None:
     whole = note_of(["linear", "lars", "knn", "1 % labels"])
     assert whole.count("few labels") == 2
     assert "L-BFGS, LARS and k-NN are then fitted on that tenth too, the others without it" in whole
+    keras = note_of(["linear", "knn", "keras"])
+    assert "L-BFGS, the tutorial's probe and k-NN are then fitted on that tenth too; the test" in keras

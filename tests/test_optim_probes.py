@@ -34,6 +34,7 @@ from maekit.training.probes import (
     principal_axes,
     rankme,
     ridge_accuracy,
+    ridge_predict,
 )
 
 # ---- learning rate ----
@@ -185,6 +186,19 @@ def test_linear_probe_is_logistic_regression(decay: float) -> None:
     assert ours_loss == pytest.approx(theirs_loss, rel=1e-3)
 
 
+def test_a_feature_that_is_constant_in_the_fit_decides_nothing() -> None:
+    """A border's gray, a level lighter in the images that are scored: divided by 1e-6, it would outweigh the rest."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(400) % 4
+    features = torch.randn(400, 8, generator=generator) + 3 * torch.eye(8)[labels]
+    framed, lighter = (torch.cat([features, torch.full((400, 3), gray / 255)], dim=1) for gray in (114, 115))
+    probe = fit_linear(framed, labels, 4, 1e-3)
+    assert (probe.predict(lighter) == probe.predict(framed)).float().mean() > 0.99
+    assert abs(ridge_accuracy(framed, labels, lighter, labels) - ridge_accuracy(framed, labels, framed, labels)) < 0.01
+    told = ridge_predict(framed, labels, 4, torch.cat([framed, lighter]), [0.1])[0.1].chunk(2)
+    assert (told[0] == told[1]).float().mean() > 0.99
+
+
 @pytest.mark.parametrize("samples", [40, 800])
 @pytest.mark.parametrize("decay", [1e-5, 1e-3])
 def test_linear_probe_reaches_the_minimum(decay: float, samples: int) -> None:
@@ -193,7 +207,7 @@ def test_linear_probe_reaches_the_minimum(decay: float, samples: int) -> None:
     labels = torch.arange(samples) % 4
     smooth = torch.eye(60).cumsum(dim=0)
     features = (torch.randn(samples, 60, generator=generator) + 2 * torch.eye(60)[labels]) @ smooth
-    standard = (features - features.mean(dim=0)) / features.std(dim=0)
+    standard = (features - features.mean(dim=0)) / (features.var(dim=0, correction=0) + 1e-6).sqrt()
     *_, probe = fit_linear_path(features, labels, 4, (1e-1, decay))
     assert probe.decay == decay
 

@@ -114,7 +114,8 @@ def test_eval_scores_again(place: Path, tmp_path: Path) -> None:
 
 
 def test_eval_says_which_images_it_scores(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Other data without a validation part: all of it, read with the run's numbering; the run's own: refused."""
+    """Other data without a validation part: all of it, read with the run's numbering; the run's own: refused,
+    also once they have changed."""
     data = tmp_path / "data"
     shutil.copytree(place / "data", data)
     shutil.rmtree(data / "images" / "validation")
@@ -126,6 +127,9 @@ def test_eval_says_which_images_it_scores(place: Path, tmp_path: Path, capsys: p
     assert "take --part heldout" in capsys.readouterr().err
     for kind in ("images", "annotations"):
         (data / kind / "training" / "00.png").unlink()
+    assert cli.main(command) == 2 and cli.main([*command, "--data", str(data)]) == 2  # nobody knows which were held out
+    assert "has changed since the run was trained on it" in capsys.readouterr().err
+    shutil.move(data, data := tmp_path / "others")
     assert cli.main([*command, "--data", str(data)]) == 0
     found = card(tmp_path, "score.json")
     assert (found["part"], found["images"]) == ("all", 9)

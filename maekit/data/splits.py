@@ -42,12 +42,15 @@ class Split:
         """Without the images that are False."""
         return replace(self, ids=self.ids[kept_S], labels=self.labels[torch.from_numpy(kept_S).to(self.labels.device)])
 
-    def unreadable(self) -> dict[tuple[int, int], str]:
-        """Labelled images of its part that could not be read so far: name and reason by a key of part and image."""
+    def unreadable(self) -> dict[tuple[str, int], str]:
+        """Labelled images of its part that could not be read so far: name and reason by a key of part and image.
+
+        A part that is opened again, for another number of channels, has the same keys.
+        """
         found = sorted(self.pool.unreadable.items())
         labels = self.part.labels
         return {
-            (id(self.part), i): f"{self.part.name(i)}: {why}"
+            (self.part.fingerprint, i): f"{self.part.name(i)}: {why}"
             for i, why in found
             if labels is not None and labels[i] >= 0
         }

@@ -49,6 +49,11 @@ def main(source: str, config: FinetuneConfig) -> int:
     )
     remark(console, data.notes)
     part, ids, what = test_images(data, config.data)
+    if part is data.train and part.fingerprint != model.passport.fingerprint:
+        console.print(
+            "[yellow]no test split, and not the data that the run saw:[/yellow] where these hold its images (files "
+            "that came or went shift the choice), some of those that it was trained on are scored"
+        )
     labels = labels_in(
         labels_of(part, config.data), class_map(part.class_names or [], model.classes, config.data, source)
     )

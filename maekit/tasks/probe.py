@@ -64,6 +64,7 @@ from maekit.training.probe_choices import (
     kinds_of,
     reading_config,
     shape_of,
+    untrained,
     wanted,
     wants_mirrored,
 )
@@ -131,11 +132,11 @@ def main(sources: list[str], config: ProbeConfig) -> int:
         candidates = [(name, model)]
         kind = encoder_kind(model)
         if config.baselines and kind not in floors and model.passport.recipe != "random":
-            floor = random_model(model.config, model.passport.mean, model.passport.std, seed=config.seed).to(device)
+            floor = random_model(untrained(model), model.passport.mean, model.passport.std, seed=config.seed).to(device)
             candidates.append((f"{name}, random weights", floor))
         floors.append(kind)
         if config.scratch and name == sources[0]:
-            fresh = random_model(model.config, model.passport.mean, model.passport.std, seed=config.seed).to(device)
+            fresh = random_model(untrained(model), model.passport.mean, model.passport.std, seed=config.seed).to(device)
             candidates.append((f"{name}, trained with labels", fresh))
         attentive = wants_attentive(job, model, len(train.ids) + len(test.ids))
         for label, encoder in candidates:
@@ -160,7 +161,7 @@ def main(sources: list[str], config: ProbeConfig) -> int:
         console.print(seconds_of(card.rows[-1]), style="dim", markup=False)
 
     # ---- what came out ----
-    left_out: dict[tuple[int, int], str] = {}
+    left_out: dict[tuple[str, int], str] = {}
     for splits in opened.values():
         for split in splits:
             left_out |= split.unreadable()

@@ -66,6 +66,11 @@ def main(source: str, config: SegmentScoreConfig) -> int:
         what, part, ids = "validation", pairs.val, np.arange(len(pairs.val))
     elif of_run:
         raise UserError("--part validation: the data have no validation part; take --part heldout")
+    elif config.data in (None, run.data):
+        raise UserError(
+            f"--data {pairs.name}: has changed since the run was trained on it, and has no validation part: its "
+            "training images cannot be told apart any more"
+        )
     else:
         what, part, ids = "all", pairs.train, np.arange(len(pairs.train))
     view = view_of(config, passport.model.size_hw, run)

@@ -54,10 +54,11 @@ def note_of(columns: Sequence[str]) -> str:
     """What the table's numbers are and how they came about, as far as it has them."""
     few = any(column.endswith(FEW) for column in columns)
     lars = "lars" in columns
-    others = set(columns) - {"linear", "lars", "knn"}
+    others = set(columns) - {"linear", "lars", "knn", "keras"}
     interval = "test accuracy, +- 95 % interval of the test sample (Wilson)"
     chosen = "blocks, poolings and settings are chosen on a held-out tenth of the training images"
-    fitted = f"L-BFGS{', LARS' if lars else ''} and k-NN are then fitted on that tenth too"
+    tutorial = ", the tutorial's probe" if "keras" in columns else ""
+    fitted = f"L-BFGS{', LARS' if lars else ''}{tutorial} and k-NN are then fitted on that tenth too"
     return "\n".join([
         interval + (f"; few labels: mean +- deviation of {DRAWS} draws" if few else ""),
         "linear: by L-BFGS" + ("; LARS: the paper's linear probe, on kept features" if lars else ""),
@@ -178,4 +179,10 @@ def say_what_is_doubtful(console: Console, name: str, passport: Passport, data: 
         console.print(
             f"[yellow]{escape(name)} was trained with these labels:[/yellow] also those of the held-out images, and "
             "more than the probes with few labels are given"
+        )
+    elif passport.recipe.startswith("finetune"):
+        console.print(
+            f"{escape(name)} was trained with labels: where they were these (files that came or went since hide that), "
+            "the card says too much",
+            style="dim",
         )

@@ -50,9 +50,16 @@ def wants_mirrored(config: ProbeConfig, model: MaskedAutoencoder, images: int, d
     return device.type != "cpu" or images * forward <= MIRROR_FLOP
 
 
+def untrained(model: MaskedAutoencoder) -> ModelConfig:
+    """The config of the encoder that a model began as: fine-tuning trains positions, which were sine-cosine before."""
+    if model.passport.kind == "classifier":
+        return dataclasses.replace(model.config, pos_embed="sincos")
+    return model.config
+
+
 def encoder_kind(model: MaskedAutoencoder) -> tuple[Any, ...]:
     """What decides a randomly initialised encoder's features: architecture and normalisation, whatever its decoder."""
-    plain = dataclasses.replace(model.config, decoder="self", target="pixels", mask="random", mask_ratio=0.75,
+    plain = dataclasses.replace(untrained(model), decoder="self", target="pixels", mask="random", mask_ratio=0.75,
                                 decoder_dim=0, decoder_depth=0, decoder_heads=0, predict_share=None, drop_path=0.0,
                                 target_cut=ModelConfig.target_cut)  # fmt: skip
     return plain, model.passport.mean, model.passport.std

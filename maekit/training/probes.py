@@ -65,11 +65,21 @@ def knn_predict(
     return {key: torch.cat(voted) for key, voted in found.items()}
 
 
+def standardisation(features_SD: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each feature [D], as a batch normalisation takes them.
+
+    The paper's epsilon (its code's 1e-6) is inside of the root: a feature that is constant here may differ a little in
+    the images that are scored, such as a border of another gray, and must not outweigh all others there.
+    """
+    variance, mean = torch.var_mean(features_SD, dim=0, correction=0)
+    return mean, (variance + 1e-6).sqrt()
+
+
 def ridge_accuracy(train_SD: Tensor, train_labels_S: Tensor, test_SD: Tensor, test_labels_S: Tensor) -> float:
     """Accuracy of a closed-form linear classifier on standardised features: quick enough to run during training."""
     from sklearn.linear_model import RidgeClassifier  # seconds of import that a run without labels need not pay
 
-    mean, deviation = train_SD.mean(dim=0), train_SD.std(dim=0).clamp_min(1e-6)
+    mean, deviation = standardisation(train_SD)
     classifier = RidgeClassifier(alpha=0.01 * len(train_SD))
     classifier.fit(((train_SD - mean) / deviation).cpu().numpy(), train_labels_S.cpu().numpy())
     return float(classifier.score(((test_SD - mean) / deviation).cpu().numpy(), test_labels_S.cpu().numpy()))
@@ -83,7 +93,7 @@ def ridge_predict(
     Milliseconds where L-BFGS takes seconds. A strength s stands for a penalty of s x |w|^2 beside the mean of the
     squared errors.
     """
-    mean, deviation = train_SD.mean(dim=0), train_SD.std(dim=0).clamp_min(1e-6)
+    mean, deviation = standardisation(train_SD)
     precise = torch.device("cpu") if train_SD.device.type == "mps" else train_SD.device
     train = ((train_SD - mean) / deviation).to(precise)
     targets_SC = F.one_hot(train_labels_S, num_classes).to(precise, train.dtype)
@@ -160,8 +170,7 @@ def fit_linear_path(
     axes: `principal_axes` of similar samples, which take seconds to find where features are thousands; left out where
         samples are fewer than features.
     """
-    mean = features_SD.mean(dim=0)
-    deviation = features_SD.std(dim=0).clamp_min(1e-6)
+    mean, deviation = standardisation(features_SD)
     inputs_SD = (features_SD - mean) / deviation
     axes_DR, variance_R = axes if axes is not None and len(inputs_SD) >= mean.numel() else _axes_of(inputs_SD)
     turned_SR = inputs_SD @ axes_DR
@@ -183,7 +192,8 @@ def principal_axes(features_SD: Tensor) -> Axes:
         AssertionError: fewer samples than features.
     """
     assert len(features_SD) >= features_SD.shape[1], features_SD.shape
-    return _axes_of((features_SD - features_SD.mean(dim=0)) / features_SD.std(dim=0).clamp_min(1e-6))
+    mean, deviation = standardisation(features_SD)
+    return _axes_of((features_SD - mean) / deviation)
 
 
 def _axes_of(inputs_SD: Tensor) -> Axes:
