@@ -315,16 +315,17 @@ def test_random_weights_are_trained_at_one_rate(source: Path, tmp_path: Path, mo
     assert [config.layer_decay for config in asked] == [0.75, 1.0, 1.0, 0.5]
 
 
-@pytest.mark.parametrize(
-    ("side", "eval", "typed", "seen"),
-    [(None, False, [], 0.875), (224, False, [], 0.875), (448, False, [], 1.0), (448, False, ["--crop-pct"], 0.875),
-     (448, True, [], None)],
-)  # fmt: skip
-def test_all_of_an_image_is_scored_above_224_px(side: int | None, eval: bool, typed: list[str], seen: Any) -> None:
-    """The released code's rule; what is typed holds, and --eval reads as the run did."""
-    config = dataclasses.replace(PRESETS["official"], img_size=None if side is None else (side,), eval=eval)
-    config.adapt(typed)
-    assert config.crop_pct == seen
+@pytest.mark.parametrize(("size_hw", "seen"), [((32, 32), 0.875), ((224, 300), 0.875), ((256, 256), 1.0)])
+@pytest.mark.parametrize(("more", "told"), [({}, True), ({"eval": True}, False), ({"preset": "light"}, False)])
+def test_all_of_an_image_is_scored_above_224_px(
+    size_hw: tuple[int, int], seen: float, more: dict[str, Any], told: bool
+) -> None:
+    """The released code's rule, by the weights' size; what is typed holds, and --eval reads as the run did."""
+    config = dataclasses.replace(PRESETS["official"], **more)
+    config.adapt(["--crop-pct"])
+    assert config.seen_share(size_hw) == 0.875
+    config.adapt([])
+    assert config.seen_share(size_hw) == (seen if told else None)
 
 
 def test_from_scratch_takes_the_architecture_alone(source: Path, tmp_path: Path) -> None:

@@ -177,14 +177,16 @@ class FinetuneConfig(SupervisedConfig):
 
     def adapt(self, typed: Collection[str]) -> None:
         """As for every task with labels; and unless --crop-pct is typed, what is scored again is read as it was, and
-        all of an image is seen above 224 px, as in the released code."""
+        what is trained by the size of the weights."""
         super().adapt(typed)
-        if "--crop-pct" in typed:
-            return
-        if self.eval:
+        if "--crop-pct" not in typed:
             self.crop_pct = None
-        elif self.crop_pct is not None and self.img_size is not None and min(self.img_size) > 224:
-            self.crop_pct = 1.0
+
+    def seen_share(self, size_hw: tuple[int, int]) -> float | None:
+        """`crop_pct` for weights of that size; None: as they were evaluated so far."""
+        if self.crop_pct is None and not self.eval and PRESETS[self.preset].crop_pct is not None:
+            return 1.0 if min(size_hw) > 224 else PRESETS[self.preset].crop_pct
+        return self.crop_pct
 
     @property
     def policy(self) -> str:

@@ -120,6 +120,7 @@ def prepare(config: FinetuneConfig, out: Path, console: Console, stop: StopReque
     choices, accelerator = open_paired_machine(config, out)
     start = load_start(config, console) if fresh else start_of_run(out)
     model_config = start.passport.model
+    config = dataclasses.replace(config, crop_pct=config.seen_share(model_config.size_hw))
     check_boxes(config, model_config.size_hw)
     source = open_source(
         config.data, in_chans=model_config.in_chans, image_column=config.image_column, label_column=config.label_column
