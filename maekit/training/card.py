@@ -60,7 +60,7 @@ def note_of(columns: Sequence[str]) -> str:
     tutorial = ", the tutorial's probe" if "keras" in columns else ""
     fitted = f"L-BFGS{', LARS' if lars else ''}{tutorial} and k-NN are then fitted on that tenth too"
     return "\n".join([
-        interval + (f"; few labels: mean +- deviation of {DRAWS} draws" if few else ""),
+        interval + (f"; few labels: mean +- deviation of {DRAWS} draws, as many of every class" if few else ""),
         "linear: by L-BFGS" + ("; LARS: the paper's linear probe, on kept features" if lars else ""),
         chosen + (", also for few labels" if few else ""),
         f"{fitted}{', the others without it' if others else ''}; the test split is scored once",
