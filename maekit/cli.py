@@ -91,7 +91,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if words[0] not in COMMANDS:
             raise UserError(f"{words[0]!r}: no such command; {did_you_mean(words[0], COMMANDS)}")
-        return COMMANDS[words[0]](words[1:])
+        code = COMMANDS[words[0]](words[1:])
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("maekit: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read the output has enough of it, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
     except UserError as error:
         complain(error.problems)
         return 2
@@ -321,7 +329,7 @@ def positional(words: list[str], usage: str, what: str, several: bool = False) -
     """The leading words that are no flags, and the rest; `--help` needs none."""
     count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
     if not count and not {"-h", "--help"} & set(words):
-        raise UserError(f"{what} is missing: {usage}")
+        raise UserError(f"{what} is missing{', which stands before the flags' if words else ''}: {usage}")
     if count > 1 and not several:
         raise UserError(f"{words[1]!r}: one source at a time: {usage}")
     return words[:count], words[count:]
@@ -329,6 +337,9 @@ def positional(words: list[str], usage: str, what: str, several: bool = False) -
 
 def list_recipes(words: list[str]) -> int:
     """maekit recipes [NAME]"""
+    if {"-h", "--help"} & set(words):
+        print("usage: maekit recipes [NAME ...]: what each recipe is, costs and gives; of a NAME also its command")
+        return 0
     from maekit import recipes
 
     for name in words:

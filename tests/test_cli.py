@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -166,3 +168,30 @@ def test_durations_of_a_shortened_run() -> None:
     shorter = adapted(steps=200)
     assert (shorter.epochs, shorter.warmup_epochs, shorter.warmup_steps) == (None, None, 10)
     assert not shorter.problems()
+
+
+def test_ctrl_c_and_a_reader_that_has_enough_are_no_errors(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """130 with one word; and what `maekit COMMAND --help | head` does to the rest of the text, in silence."""
+
+    def stopped(_: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "probe", stopped)
+    assert cli.main(["probe", "a"]) == 130
+    assert capsys.readouterr().err == "maekit: stopped\n"
+    command = f"{sys.executable} -m maekit recipes --help"
+    found = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; (sleep 0.2; {command}) | true; echo $?"], capture_output=True, text=True
+    )
+    assert (found.stdout, found.stderr) == ("141\n", "")
+
+
+def test_a_recipe_tells_published_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    """A word and a colon at the beginning of a line are no new field."""
+    assert cli.main(["recipes", "keras-6x2-m75"]) == 0
+    assert "published: 48.16 %" in capsys.readouterr().out
+    assert cli.main(["recipes", "--help"]) == 0
+    assert cli.main(["probe", "--data", "digits", "runs/a"]) == 2
+    assert "a source of weights is missing, which stands before the flags" in capsys.readouterr().err

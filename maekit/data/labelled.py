@@ -153,14 +153,18 @@ def check_augmentable(part: Part, ids: Ids, flags: str) -> None:
         UserError: images of 16 bits or floats, or of neither one nor three channels.
     """
     if part.in_chans not in (1, 3):
-        raise UserError(f"{flags}: for images of 1 or 3 channels, and these have {part.in_chans}; switch it off")
+        raise UserError(
+            f"{flags}: for images of 1 or 3 channels, and these have {part.in_chans}: --auto-augment none --color-jitter 0"
+        )
     for index in ids[:: max(1, len(ids) // 8)][:8].tolist():
         try:
             image = part.read(index)
         except Exception:  # it will be met again, and named
             continue
         if image.dtype != np.uint8:
-            raise UserError(f"{flags}: for images of 8 bits, and {part.name(index)} has more; switch it off")
+            raise UserError(
+                f"{flags}: for images of 8 bits, and {part.name(index)} has more: --auto-augment none --color-jitter 0"
+            )
 
 
 def open_augmented(

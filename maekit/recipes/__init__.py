@@ -12,7 +12,8 @@ import re
 
 from maekit.config import PretrainConfig, UserError, did_you_mean
 
-_FIELD = re.compile(r"^(Command|Cost|Expected|Source|Deviations): (.*?)(?=^\w+: |\Z)", re.MULTILINE | re.DOTALL)
+_NAMES = "Command|Cost|Expected|Source|Deviations"
+_FIELD = re.compile(rf"^({_NAMES}): (.*?)(?=^(?:{_NAMES}): |\Z)", re.MULTILINE | re.DOTALL)
 
 
 def names() -> list[str]:
