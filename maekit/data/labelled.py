@@ -154,7 +154,7 @@ def check_augmentable(part: Part, ids: Ids, flags: str) -> None:
     """
     if part.in_chans not in (1, 3):
         raise UserError(
-            f"{flags}: for 1 or 3 channels, and these images have {part.in_chans}: --auto-augment none --color-jitter 0"
+            f"{flags}: for 1 or 3 channels, and these have {part.in_chans}: --auto-augment none --color-jitter 0"
         )
     for index in ids[:: max(1, len(ids) // 8)][:8].tolist():
         try:
