@@ -91,14 +91,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if words[0] not in COMMANDS:
             raise UserError(f"{words[0]!r}: no such command; {did_you_mean(words[0], COMMANDS)}")
-        code = COMMANDS[words[0]](words[1:])
-        sys.stdout.flush()
-        return code
+        return COMMANDS[words[0]](words[1:])
     except KeyboardInterrupt:
         print("maekit: stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read the output has enough of it, such as head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except BrokenPipeError:
+        from maekit.terminal import output_is_closed
+
+        if not output_is_closed():
+            raise
         return 141
     except UserError as error:
         complain(error.problems)
@@ -106,8 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        reason = str(error).splitlines()[0]
-        complain((f"out of memory: lower --batch-size, or keep it with --accum or --grad-checkpoint ({reason})",))
+        complain([f"out of memory: lower --batch-size, or --accum, --grad-checkpoint ({str(error).splitlines()[0]})"])
         return 2
 
 

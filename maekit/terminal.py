@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import os
+import select
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,18 @@ def make_console() -> Console:
     """A console that speaks for the first process and is silent in the others; a log file is 120 characters wide."""
     quiet = int(os.environ.get("RANK", "0")) != 0
     return Console(quiet=quiet, highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
+def output_is_closed() -> bool:
+    """Whether whoever read the output has enough of it, as head has; the rest then goes nowhere, in silence."""
+    if not hasattr(select, "poll"):
+        return False
+    poll = select.poll()
+    poll.register(1, select.POLLOUT)
+    closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return closed
 
 
 def make_progress(console: Console, *columns: str) -> Progress:

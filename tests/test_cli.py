@@ -181,7 +181,14 @@ def test_ctrl_c_and_a_reader_that_has_enough_are_no_errors(
     monkeypatch.setitem(cli.COMMANDS, "probe", stopped)
     assert cli.main(["probe", "a"]) == 130
     assert capsys.readouterr().err == "maekit: stopped\n"
-    command = f"{sys.executable} -m maekit recipes --help"
+
+    def broken(_: list[str]) -> int:
+        raise BrokenPipeError  # of a loader's process, say: the output is whole
+
+    monkeypatch.setitem(cli.COMMANDS, "probe", broken)
+    with pytest.raises(BrokenPipeError):
+        cli.main(["probe", "a"])
+    command = f"{sys.executable} -m maekit finetune --help"
     found = subprocess.run(
         ["bash", "-c", f"set -o pipefail; (sleep 0.2; {command}) | true; echo $?"], capture_output=True, text=True
     )

@@ -351,7 +351,7 @@ def _decode_tiff(file: IO[bytes], in_chans: int) -> Pixels | None:
             pages = getattr(image, "n_frames", 1)
         except UnidentifiedImageError:  # more than 4 compressed channels to a pixel
             raise BadImage(f"{' '.join(str(error).split())[:80]}: pip install imagecodecs") from error
-        if not error.all_pages:
+        if not error.all_pages or pages != in_chans:
             return None
     channels = []
     for page in range(pages):

@@ -122,28 +122,31 @@ class SupervisedRun:
             UserError: the folder cannot be written.
         """
         try:
-            if self.accelerator.is_main_process:
-                try:
-                    self.out.mkdir(parents=True, exist_ok=True)
-                    write_whole(self.out / "config.json", to_json(self.config))
-                    about = json.dumps(environment(self.accelerator.device), indent=2) + "\n"
-                    write_whole(self.out / "env.json", about)
-                except OSError as error:
-                    raise UserError(f"--out {self.out}: cannot be written: {error}") from error
-            self.accelerator.wait_for_everyone()
-            if self.config.trackers:
-                told = {key: str(value) for key, value in dataclasses.asdict(self.config).items()}
-                self.accelerator.init_trackers("maekit", config=told)
-            if fresh:
-                if self.accelerator.is_main_process:
-                    self.metrics.truncate(0)
-                if not self.save(urgent=True):
-                    raise UserError(f"--out {self.out}: the first checkpoint cannot be written (see above)")
+            self._write_beginning(fresh)
         except Stopped:
             self.stop.patience = None  # nothing may interrupt what follows
             if fresh and self.accelerator.is_main_process:
                 leave_nothing(self.out)
             raise
+
+    def _write_beginning(self, fresh: bool) -> None:
+        if self.accelerator.is_main_process:
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+                write_whole(self.out / "config.json", to_json(self.config))
+                about = json.dumps(environment(self.accelerator.device), indent=2) + "\n"
+                write_whole(self.out / "env.json", about)
+            except OSError as error:
+                raise UserError(f"--out {self.out}: cannot be written: {error}") from error
+        self.accelerator.wait_for_everyone()
+        if self.config.trackers:
+            told = {key: str(value) for key, value in dataclasses.asdict(self.config).items()}
+            self.accelerator.init_trackers("maekit", config=told)
+        if fresh:
+            if self.accelerator.is_main_process:
+                self.metrics.truncate(0)
+            if not self.save(urgent=True):
+                raise UserError(f"--out {self.out}: the first checkpoint cannot be written (see above)")
 
     def log(self, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl (kind and numbers), and the same numbers to the trackers."""
