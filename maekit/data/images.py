@@ -22,10 +22,9 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError, features
-from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from maekit.data import tiff
+from maekit.data import jpeg, tiff
 from maekit.data.pixels import (
     MAX_PIXELS,
     BadImage,
@@ -254,13 +253,13 @@ def _decode_pillow(file: IO[bytes], look: Look | None = None) -> Pixels:
     if raw_mode in _SIXTEEN or raw_mode == "LA;16B":
         values_HWC = upright(_sixteen_bit_colour(file, image, raw_mode), orientation)
         return values_HWC if window is None else window.cut(values_HWC)
+    if (direct_HWC := jpeg.decode(image, file, orientation, window)) is not None:
+        return direct_HWC
     if window is None:
         image.load()
         return upright(_values(image), orientation)
-    # Turned or mirrored, the larger pixels begin at the other edge: then only sides without a rest keep their place.
-    exact = orientation == 1 or (image.width % window.shrink == 0 and image.height % window.shrink == 0)
-    if window.shrink > 1 and exact and isinstance(image, JpegImageFile):
-        image.draft(None, (image.width // window.shrink, image.height // window.shrink))
+    if (shrink := jpeg.shrink_of(image, orientation, window)) > 1:
+        image.draft(None, (image.width // shrink, image.height // shrink))
         window = window.shrunken()
     image.load()
     if orientation > 1:

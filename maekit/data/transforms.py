@@ -313,7 +313,8 @@ def _scale(box_HWC: Tensor, size_hw: list[int], interpolation: str) -> Tensor:
     if box_HWC.dtype == torch.uint8:
         # torch's fast path for 8 bits takes up to four channels that lie last, which it sees only where the axis of the
         # one image was added in front of the others.
-        groups = [group.contiguous().unsqueeze(0).permute(0, 3, 1, 2) for group in box_HWC.split(4, dim=2)]
+        fours = (box_HWC[:, :, first : first + 4].contiguous() for first in range(0, box_HWC.shape[2], 4))
+        groups = [four.unsqueeze(0).permute(0, 3, 1, 2) for four in fours]
     else:
         groups = [box_HWC.permute(2, 0, 1).unsqueeze(0)]
     scaled = [
