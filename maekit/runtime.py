@@ -296,7 +296,18 @@ def seed_everything(seed: int) -> None:
 
 def package_versions() -> dict[str, str]:
     """Versions of what decides about numbers."""
-    names = ("maekit", "torch", "timm", "torchvision", "accelerate", "numpy", "pillow", "safetensors", "scikit-learn")
+    names = (
+        "maekit",
+        "torch",
+        "timm",
+        "torchvision",
+        "accelerate",
+        "numpy",
+        "pillow",
+        "simplejpeg",
+        "safetensors",
+        "scikit-learn",
+    )
     return {name: metadata.version(name) for name in names}
 
 
