@@ -83,10 +83,10 @@ def test_only_folder_and_the_presets_follow() -> None:
     assert PretrainConfig(data="x").follow_images == ()
 
 
-@pytest.mark.parametrize(("size", "expected"), [(1024, 4e-3), (256, 1e-3), (64, 5e-4), (16, 2.5e-4), (8, 1.8e-4)])
-def test_fine_tunings_rate_falls_by_the_square_root_below_256(size: int, expected: float) -> None:
-    """blr 1e-3; 1e-3 x sqrt(8 / 256) = 1.77e-4, said with two digits."""
-    assert batch.square_root_rate(PRESETS["paper"], size)[0] == pytest.approx(expected)
+@pytest.mark.parametrize(("size", "expected"), [(1024, 4e-3), (256, 1e-3), (128, 5e-4), (64, 5e-4), (8, 5e-4)])
+def test_fine_tunings_rate_does_not_fall_below_128_images(size: int, expected: float) -> None:
+    """blr 1e-3 x batch / 256."""
+    assert batch.finetuning_rate(PRESETS["paper"], size)[0] == pytest.approx(expected)
 
 
 def test_pretrainings_rate_does_not_fall_below_a_floor() -> None:
@@ -184,16 +184,16 @@ def test_panels_of_parts_of_an_epoch_have_names_of_their_own_and_tell_the_skill(
 def test_fine_tuning_few_images_takes_a_small_batch_and_goes_on_exactly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """1,407 digits x 0.1: batch 8 of which mixup makes pairs, 1e-3 x sqrt(8 / 256)."""
+    """1,409 digits x 0.1: batch 8 of which mixup makes pairs, at the rate of 128."""
     source = tiny_classes.write_encoder(tmp_path / "source")
     words = ["finetune", str(source), *"--data digits --train-share 0.1 --steps 6 --warmup-steps 1".split()]
     words += "--log-every 1 --device cpu --precision fp32 --compile off --workers 0 --auto-augment none".split()
     assert tiny_runs.run(words, tmp_path / "alone") == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "--batch-size 8 --lr 0.00018 for 141 images, as no flag says them: 1,024 would make no steps" in said
+    assert "--batch-size 8 --lr 0.0005 for 141 images, as no flag says them: 1,024 would make no steps" in said
     assert "chosen on 29 held-out images" in said
     values = held(tmp_path / "alone")
-    assert (values["batch_size"], values["lr"], values["follow_images"]) == (8, 1.8e-4, [])
+    assert (values["batch_size"], values["lr"], values["follow_images"]) == (8, 5e-4, [])
     real, steps = finetune.set_scaled_rate, [0]
 
     def interrupt(*arguments: Any) -> None:

@@ -122,7 +122,7 @@ class FinetuneConfig(SupervisedConfig):
     """What is still to be chosen by the number of training images, as no flag said it; no flag."""
     blr: float = 1e-3
     """Base learning rate: lr = blr x batch size / 256, at the head; each block below has --layer-decay of the next.
-    Where neither rate nor batch is given and few images make the batch small, it falls with the square root of it."""
+    Where neither rate nor batch is given, a batch that few images make smaller than 128 keeps the rate of 128."""
     min_lr: float = 1e-6
     """Learning rate at the end of the cosine."""
     bias_weight_decay: bool = False

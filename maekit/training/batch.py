@@ -7,7 +7,6 @@ and a resumed run reads it there.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
@@ -21,7 +20,13 @@ LEAST_STEPS = 32
 BLR_BATCH = 256
 """The batch that blr is the rate of."""
 SHORT_RUN_LR = 5e-4
-"""Peak rate of a pretraining on few images, by measurement: XXX"""
+"""Least peak rate of a pretraining on few images. Held-out skill of `folder` with a ViT of 128 x 4 at 48 px, one seed:
+232 photographs, 100 epochs: batch 64 and its 1.25e-4 0.127, batch 8 and its 1.6e-5 0.131, batch 8 and 5e-4 0.194, and
+1e-3 0.199. 1,000 pieces of photographs, 25 epochs: batch 64 and its 1.25e-4 0.181, batch 16 and 5e-4 0.271."""
+UNSCALED_BELOW = 128
+"""The batch below which a fine-tuning's rate does not fall. Test accuracy after 100 epochs on 100 digits (64 x 3 with
+mixup, layer decay 0.75, one seed): batch 64 and its 2.5e-4 42.6 %, batch 8 and its 3.1e-5 41.5, batch 8 and 1.8e-4 (the
+square root) 61.0, and 5e-4 72.7, and 1e-3 70.2."""
 SMALLEST_BATCH = 8
 """A step of fewer images costs nearly as much time, and its gradient is mostly noise."""
 
@@ -53,11 +58,10 @@ def small_batch(images: int, most: int, unit: int = 1) -> int:
     return max(unit, batch // unit * unit)
 
 
-def square_root_rate(config: Following, batch: int) -> tuple[float, str]:
-    """blr x batch / 256 from 256 images on, below it blr x the square root of that ratio."""
-    ratio = batch / BLR_BATCH
-    rate = float(f"{config.blr * (ratio if ratio >= 1 else math.sqrt(ratio)):.2g}")
-    return rate, f"and blr x batch / 256 (without the square root) a rate of {config.blr * ratio:.2g}"
+def finetuning_rate(config: Following, batch: int) -> tuple[float, str]:
+    """blr x batch / 256 down to a batch of UNSCALED_BELOW, whose rate smaller ones keep."""
+    linear, rate = (config.blr * size / BLR_BATCH for size in (batch, max(batch, UNSCALED_BELOW)))
+    return rate, f"and blr x batch / 256 a rate of {linear:.2g}: that of {UNSCALED_BELOW} images is kept"
 
 
 def short_run_rate(config: Following, batch: int) -> tuple[float, str]:

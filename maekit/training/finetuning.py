@@ -35,7 +35,7 @@ from maekit.stopping import StopRequest
 from maekit.terminal import counting, remark
 from maekit.training import checkpoint as checkpoints
 from maekit.training import supervised
-from maekit.training.batch import follow_images, square_root_rate
+from maekit.training.batch import finetuning_rate, follow_images
 from maekit.training.mixing import Mixing
 from maekit.training.optim import duration_steps
 from maekit.training.prepare import open_machine
@@ -173,7 +173,7 @@ def with_order(
 ) -> tuple[FinetuneConfig, SampleOrder]:
     """The config with the batch and rate that follow from the number of images, and which of them each step sees."""
     parts = world * (2 if config.mixes else 1)  # pairs are mixed within a process
-    config = follow_images(config, len(train_ids), parts, square_root_rate, console)
+    config = follow_images(config, len(train_ids), parts, finetuning_rate, console)
     return config, SampleOrder(train_ids, config.batch_size, config.seed)
 
 
