@@ -271,7 +271,7 @@ def test_images_seen_are_those_of_the_whole_run() -> None:
 def test_a_demo_of_any_length_can_begin(tmp_path: Path) -> None:
     """The warm-up keeps its share of a run that is shorter than it; a length of 0 is refused, not replaced."""
     found = demo.pretraining(DemoConfig(epochs=0.2), tmp_path)
-    assert (found.epochs, found.warmup_epochs) == (0.2, pytest.approx(0.02))
+    assert found.epochs == 0.2 and found.warmup_epochs == pytest.approx(0.02)
     assert found.problems() == []
     assert demo.pretraining(DemoConfig(), tmp_path) == dataclasses.replace(recipes.get("photos"), out=str(tmp_path))
     assert demo.pretraining(DemoConfig(epochs=0), tmp_path).problems() == ["--epochs 0: must be above 0"]
