@@ -33,7 +33,7 @@ from maekit.config import (
     SelftestConfig,
     SupervisedConfig,
     UserError,
-    adapt_durations,
+    adapt,
     asked_again,
     did_you_mean,
     preset_for,
@@ -133,7 +133,7 @@ def pretrain(words: list[str]) -> int:
         return explain_recipes("pretrain", "--data D --out RUN", bool(words))
     base = recipe_or_file(words[0], "pretrain")
     config = parse(PretrainConfig, f"maekit pretrain {words[0]}", words[1:], base)
-    adapt_durations(config, base, words)
+    adapt(config, base, words)
     if (code := or_resume(config, "pretrain", words)) is not None:
         return code
     from maekit.tasks import pretrain as task
@@ -151,7 +151,7 @@ def plan(words: list[str]) -> int:
     if "--images" in given and "--data" not in given:
         defaults.data = ""  # the recipe's own, which was not asked for
     config = parse(PlanConfig, f"maekit plan {words[0]}", words[1:], defaults)
-    adapt_durations(config, base, words)
+    adapt(config, base, words)
     from maekit.tasks import plan as task
 
     return task.main(config, base, words[0])
@@ -230,7 +230,7 @@ def finetune(words: list[str]) -> int:
     source, rest = positional(words, "maekit finetune SRC --data D", "a source of weights")
     base = finetune_defaults(source[0] if source else "", rest)
     config = parse(FinetuneConfig, "maekit finetune SRC", rest, base)
-    adapt_durations(config, base, rest)
+    adapt(config, base, rest)
     config.source = source[0]
     config.adapt(typed_flags(rest))
     if (code := or_resume(config, "finetune", rest)) is not None:

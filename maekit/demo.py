@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from maekit import recipes
-from maekit.config import DemoConfig, ProbeConfig
+from maekit.config import DemoConfig, PretrainConfig, ProbeConfig, adapt_durations
 
 
 def main(asked: DemoConfig) -> int:
@@ -19,8 +19,7 @@ def main(asked: DemoConfig) -> int:
     out = fresh_folder(Path(asked.out))
     from maekit.tasks import pretrain, probe
 
-    recipe = recipes.get("photos")
-    code = pretrain.main(dataclasses.replace(recipe, out=str(out), epochs=asked.epochs or recipe.epochs))
+    code = pretrain.main(pretraining(asked, out))
     if code:
         return code
     # The quick part of the evaluation card; `maekit probe RUN --data photos` makes the whole of it.
@@ -30,6 +29,16 @@ def main(asked: DemoConfig) -> int:
     command = "maekit" if shutil.which("maekit") else f"{sys.executable} -m maekit"
     print(f"your own images next: {command} pretrain folder --data DIR --out runs/mine")
     return 0
+
+
+def pretraining(asked: DemoConfig, out: Path) -> PretrainConfig:
+    """The recipe at the length that is asked for; as for every shorter run, the warm-up keeps its share."""
+    recipe = recipes.get("photos")
+    config = dataclasses.replace(recipe, out=str(out))
+    if asked.epochs is not None:
+        config.epochs = asked.epochs
+        adapt_durations(config, recipe)
+    return config
 
 
 def fresh_folder(wanted: Path) -> Path:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from maekit import cli, recipes
-from maekit.config import ModelConfig, PretrainConfig, UserError
+from maekit.config import ModelConfig, PretrainConfig, UserError, adapt_durations
 from maekit.configfile import from_json, to_json
 
 
@@ -158,7 +158,7 @@ def test_durations_of_a_shortened_run() -> None:
 
     def adapted(*words: str, **changes: float | int | None) -> PretrainConfig:
         config = PretrainConfig(**{**base.__dict__, **changes})
-        cli.adapt_durations(config, base, words)
+        adapt_durations(config, base, words)
         return config
 
     assert adapted(epochs=20.0).warmup_epochs == pytest.approx(1.0)

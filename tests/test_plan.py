@@ -254,7 +254,7 @@ ERRORS = {
     "neither": (["folder"], ["give --data, or --images"]),
     "both": (["digits", "--data", "digits", "--images", "9"], ["--data digits --images 9", "give one of them"]),
     "no images": (["digits", "--images", "0"], ["--images 0", "above 0"]),
-    "few images": (["digits", "--images", "50"], ["--batch-size 64", "42 training images", "--images 50"]),
+    "few images": (["digits", "--images", "50"], ["--batch-size 64", "42 training images"]),
     "processes": (["digits", "--images", "500", "--processes", "3"], ["--batch-size 64", "--processes 3"]),
     "steps": (["digits", "--images", "500", "--dry-steps", "0"], ["--dry-steps 0"]),
     "several": (

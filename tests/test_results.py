@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from maekit import cli, recipes
-from maekit.config import PretrainConfig, UserError
+from maekit.config import PretrainConfig, UserError, adapt_durations
 from maekit.models.mae import model_problems
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,7 +74,7 @@ def wrong_with(command: str, patch: pytest.MonkeyPatch) -> list[str]:
     except UserError as error:
         return list(error.problems)
     if isinstance(config, PretrainConfig):
-        cli.adapt_durations(config, base)
+        adapt_durations(config, base)
         return config.problems() + model_problems(config)
     return list(config.problems()) if hasattr(config, "problems") else []
 
@@ -192,7 +192,7 @@ def test_each_row_of_the_ablation_adds_to_the_one_before(monkeypatch: pytest.Mon
     configs = []
     for _, command, _ in rows[-2:]:
         config, base = parsed(command, monkeypatch)
-        cli.adapt_durations(config, base)
+        adapt_durations(config, base)
         configs.append(dataclasses.asdict(config))
     one, other = configs
     rest = {"recipe", "train_images", "mean", "std"}

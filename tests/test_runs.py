@@ -70,7 +70,7 @@ def test_the_folder_holds_what_the_design_says(run: Path) -> None:
     losses = [line["loss"] for line in lines if line["kind"] == "heldout"]
     assert losses[-1] < 0.9 * losses[0]
     assert [line["step"] for line in lines if line["kind"] == "step"] == [5, 10, 15, 20, 24]
-    for picture in (run / "curves.png", run / "panels" / "epoch-0001.png"):
+    for picture in (run / "curves.png", run / "panels" / "epoch-0001_step-00000024.png"):
         with Image.open(picture) as image:
             assert min(image.size) > 200
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-000022", "step-000024"]

@@ -4,7 +4,7 @@ This package imports no torch, so that `maekit --help` answers at once. A field'
 A recipe is a complete value of `PretrainConfig`; the resolved value is saved as JSON beside the run.
 """
 
-from maekit.config.base import UserError, adapt_durations, did_you_mean, flag, typed_flags
+from maekit.config.base import UserError, adapt, adapt_durations, did_you_mean, flag, typed_flags
 from maekit.config.datasets import CheckDataConfig, PackConfig
 from maekit.config.evaluation import ProbeConfig, ReconstructConfig
 from maekit.config.finetuning import PRESETS, FinetuneConfig, PredictConfig, preset_for
@@ -47,6 +47,7 @@ __all__ = [
     "SourceConfig",
     "SupervisedConfig",
     "UserError",
+    "adapt",
     "adapt_durations",
     "asked_again",
     "changed",

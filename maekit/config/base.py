@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class UserError(ValueError):
@@ -77,6 +77,25 @@ def adapt_durations(config: Durations, base: Durations, words: Sequence[str] = (
         config.warmup_epochs, config.warmup_steps = None, int(share * config.steps)
     elif config.epochs is not None and 0 < config.epochs < base.epochs:
         config.warmup_epochs = share * config.epochs
+
+
+class Adapting(Durations, Protocol):
+    """A config that also has values which may follow the number of training images."""
+
+    follow_images: tuple[Any, ...]
+
+
+def adapt(config: Adapting, base: Adapting, words: Sequence[str]) -> None:
+    """What the flags that were typed, `words`, mean for the values that were not: durations, and batch and rate.
+
+    A batch that is typed stays, and so does the recipe's rate with it; a rate that is typed stays at every batch.
+    """
+    adapt_durations(config, base, words)
+    typed = typed_flags(words)
+    if "--batch-size" in typed:
+        config.follow_images = ()
+    elif typed & {"--lr", "--blr"}:
+        config.follow_images = tuple(name for name in config.follow_images if name != "lr")
 
 
 def compile_problems(compile: str, accum: int) -> list[str]:

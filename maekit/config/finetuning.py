@@ -7,6 +7,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import tyro
+
 from maekit.config.base import compile_problems, duration_problems, flag, spaced
 from maekit.config.supervised import SupervisedConfig
 from maekit.config.weights import SourceConfig
@@ -114,9 +116,13 @@ class FinetuneConfig(SupervisedConfig):
     warmup_steps: int | None = None
     """Linear warm-up in optimiser steps (or give --warmup-epochs)."""
     batch_size: int = 1024
-    """Images per optimiser step, over all processes and accumulation steps."""
+    """Images per optimiser step, over all processes and accumulation steps. Default: the preset's; for few images, the
+    power of two that leaves an epoch 32 steps, from 8 on."""
+    follow_images: tyro.conf.Suppress[tuple[Literal["batch_size", "lr"], ...]] = ()
+    """What is still to be chosen by the number of training images, as no flag said it; no flag."""
     blr: float = 1e-3
-    """Base learning rate: lr = blr x batch size / 256, at the head; each block below has --layer-decay of the next."""
+    """Base learning rate: lr = blr x batch size / 256, at the head; each block below has --layer-decay of the next.
+    Where neither rate nor batch is given, a batch that few images make smaller than 128 keeps the rate of 128."""
     min_lr: float = 1e-6
     """Learning rate at the end of the cosine."""
     bias_weight_decay: bool = False
@@ -209,12 +215,15 @@ class FinetuneConfig(SupervisedConfig):
         return []
 
 
+_FOLLOWING: Any = ("batch_size", "lr")
 _SMALL: dict[str, Any] = {
-    "batch_size": 128, "blr": 1e-3, "layer_decay": 0.75, "crop": "pad-crop", "erase": 0.25,
+    "follow_images": _FOLLOWING, "batch_size": 128, "blr": 1e-3, "layer_decay": 0.75, "crop": "pad-crop", "erase": 0.25,
 }  # fmt: skip
 PRESETS: dict[str, FinetuneConfig] = {
-    "paper": FinetuneConfig(crop_pct=0.875),
-    "official": FinetuneConfig(preset="official", crop_pct=0.875, blr=5e-4, layer_decay=0.65, erase=0.25),
+    "paper": FinetuneConfig(follow_images=_FOLLOWING, crop_pct=0.875),
+    "official": FinetuneConfig(
+        preset="official", follow_images=_FOLLOWING, crop_pct=0.875, blr=5e-4, layer_decay=0.65, erase=0.25
+    ),
     "small": FinetuneConfig(preset="small", **_SMALL),
     "light": FinetuneConfig(preset="light", **_SMALL | {"auto_augment": "none"}),
 }

@@ -163,9 +163,12 @@ class PretrainConfig(ModelConfig, DataConfig):
     warmup_steps: int | None = None
     """Linear warm-up in optimiser steps (or give --warmup-epochs)."""
     batch_size: int = 4096
-    """Images per optimiser step, over all processes and accumulation steps."""
+    """Images per optimiser step, over all processes and accumulation steps. Recipe folder, without this flag: few
+    images take the power of two that leaves an epoch 32 steps, from 8 on, and --lr 5e-4 with it."""
     accum: int = 1
     """Gradient accumulation: each process splits its share of a batch into this many parts."""
+    follow_images: tyro.conf.Suppress[tuple[Literal["batch_size", "lr"], ...]] = ()
+    """What is still to be chosen by the number of training images, as no flag said it; no flag."""
     blr: float = 1.5e-4
     """Base learning rate: lr = blr x batch size / 256, and x predicted share / mask ratio with --predict-share."""
     lr: float | None = None

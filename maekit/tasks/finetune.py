@@ -30,8 +30,9 @@ from maekit.data.labelled import labels_of, take_good_slots
 from maekit.data.loader import Batch, open_pool
 from maekit.runtime import compile_or_eager, to_device, uncompiled
 from maekit.stopping import StopRequest
-from maekit.terminal import Pace, counting, make_console, make_progress, print_settings, short_time
+from maekit.terminal import Pace, counting, make_console, make_progress, print_settings, remark, short_time
 from maekit.training import lock
+from maekit.training.advice import few_heldout, images_seen
 from maekit.training.finetuning import FinetuneJob, default_out, describe, prepare, reading_config
 from maekit.training.guard import Guard, backward, guarded_update, update_if_finite
 from maekit.training.mixing import soft_loss
@@ -70,6 +71,7 @@ def main(source: str, config: FinetuneConfig, resumed: bool = False) -> int:
             console.print(f"the run is finished: {out / CARD}; --epochs or --steps of maekit resume makes it longer")
             return 0
         print_settings(console, f"maekit finetune {escape(source)}", describe(job))
+        remark(console, few_heldout(config.score, len(job.splits.heldout_ids)))
         run.begin(job.fresh)
         step_model = accelerator.prepare_model(model, evaluation_mode=accelerator.num_processes == 1)
         forward = compile_or_eager(step_model, job.choices["compile"].value, console.print)
@@ -300,12 +302,12 @@ def finish(job: FinetuneJob, first_step: int, seconds: float) -> bool:
     write_card(run.out, facts, found, model.classes, splits.test_what, unreadable, run.accelerator.device)
     print_score(run.console, found, model.classes, title)
     picture_confusion(found.confusion_KK, model.classes, run.out / "confusion.png", title, run.console.print)
-    images = (run.position.step - first_step) * config.batch_size
+    batch, steps = config.batch_size, run.position.step
     heldout: dict[str, Any] = next(
         (r for r in reversed(run.metrics.read()) if r.get("kind") == "heldout" and r["step"] == step), {}
     )
     done = {
-        "images seen": f"{images:,} in {short_time(seconds)}",
+        "images seen": images_seen(batch * steps, batch * (steps - first_step), short_time(seconds)),
         "weights": f"{run.out / WEIGHTS_FILE}: of epoch {epoch:.4g} ({which}"
         + (f"; held-out top-1 {heldout['top1']:.1%})" if heldout else ")"),
         "test top-1": with_interval(found),

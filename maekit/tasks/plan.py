@@ -32,12 +32,16 @@ from maekit.models.encoder import flops_per_image
 from maekit.models.mae import model_problems
 from maekit.runtime import Choice, choose_compile, environment
 from maekit.terminal import counting, make_console, make_progress, print_settings, remark, short_time
+from maekit.training.advice import few_steps
+from maekit.training.batch import follow_images, short_run_rate
 from maekit.training.capacity import LARGEST_BATCH, RAM_SHARE, check_memory, find_limit, free_bytes, least_accum
 from maekit.training.optim import duration_steps
 from maekit.training.prepare import choose_machine
 from maekit.training.trial import Trial
 from maekit.weights.passport import size_problems
 
+NO_FLAGS = ("data", "out", "processes", "recipe", "follow_images")
+"""Fields that the command at the end does not have, or names by itself."""
 SUITABLE_SECONDS = 3.0
 """The batch of the dry run is doubled as long as the larger one should take less than this for its gradients."""
 REPLAYS = 20
@@ -93,7 +97,7 @@ def main(config: PlanConfig, base: PretrainConfig, name: str) -> int:
     console = make_console()
     choices = choose_machine(config, config.processes or 1, config.processes or 1)
     device, precision = choices["device"], choices["precision"]
-    data = open_data(config, choices, console)
+    config, data = open_data(config, choices, console)
     if data.in_memory is not None:
         choices["in memory"] = data.in_memory
     free = free_bytes(device.value)
@@ -132,32 +136,29 @@ def main(config: PlanConfig, base: PretrainConfig, name: str) -> int:
     title = f"maekit plan {name}"
     print_settings(console, title, {**choices, **describe(config, data, trial, timing, forecast)})
     print_settings(console, "memory", describe_memory(config, trial, free, fits, per_image, accum))
+    remark(console, few_steps(config, forecast.steps, data.train // config.batch_size))
     console.print(f"next: {command}", soft_wrap=True, markup=False)
     return 0
 
 
-def open_data(config: PlanConfig, choices: dict[str, Choice[Any]], console: Console) -> Data:
-    """Open --data as the trainer does, or count --images."""
+def open_data(config: PlanConfig, choices: dict[str, Choice[Any]], console: Console) -> tuple[PlanConfig, Data]:
+    """Open --data as the trainer does, or count --images; with the batch and rate that follow from their number."""
+    world = config.processes or 1
     if config.images is not None:
         held = max(MIN_HELDOUT, round(config.heldout_share * config.images))
         data = Data(f"{config.images:,} images", min(config.images - held, config.train_images or config.images), held)
-        if config.batch_size > data.train:
-            raise UserError(
-                f"--batch-size {config.batch_size} is larger than the {max(0, data.train)} training images that "
-                f"--images {config.images} leaves ({held} are held out)"
-            )
-        return data
+        return follow_images(config, max(0, data.train), world, short_run_rate, console), data
     source = open_source(
         config.data, in_chans=config.in_chans, image_column=config.image_column, label_column=config.label_column
     )
     remark(console, source.notes)
     train, heldout = split_heldout(len(source.train), config.heldout_share)
     train = choose_training(train, config.train_images)
-    SampleOrder(train, config.batch_size, config.seed)  # refuses a batch that is larger than the data
+    config = follow_images(config, len(train), world, short_run_rate, console)
     with counting(console, "reading images") as progress:
         pool, in_memory = open_pool(source.train, config, choices["device"].value, choices["workers"], progress)
     order = SampleOrder(train, 1, config.seed)
-    return Data(config.data, len(train), len(heldout), pool, order, in_memory)
+    return config, Data(config.data, len(train), len(heldout), pool, order, in_memory)
 
 
 def suitable_batch(trial: Trial, most: int) -> int:
@@ -288,7 +289,7 @@ def next_command(config: PlanConfig, base: PretrainConfig, name: str, accum: int
         value = getattr(config, field.name)
         if field.name == "accum":
             value = accum
-        if value == getattr(base, field.name) or field.name in ("data", "out", "processes", "recipe"):
+        if value == getattr(base, field.name) or field.name in NO_FLAGS:
             continue
         if field.type == "bool":
             words.append(f"--{'' if value else 'no-'}{flag(field.name)}")

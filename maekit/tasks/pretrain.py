@@ -27,6 +27,7 @@ from maekit.runtime import compile_or_eager, uncompiled
 from maekit.stopping import StopRequest
 from maekit.terminal import Pace, make_console, make_progress, print_settings
 from maekit.training import lock
+from maekit.training.advice import images_seen, low_skill
 from maekit.training.checkpoint import latest
 from maekit.training.guard import Guard, backward, guarded_update
 from maekit.training.monitor import PANEL_IMAGES, heldout_masks, reconstruct, statistics_note
@@ -223,8 +224,10 @@ def draw_pictures(job: Job) -> bool:
         keep, masked = heldout_masks(job.model, ids)
         shown = reconstruct(job.model, batch.images, keep, masked, "true-patch")
         rows = [compose(r.image_HWC, r.ids_masked_M, r.pred_MP, job.model.patch_size) for r in shown]
-        path = job.out / "panels" / f"epoch-{round(job.epochs_done):04d}.png"
+        path = job.out / "panels" / panel_name(job.position.step, job.order.steps_per_epoch)
         title = f"{job.out.name}: held-out images after {job.epochs_done:.4g} epochs"
+        if job.heldout is not None and job.heldout_step == job.position.step:
+            title += f", skill {job.heldout.skill:.3f}"
         try:
             draw(rows, path, title=title, note=statistics_note(job.model, "true-patch"))
             draw_curves(job.metrics.read(), job.out / "curves.png", title=f"{job.out.name} ({job.config.recipe})")
@@ -238,16 +241,23 @@ def draw_pictures(job: Job) -> bool:
     return done is not None
 
 
+def panel_name(step: int, steps_per_epoch: int) -> str:
+    """A panel's file: epoch-0005.png after whole epochs, else with the step: names sort as the panels were drawn."""
+    epoch, rest = divmod(step, steps_per_epoch)
+    return f"epoch-{epoch:04d}" + (f"_step-{step:08d}" if rest else "") + ".png"
+
+
 def finish(job: Job, first_step: int, seconds: float) -> None:
     """What was done and what to type next."""
-    heldout, out = job.heldout, job.out
+    heldout, out, batch = job.heldout, job.out, job.config.batch_size
     assert heldout is not None
-    images = (job.position.step - first_step) * job.config.batch_size
+    images, since = job.position.step * batch, (job.position.step - first_step) * batch
     trivial = min(heldout.trivial)
     done = {
-        "images seen": f"{images:,} in {seconds:,.0f} s, evaluation and saving included",
+        "images seen": images_seen(images, since, f"{seconds:,.0f} s, evaluation and saving included"),
         "held-out loss": f"{heldout.loss:.4f}; a predictor that learns nothing: {trivial:.4f}",
         "skill": f"{heldout.skill:.3f} (0: no better than that, 1: perfect)",
+        **low_skill(job.config, heldout.skill, job.position.step, job.order.steps_per_epoch, job.peak_lr),
         "weights": str(out / WEIGHTS_FILE),
         "pictures": f"{out / 'panels'}, {out / 'curves.png'}",
         "next": f"maekit reconstruct {out} --image photo.jpg --out panel.png",

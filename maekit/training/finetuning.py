@@ -21,7 +21,7 @@ from torch import Tensor
 from maekit.config import FinetuneConfig, PretrainConfig, SourceConfig, UserError
 from maekit.data.augment import Augment
 from maekit.data.labelled import Splits, check_augmentable, open_augmented, split_labelled
-from maekit.data.loader import Pool, Quarantine, SampleOrder
+from maekit.data.loader import Ids, Pool, Quarantine, SampleOrder
 from maekit.data.sources import Source, lasting, open_source, short_name
 from maekit.models.classifier import Classifier
 from maekit.models.encoder import EPS, set_eps, use_fused_attention
@@ -35,6 +35,7 @@ from maekit.stopping import StopRequest
 from maekit.terminal import counting, remark
 from maekit.training import checkpoint as checkpoints
 from maekit.training import supervised
+from maekit.training.batch import finetuning_rate, follow_images
 from maekit.training.mixing import Mixing
 from maekit.training.optim import duration_steps
 from maekit.training.prepare import open_machine
@@ -129,7 +130,7 @@ def prepare(config: FinetuneConfig, out: Path, console: Console, stop: StopReque
     splits = split_labelled(source, config.data, config.heldout_share, config.train_share)
     if not fresh and splits.classes != start.passport.classes:
         raise UserError(f"--data {config.data}: labels of other classes than {out} was trained on")
-    order = SampleOrder(splits.train_ids, config.batch_size, config.seed)
+    config, order = with_order(config, splits.train_ids, accelerator.num_processes, console)
     reading = reading_config(config, start.passport)
     augment = None
     if config.policy or config.color_jitter:
@@ -165,6 +166,15 @@ def prepare(config: FinetuneConfig, out: Path, console: Console, stop: StopReque
     if not fresh:
         run.restore()
     return job
+
+
+def with_order(
+    config: FinetuneConfig, train_ids: Ids, world: int, console: Console
+) -> tuple[FinetuneConfig, SampleOrder]:
+    """The config with the batch and rate that follow from the number of images, and which of them each step sees."""
+    parts = world * (2 if config.mixes else 1)  # pairs are mixed within a process
+    config = follow_images(config, len(train_ids), parts, finetuning_rate, console)
+    return config, SampleOrder(train_ids, config.batch_size, config.seed)
 
 
 def ema_of(model: Classifier, decay: float) -> ModelEmaV3:

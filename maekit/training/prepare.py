@@ -12,6 +12,8 @@ from rich.console import Console
 
 from maekit.config import PretrainConfig, UserError
 from maekit.data.loader import (
+    Ids,
+    Pool,
     Quarantine,
     SampleOrder,
     channel_statistics,
@@ -39,6 +41,8 @@ from maekit.runtime import (
 from maekit.seeding import seed_step
 from maekit.terminal import counting, print_settings, remark
 from maekit.training import lock
+from maekit.training.advice import few_steps
+from maekit.training.batch import follow_images, short_run_rate
 from maekit.training.initial import load_start, take_over, with_start
 from maekit.training.metrics import MetricsLog
 from maekit.training.optim import duration_steps, make_optimizer, peak_learning_rate
@@ -61,20 +65,17 @@ def prepare(config: PretrainConfig, resume_from: Path | None, console: Console, 
     part = source.train
     train_ids, heldout_ids = split_heldout(len(part), config.heldout_share)
     train_ids = choose_training(train_ids, config.train_images)
+    config = follow_images(config, len(train_ids), accelerator.num_processes, short_run_rate, console)
     order = SampleOrder(train_ids, config.batch_size, config.seed)
     with counting(console, "reading images") as progress:
         pool, choices["in memory"] = open_pool(part, config, accelerator.device, choices["workers"], progress)
     if start is not None:
         config = with_start(config, start, order.steps_per_epoch)
     loader_speed = 0.0 if choices["in memory"].value else worker_images_per_second(part, config)
-    if config.mean is None or config.std is None:
-        with counting(console, "measuring mean and deviation") as progress:
-            mean, std = channel_statistics(pool, train_ids, progress)
-        config = dataclasses.replace(config, mean=tuple(mean), std=tuple(std))
-    assert config.mean is not None and config.std is not None
-
+    mean, std = statistics(config, pool, train_ids, console)
+    config = dataclasses.replace(config, mean=mean, std=std)
     seed_everything(config.seed)
-    model = MaskedAutoencoder(config, config.mean, config.std).to(accelerator.device)
+    model = MaskedAutoencoder(config, mean, std).to(accelerator.device)
     if config.first_values == "keras":
         start_as_keras(model)
     if start is not None:
@@ -105,7 +106,20 @@ def prepare(config: PretrainConfig, resume_from: Path | None, console: Console, 
     if resume_from is not None:
         restore(job, resume_from)
     print_settings(console, f"maekit pretrain {config.recipe}", {**describe(job, peak_reason), **choices})
+    if resume_from is None:
+        remark(console, few_steps(config, total, order.steps_per_epoch))
     return job
+
+
+def statistics(
+    config: PretrainConfig, pool: Pool, train_ids: Ids, console: Console
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of each channel: those of the config, or measured."""
+    if config.mean is not None and config.std is not None:
+        return config.mean, config.std
+    with counting(console, "measuring mean and deviation") as progress:
+        mean, std = channel_statistics(pool, train_ids, progress)
+    return tuple(mean), tuple(std)
 
 
 def check(config: PretrainConfig, into_new: bool) -> Path:

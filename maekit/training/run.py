@@ -132,6 +132,8 @@ class Job:
     lines: int = 0
     """Lines of training losses that this process has written."""
     heldout: Heldout | None = None
+    heldout_step: int = -1
+    """Steps done when that was measured."""
     rng: dict[str, torch.Tensor] = field(default_factory=dict)
     """Generators' states of processes that this run does not have, kept for a later one that does."""
     stop: StopRequest = field(default_factory=StopRequest)
@@ -286,7 +288,7 @@ def evaluate(job: Job, with_trivial: bool = False) -> bool:
     if with_trivial:
         job.position.heldout_trivial = (constant / count, fill / count)
         check_trivial(job)
-    job.heldout = Heldout(loss / count, job.position.heldout_trivial)
+    job.heldout, job.heldout_step = Heldout(loss / count, job.position.heldout_trivial), job.position.step
     log(job, {"kind": "heldout", "loss": job.heldout.loss, "skill": job.heldout.skill})
     return True
 

@@ -1,0 +1,66 @@
+"""What is said of a run that is short, learned little, or has few images to choose by: the number, and what to try."""
+
+from __future__ import annotations
+
+import math
+
+from maekit.config import PretrainConfig
+from maekit.training.batch import short_run_rate, small_batch
+
+FEW_STEPS = 1_000
+"""Optimiser steps of a whole pretraining below which a word is due: 240 photographs in batches of 64 make 300 in 100
+epochs. Recipes that bring their data (photos, digits) were tuned to be shorter and are left alone."""
+LOW_SKILL = 0.05
+"""Final skill below which a model hardly knows more than a fill from the visible patches does."""
+FEW_HELDOUT = 100
+"""Held-out images below which a choice by their accuracy is noisy: +- 10 points and more."""
+
+
+def few_steps(config: PretrainConfig, steps: int, steps_per_epoch: int) -> list[str]:
+    """A line where a pretraining is to make few optimiser steps in all, with the flags that make more of them."""
+    if steps >= FEW_STEPS or config.data == config.recipe:
+        return []
+    longer = f"--steps {FEW_STEPS}" if config.epochs is None else f"--epochs {-(-FEW_STEPS // steps_per_epoch)}"
+    ways = [f"{longer} makes {FEW_STEPS:,}"]
+    images = config.batch_size * steps_per_epoch
+    batch = small_batch(images, config.batch_size)
+    if config.epochs is not None and batch < config.batch_size:
+        made = round(config.epochs * (images // batch))
+        ways.append(f"--batch-size {batch} --lr {short_run_rate(config, batch)[0]:g} makes {made:,}")
+    return [
+        f"only {steps:,} optimiser step{'s' if steps != 1 else ''} in all, and a model learns little in less than "
+        f"about {FEW_STEPS:,}: {'; '.join(ways)}"
+    ]
+
+
+def low_skill(config: PretrainConfig, skill: float, steps: int, steps_per_epoch: int, peak_lr: float) -> dict[str, str]:
+    """What a skill near 0 means and what to try, as a setting to print; nothing where the skill is better."""
+    if skill >= LOW_SKILL:
+        return {}
+    ways = [f"a longer run (--epochs; this one made {steps:,} steps)"]
+    batch = small_batch(config.batch_size * steps_per_epoch, config.batch_size)
+    rate = short_run_rate(config, batch)[0]
+    if batch < config.batch_size:
+        ways.append(f"smaller batches (--batch-size {batch} --lr {max(rate, peak_lr):g})")
+    elif peak_lr < rate:
+        ways.append(f"a higher rate (--lr {rate:g}; this one's peak was {peak_lr:.3g})")
+    return {
+        "that is": f"{'no' if skill <= 0 else 'hardly'} better than interpolation (below {LOW_SKILL:g}): the model has "
+        f"learned next to nothing of these images; try {' or '.join(ways)}"
+    }
+
+
+def few_heldout(score: str, count: int) -> list[str]:
+    """A line where few held-out images choose the best epoch: 95 % of accuracies of n images lie within 1 / sqrt(n)."""
+    if score != "best" or count >= FEW_HELDOUT:
+        return []
+    return [
+        f"the best epoch is chosen on {count} held-out image{'s' if count != 1 else ''}, whose accuracy is uncertain "
+        f"by up to +- {100 / math.sqrt(max(1, count)):.0f} points: --heldout-share 0.2 takes more of them, and --score "
+        "last needs no choice"
+    ]
+
+
+def images_seen(images: int, since: int, how: str) -> str:
+    """Images of the whole run, and how long they took; of a resumed run, those of this session."""
+    return f"{images:,} in {how}" if since == images else f"{images:,}, the last {since:,} of them in {how}"
