@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import tyro
@@ -236,11 +236,6 @@ and batch of Compact Transformers on CIFAR (arXiv 2104.05704)."""
 def preset_for(img_size: Sequence[int]) -> Preset:
     """Which preset suits an input size in pixels."""
     return "small" if max(img_size) <= SMALL_SIDE else "paper"
-
-
-def with_preset(name: str, **changes: Any) -> FinetuneConfig:
-    """A preset's config with some fields changed."""
-    return replace(PRESETS[name], **changes)
 
 
 @dataclass(kw_only=True)
