@@ -78,11 +78,10 @@ def test_batches_do_not_depend_on_the_number_of_processes_nor_touch_the_generato
 
 def test_a_slot_that_cannot_be_read_takes_the_next_good_one_with_its_label() -> None:
     batch = Batch(torch.arange(5.0).reshape(5, 1, 1, 1), np.array([7, 3, 9, 4, 8]), [])
-    images, ids = take_good_slots(batch, {3: "bad", 9: "bad", 8: "bad", 100: "elsewhere"})
-    assert (images.flatten().tolist(), ids.tolist()) == ([0, 3, 3, 3, 0], [7, 4, 4, 4, 7])
+    images, ids, any_good = take_good_slots(batch, {3: "bad", 9: "bad", 8: "bad", 100: "elsewhere"})
+    assert (images.flatten().tolist(), ids.tolist(), any_good) == ([0, 3, 3, 3, 0], [7, 4, 4, 4, 7], True)
     assert take_good_slots(batch, {})[1] is batch.sample_ids
-    with pytest.raises(UserError, match="whole batch"):
-        take_good_slots(batch, dict.fromkeys([7, 3, 9, 4, 8], "bad"))
+    assert take_good_slots(batch, dict.fromkeys([7, 3, 9, 4, 8], "bad"))[2] is False
 
 
 def test_images_that_the_libraries_cannot_change_are_refused() -> None:

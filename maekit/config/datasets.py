@@ -43,7 +43,8 @@ class PackConfig:
     shard_size: float = 256.0
     """About so many MB in each shard."""
     max_bad_share: float = 0.01
-    """Stops where more than this share of the images cannot be read; fewer are left out, named in quarantine.jsonl."""
+    """Stops where more than this share of a part's images cannot be read; fewer are left out, named in
+    quarantine.jsonl. Ten are allowed in any case, up to a quarter of the part; 0: not one."""
     image_column: str | None = None
     """Parquet: the column with the images."""
     label_column: str | None = None

@@ -48,7 +48,8 @@ class FinetuneConfig(SupervisedConfig):
     label_column: str | None = None
     """Parquet: the column with the labels. Default: the first class-label column."""
     max_bad_share: float = 0.01
-    """The run stops when more than this share of the images cannot be read."""
+    """The run stops when more than this share of the images cannot be read. Ten are allowed in any case, up to a
+    quarter of the images; 0: not one."""
     pool: Literal["mean", "cls"] = "mean"
     """What the linear layer sees. mean: the mean of the patch tokens, normalised (the paper's); cls: the class
     token."""

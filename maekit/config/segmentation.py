@@ -133,7 +133,8 @@ class SegmentConfig(PairsConfig, ViewConfig, SupervisedConfig):
     photometric: bool = True
     """Change brightness, saturation and hue of training images at random, as SSD does."""
     max_bad_share: float = 0.01
-    """The run stops when more than this share of the images cannot be read."""
+    """The run stops when more than this share of the images cannot be read. Ten are allowed in any case, up to a
+    quarter of the images; 0: not one."""
     class_weights: Literal["none", "sqrt"] = "none"
     """sqrt: a pixel counts in the loss by 1 over the root of its class's share of the training pixels, so that rare
     classes are heard; their mean over the pixels is 1."""

@@ -220,18 +220,19 @@ class AugmentedMemory:
             yield batch._replace(images=to_device(batch.images, self.device))
 
 
-def take_good_slots(batch: Batch, unreadable: dict[int, str]) -> tuple[Tensor, Ids]:
-    """Images and sample ids of a batch in which the next good slot takes the place of one that cannot be read.
+def take_good_slots(batch: Batch, unreadable: dict[int, str]) -> tuple[Tensor, Ids, bool]:
+    """Images and sample ids of a batch in which the next good slot takes the place of one that cannot be read; and
+    whether there is any good one: otherwise the batch is as it was, and nothing may be learned from it.
 
     A stand-in of another sample would come with a label that is not its own. Which slots are bad shows in the batch
     itself, so the result does not depend on what was met before.
     """
     bad_B = np.isin(batch.sample_ids, list(unreadable)) if unreadable else np.zeros(len(batch.sample_ids), np.bool_)
     if not bad_B.any():
-        return batch.images, batch.sample_ids
+        return batch.images, batch.sample_ids, True
     good = np.flatnonzero(~bad_B)
     if not len(good):
-        raise UserError("none of the images of a whole batch can be read; maekit check-data names them")
+        return batch.images, batch.sample_ids, False
     places = np.arange(len(bad_B))
     places[bad_B] = good[np.searchsorted(good, places[bad_B]) % len(good)]
-    return batch.images[torch.from_numpy(places).to(batch.images.device)], batch.sample_ids[places]
+    return batch.images[torch.from_numpy(places).to(batch.images.device)], batch.sample_ids[places], True
