@@ -62,7 +62,7 @@ def main(config: PackConfig) -> int:
         raise UserError(*problems)
     console = make_console()
     source = open_source(config.data, image_column=config.image_column, label_column=config.label_column)
-    remark(console, source.notes)
+    remark(console, source.remarks())
     parts = {"train": source.train}
     parts |= {name: part for name, part in (("val", source.val), ("test", source.test)) if part is not None}
     # A part without labels gets the column too: other tools want one schema.

@@ -19,9 +19,9 @@ from maekit.config.segmentation import SegmentConfig, SegmentPredictConfig
 from maekit.configfile import read
 from maekit.data.folders import walk
 from maekit.data.images import BadImage, decode
-from maekit.data.parts import printable
+from maekit.data.parts import left_out_remark, loose_files, printable
 from maekit.models.encoder import use_fused_attention
-from maekit.terminal import make_console, make_progress, print_settings
+from maekit.terminal import make_console, make_progress, print_settings, remark
 from maekit.training.segmentation_inference import describe_view, predict_classes
 from maekit.training.segmentation_prepare import choose_machine, view_of
 from maekit.training.supervised import BEST_FILE
@@ -51,6 +51,7 @@ def main(source: str, config: SegmentPredictConfig) -> int:
         file /= BEST_FILE if config.score == "best" else WEIGHTS_FILE
     model, passport = load_segmenter(file, choices["device"].value)
     use_fused_attention(model, choices["attention"].value)
+    remark(console, left_out_remark([loose_files(images.values(), passport.model.in_chans)]))
     view = view_of(config, passport.model.size_hw, run_of(file, is_run=not Path(source).is_file()))
     device = model.mean.device
     names = list(passport.classes)

@@ -125,7 +125,7 @@ def prepare(config: FinetuneConfig, out: Path, console: Console, stop: StopReque
     source = open_source(
         config.data, in_chans=model_config.in_chans, image_column=config.image_column, label_column=config.label_column
     )
-    remark(console, source.notes)
+    remark(console, source.remarks())
     splits = split_labelled(source, config.data, config.heldout_share, config.train_share)
     if not fresh and splits.classes != start.passport.classes:
         raise UserError(f"--data {config.data}: labels of other classes than {out} was trained on")

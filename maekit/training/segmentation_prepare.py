@@ -22,6 +22,7 @@ from maekit.config.segmentation import PairsConfig, SegmentConfig, ViewConfig
 from maekit.data.loader import Ids, Quarantine, SampleOrder, split_heldout
 from maekit.data.pair_transforms import AugmentPlan
 from maekit.data.pairs import PairPart, Pairs, PartCheck, check_pairs, open_pairs
+from maekit.data.parts import left_out_remark
 from maekit.data.quarantine import allowed_bad, share_for, too_many
 from maekit.data.sources import lasting, short_name
 from maekit.data.workers import choose_workers
@@ -167,7 +168,7 @@ def open_data(
             on_progress=progress,
         )  # fmt: skip
         checks = check_pairs(pairs, workers=workers, on_progress=progress)
-    remark(console, pairs.notes)
+    remark(console, [*pairs.notes, *left_out_remark(part.images for part in pairs.parts.values())])
     for what, check in checks.items():
         if check.bad_images:
             index, reason = check.bad_images[0]

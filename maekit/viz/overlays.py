@@ -31,7 +31,7 @@ from maekit.viz.panels import (
     enlargement,
     save_png,
 )
-from maekit.viz.shown import as_uint8, levels, stretched, three_channels
+from maekit.viz.shown import as_uint8, channels_note, levels, stretched, three_channels
 
 UInt8s = npt.NDArray[np.uint8]
 
@@ -150,6 +150,7 @@ def draw_overlays(
     """
     assert rows, "a sheet needs at least one row"
     shown = [_reduced(OverlayRow(*row)) for row in rows]
+    channels = channels_note(OverlayRow(*rows[0]).image)
     with_truth = any(row.truth is not None for row in shown)
     colours = palette(len(class_names))
     colours[0] = UNKNOWN
@@ -162,6 +163,7 @@ def draw_overlays(
     with matplotlib.style.context("default"):  # a user's matplotlibrc must not change pictures
         words = Words(width)
         y = words.paragraph(title, MARGIN_PX, MARGIN_PX, TITLE_PX, INK, weight="bold") + (4 if title else 0)
+        y = words.paragraph(channels, MARGIN_PX, y, NOTE_PX, INK)
         for column, heading in enumerate(headings):
             words.centred(heading, left + column * pitch + (pitch - GAP_PX) / 2, y, HEADING_PX)
         y += math.ceil(HEADING_PX * LINE) + 2
