@@ -17,7 +17,7 @@ from PIL import Image
 
 import maekit
 from maekit import cli
-from maekit.data import parts, tiff
+from maekit.data import tiff
 from maekit.data.images import decode, frames_left_out
 from maekit.data.parts import left_out_remark, loose_files
 from maekit.data.sources import open_source
@@ -66,7 +66,7 @@ def test_a_slow_disk_delays_no_start(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Whoever waits half a second for a header looks at one file."""
     part = open_source(str(stacks(tmp_path / "data")), in_chans=1).train
     clock = iter(range(100))
-    monkeypatch.setattr(parts.time, "monotonic", lambda: 0.3 * next(clock))
+    monkeypatch.setattr("maekit.data.parts.time.monotonic", lambda: 0.3 * next(clock))
     (line,) = left_out_remark([part])
     assert "1 of 1 files" in line
 
