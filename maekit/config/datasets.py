@@ -5,18 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from maekit.config.segmentation import PairsConfig
+
 
 @dataclass(kw_only=True)
-class CheckDataConfig:
-    """Read every image without training: counts, sizes, labels, and the files that cannot be read with the reasons."""
+class CheckDataConfig(PairsConfig):
+    """Read every image without training: counts, sizes, labels, and the files that cannot be read with the reasons.
+
+    Where there are annotations, images/ beside annotations/ or what the flags for pairs name, these are read as maekit
+    segment reads them.
+    """
 
     data: str
     """What to read: a known name, a folder, a Parquet file or folder, a text file of paths, or a CSV of
     paths and labels."""
     in_chans: int = 3
     """Channels of the model to come. With 3, grayscale images are replicated."""
-    image_column: str | None = None
-    """Parquet: the column with the images."""
     label_column: str | None = None
     """Parquet: the column with the labels."""
     workers: int | None = None

@@ -7,15 +7,18 @@
   "leftImg8bit/{}_leftImg8bit.png" and "gtFine/{}_gtFine_labelIds.png". Parts by the name's first folder (train, val).
 
 Numbers on disk and class ids in memory (annotations.py): with `void` 0, the value 1 is class 0 and the first line of
-the class file; with another void, such as 255, or none, the value 0 is class 0 and the first line.
+the class file; with another void, such as 255, or none, the value 0 is class 0 and the first line. Annotations that are
+black and white have two classes.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
 
 from maekit.config import UserError
 from maekit.data.annotations import (
@@ -26,16 +29,27 @@ from maekit.data.annotations import (
     counted_class_names,
     find_class_file,
     read_class_names,
+    two_values,
 )
 from maekit.data.folders import walk
 from maekit.data.images import IMAGE_SUFFIXES
-from maekit.data.pair_parts import PairPart, PartCheck, Progress, check_parts, complain, count_values
+from maekit.data.pair_parts import Counts, PairPart, PartCheck, Progress, check_parts, complain, count_values
 from maekit.data.pair_tables import PATTERNS_HELP, open_tables
 from maekit.data.parts import PART_WORDS, FilePart, is_folder, printable
 from maekit.data.pixels import BadImage
 from maekit.data.sources import short_name
 
-__all__ = ["VOID", "BadImage", "Numbering", "PairPart", "Pairs", "PartCheck", "check_pairs", "open_pairs"]
+__all__ = [
+    "VOID",
+    "BadImage",
+    "Numbering",
+    "PairPart",
+    "Pairs",
+    "PartCheck",
+    "check_pairs",
+    "open_pairs",
+    "refuse_one_class",
+]
 
 _IMAGE_SUFFIXES = frozenset(suffix.encode() for suffix in IMAGE_SUFFIXES)
 _ANNOTATION_SUFFIXES = frozenset(suffix.encode() for suffix in SUFFIXES)
@@ -50,8 +64,8 @@ class Pairs:
     val: PairPart | None
     class_names: list[str]
     """K names; a class's id in memory is its place here."""
-    void: int | None = 0
-    """The value on disk of pixels without a class; None: every value is a class."""
+    numbering: Numbering
+    """How the values on disk stand for the classes, and which is void."""
     notes: list[str] = field(default_factory=list)
     """What the user should know: where the names come from, annotations that belong to no image."""
 
@@ -71,6 +85,8 @@ def open_pairs(
     in_chans: int = 3,
     classes: str | None = None,
     void: int | None = 0,
+    void_is_asked: bool = False,
+    class_values: tuple[int, ...] | None = None,
     image_pattern: str | None = None,
     annotation_pattern: str | None = None,
     image_column: str | None = None,
@@ -82,6 +98,9 @@ def open_pairs(
 
     The class names come from the text file `classes`, or classes.txt in the folder; where there is none, all
     annotations are read (by `workers` processes) and the classes are called 'class 1', 'class 2', ...
+    class_values: the values on disk of the classes, in their order; all others but void are mistakes. Without them,
+    annotations that are black and white (0 and 1, 255 or 65535) have two classes, unless one is void by `void`: 0 is
+    so where it `void_is_asked`, not by default.
 
     Raises:
         UserError: nothing of that name, no pairs in it, an image without an annotation, a bad class file or void, or
@@ -102,14 +121,14 @@ def open_pairs(
         _refuse_columns(columns, shown)
     else:
         found = open_tables(root, shown, columns, in_chans)
-    names = _names(root, shown, classes, void, list(found.values()), workers, on_progress, notes)
-    if len(names) == 1:
-        told = "" if void is None else f"; pixels of value {void} are void: if they are a class too, give --void none"
-        raise UserError(f"--data {shown}: one class only, {names[0]!r}, so there is nothing to tell apart{told}")
-    numbering = check_numbering(void, names)
+    if class_values is not None and not void_is_asked:
+        void = None
+    asked = Asked(void, void_is_asked or void != 0 or class_values is not None, class_values)
+    count = partial(count_values, list(found.values()), workers, on_progress)
+    names, numbering = _classes(root, shown, classes, asked, count, notes)
     for part in found.values():
         part.numbering = numbering
-    return Pairs(short_name(root), found["train"], found.get("val"), names, void, notes)
+    return Pairs(short_name(root), found["train"], found.get("val"), names, numbering, notes)
 
 
 def check_pairs(
@@ -128,22 +147,66 @@ def check_pairs(
     return found
 
 
-def _names(
-    root: str,
-    shown: str,
-    classes: str | None,
-    void: int | None,
-    parts: list[PairPart],
-    workers: int,
-    on_progress: Progress,
-    notes: list[str],
-) -> list[str]:
+def refuse_one_class(pairs: Pairs, check: PartCheck, data: str) -> None:
+    """Refuse training images that show one class only: whatever says so everywhere would be right.
+
+    Raises:
+        UserError: the class, with the value that stands for it.
+    """
+    there = [class_id for class_id, pixels in enumerate(check.class_pixels.tolist()) if pixels]
+    if len(there) > 1:
+        return
+    name, value = pairs.class_names[there[0]], pairs.numbering.value(there[0])
+    raise UserError(
+        f"--data {data}: every training pixel that has a class is of {name!r} (value {value}), so there is nothing to "
+        f"tell apart; {pairs.numbering.rule()}: another --void, or --class-values with the value of each class, reads "
+        "other values as classes"
+    )
+
+
+class Asked(NamedTuple):
+    """What the user said of the values on disk."""
+
+    void: int | None
+    void_is_asked: bool
+    """Whether `void` is meant, or the default."""
+    values: tuple[int, ...] | None
+
+
+def _classes(
+    root: str, shown: str, classes: str | None, asked: Asked, count: Callable[[], Counts], notes: list[str]
+) -> tuple[list[str], Numbering]:
+    """The classes' names, and how the values on disk stand for them."""
+    void, values, is_asked = asked.void, asked.values, asked.void_is_asked
     file = find_class_file(root if os.path.isdir(root) else os.path.dirname(root), classes)
-    if file is not None:
-        return read_class_names(file[0], void, file[1])
-    names = counted_class_names(count_values(parts, workers, on_progress), void, f"--data {shown}")
-    notes.append(f"no classes.txt beside the data: {len(names)} classes, counted from the annotations (--classes FILE)")
-    return names
+    names = None if file is None else read_class_names(file[0], void, file[1])
+    if file is not None and names != read_class_names(file[0], None, file[1]):
+        is_asked = True  # the file says that void is void
+    counts = count() if values is None and (names is None or len(names) <= 2) else None
+    two = None if counts is None else two_values(counts, void if is_asked else None)
+    if two is not None:
+        void, values = (void if is_asked else None), (None if two == (0, 1) else two)
+        if file is not None and names is not None and len(names) == 1:
+            raise UserError(
+                f"{file[1]} {printable(str(file[0]))}: names one class, {names[0]!r}, and the annotations have two, "
+                f"0 and {two[1]}: write a line for each, that of 0 first"
+            )
+    if names is None:
+        if values is None and two is None:
+            assert counts is not None
+            names = counted_class_names(counts, void, f"--data {shown}")
+        else:
+            names = [f"class {value}" for value in values or two or ()]
+        if two is None:
+            how = "by --class-values" if counts is None else "counted from the annotations (--classes FILE)"
+            notes.append(f"no classes.txt beside the data: {len(names)} classes, {how}")
+    if two is not None:
+        rest = "and none is void" if void is None else f"and {void} is void"
+        notes.append(f"the annotations hold {two[0]} and {two[1]}: two classes, {names[0]} and {names[1]}, {rest}")
+    if len(names) == 1:
+        told = "" if void is None else f"; pixels of value {void} are void: if they are a class too, give --void none"
+        raise UserError(f"--data {shown}: one class only, {names[0]!r}, so there is nothing to tell apart{told}")
+    return names, check_numbering(void, names, values)
 
 
 # ---- files ----

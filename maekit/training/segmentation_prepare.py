@@ -21,7 +21,7 @@ from maekit.config import SourceConfig, UserError
 from maekit.config.segmentation import PairsConfig, SegmentConfig, ViewConfig
 from maekit.data.loader import Ids, Quarantine, SampleOrder, split_heldout
 from maekit.data.pair_transforms import AugmentPlan
-from maekit.data.pairs import PairPart, Pairs, PartCheck, check_pairs, open_pairs
+from maekit.data.pairs import PairPart, Pairs, PartCheck, check_pairs, open_pairs, refuse_one_class
 from maekit.data.parts import left_out_remark
 from maekit.data.quarantine import allowed_bad, share_for, too_many
 from maekit.data.sources import lasting, short_name
@@ -75,6 +75,7 @@ def prepare(config: SegmentConfig, resuming: bool, console: Console, stop: StopR
     encoder, source = start_encoder(config, console) if fresh else continued_encoder(out)
     pairs, checks = open_data(config, source.model.in_chans, choices["workers"].value, console)
     check_share(config, pairs, checks["train"], resuming)
+    refuse_one_class(pairs, checks["train"], config.data)
     train_ids, heldout_ids = split_heldout(len(pairs.train), config.heldout_share, MIN_HELDOUT)
     seed_everything(config.seed)
     model = Segmenter(encoder, config.head_config, len(pairs.class_names), source.mean, source.std)
@@ -85,7 +86,7 @@ def prepare(config: SegmentConfig, resuming: bool, console: Console, stop: StopR
     model.to(accelerator.device)
     if world > 1 and accelerator.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    config = settled(config, model, out, choices)
+    config = settled(config, model, out, choices, pairs)
     position = Position(config.steps, fingerprint=pairs.train.fingerprint)
     passport = dataclasses.replace(
         source, kind=KIND, classes=tuple(pairs.class_names), head=head_facts(model), data=pairs.name, steps=0,
@@ -163,6 +164,7 @@ def open_data(
     with counting(console, "checking annotations") as progress:
         pairs = open_pairs(
             data or getattr(config, "data", ""), in_chans=in_chans, classes=config.classes, void=config.void_value,
+            void_is_asked=config.void is not None, class_values=config.class_values,
             image_pattern=config.image_pattern, annotation_pattern=config.annotation_pattern,
             image_column=config.image_column, annotation_column=config.annotation_column, workers=workers,
             on_progress=progress,
@@ -216,10 +218,15 @@ def check_batch_norm(config: SegmentConfig, patch: int, images: int) -> None:
         )
 
 
-def settled(config: SegmentConfig, model: Segmenter, out: Path, choices: dict[str, Choice[Any]]) -> SegmentConfig:
+def settled(
+    config: SegmentConfig, model: Segmenter, out: Path, choices: dict[str, Choice[Any]], pairs: Pairs
+) -> SegmentConfig:
     """The config with every choice that touches the numbers fixed, since a resume must not choose anew."""
+    void = pairs.numbering.void
     return dataclasses.replace(
         config,
+        void="none" if void is None else str(void),
+        class_values=pairs.numbering.values,
         task="segment",
         data=lasting(config.data),
         out=str(out),

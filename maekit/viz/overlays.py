@@ -111,6 +111,19 @@ def _oklab(rgb_N3: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 # ---- index pictures ----
 
 
+def save_mask_png(labels_HW: npt.NDArray[np.integer[Any]], path: Path, values: Sequence[int]) -> None:
+    """Write class ids as a gray PNG of the value of each class, of 8 bits where these fit: 0 and 255 are a mask that
+    any viewer shows black and white.
+
+    Raises:
+        AssertionError: an id that has no value.
+        OSError: the file cannot be written; nothing is left behind.
+    """
+    assert labels_HW.min(initial=0) >= 0 and labels_HW.max(initial=0) < len(values), (labels_HW.max(), values)
+    table = np.array(values, np.uint8 if max(values) <= 255 else np.uint16)
+    save_png(Image.fromarray(table[labels_HW]), path)
+
+
 def save_index_png(labels_HW: npt.NDArray[np.integer[Any]], path: Path, *, num_classes: int | None = None) -> None:
     """Write class ids as a PNG of numbers: 0 for void and id + 1 for classes, the numbering of `--void 0`.
 
