@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from maekit.config import PretrainConfig, UserError
+from maekit.config import PretrainConfig
 from maekit.data.augment import Augment
-from maekit.data.labelled import check_augmentable, open_augmented, take_good_slots
+from maekit.data.labelled import open_augmented, take_good_slots, why_no_colours
 from maekit.data.order import Batch
 from maekit.data.parts import ArrayPart
 from maekit.data.transforms import apply_to_batch, apply_to_image, random_crops
@@ -78,20 +78,66 @@ def test_batches_do_not_depend_on_the_number_of_processes_nor_touch_the_generato
 
 def test_a_slot_that_cannot_be_read_takes_the_next_good_one_with_its_label() -> None:
     batch = Batch(torch.arange(5.0).reshape(5, 1, 1, 1), np.array([7, 3, 9, 4, 8]), [])
-    images, ids = take_good_slots(batch, {3: "bad", 9: "bad", 8: "bad", 100: "elsewhere"})
-    assert (images.flatten().tolist(), ids.tolist()) == ([0, 3, 3, 3, 0], [7, 4, 4, 4, 7])
+    images, ids, any_good = take_good_slots(batch, {3: "bad", 9: "bad", 8: "bad", 100: "elsewhere"})
+    assert (images.flatten().tolist(), ids.tolist(), any_good) == ([0, 3, 3, 3, 0], [7, 4, 4, 4, 7], True)
     assert take_good_slots(batch, {})[1] is batch.sample_ids
-    with pytest.raises(UserError, match="whole batch"):
-        take_good_slots(batch, dict.fromkeys([7, 3, 9, 4, 8], "bad"))
+    assert take_good_slots(batch, dict.fromkeys([7, 3, 9, 4, 8], "bad"))[2] is False
 
 
-def test_images_that_the_libraries_cannot_change_are_refused() -> None:
-    with pytest.raises(UserError, match="1 or 3 channels, and these have 5"):
-        check_augmentable(ArrayPart(np.zeros((4, 8, 8, 5), np.uint8), None, None, 5), np.arange(4), "--auto-augment")
+def test_images_whose_colours_cannot_be_changed_are_told_apart() -> None:
+    assert "have 5 channels" in why_no_colours(ArrayPart(np.zeros((4, 8, 8, 5), np.uint8), None, None, 5), np.arange(4))
+    assert why_no_colours(ArrayPart(IMAGES, None, None, 3), np.arange(4)) == ""
 
     class Deep(ArrayPart):
         def read(self, index: int, look: object = None) -> np.ndarray:
             return np.zeros((8, 8, 3), np.float32)
 
-    with pytest.raises(UserError, match="8 bits, and row 0 has more"):
-        check_augmentable(Deep(IMAGES, None, None, 3), np.arange(4), "--auto-augment")
+    assert why_no_colours(Deep(IMAGES, None, None, 3), np.arange(4)) == "row 0 has more"
+
+
+# ---- shears, shifts and rotations of images whose colours cannot be changed ----
+
+
+def augmented(augment: Augment, images: torch.Tensor) -> torch.Tensor:
+    with own_generators():
+        keys = augment.keys(np.arange(len(images)), epoch=2)
+        return torch.stack([augment(image, key) for image, key in zip(images, keys, strict=True)])
+
+
+def test_pixels_are_moved_as_often_and_as_far_as_those_of_photographs() -> None:
+    """Where timm draws no change of colour, the whole policy and its geometric part do the same, and not by doing
+    nothing; where it draws one, the geometric part leaves it out."""
+    gray = torch.from_numpy(IMAGES[..., :1]).permute(0, 3, 1, 2)
+    whole, moved = (
+        augmented(Augment("rand-m9-mstd0.5-inc1", 0.0, (8, 10), (0.5,), seed=5, geometric=only), gray)
+        for only in (False, True)
+    )
+    same = (whole == moved).flatten(1).all(dim=1)
+    still = (moved == gray).flatten(1).all(dim=1)
+    assert int((same & ~still).sum()) >= 5, "moved by both"
+    assert int((~same & still).sum()) >= 5, "a colour changed by one"
+
+
+def test_every_channel_is_moved_alike_and_uncovers_its_mean() -> None:
+    """Channels that are linear in each other, their means too, stay so; of one value, they stay what they are."""
+    base = torch.from_numpy(IMAGES[:FEW, ..., :1]).permute(0, 3, 1, 2).float() / 255
+    factor, offset = (torch.tensor(values).view(1, 5, 1, 1) for values in ([1.0, -2, 40, 0, 0], [0.0, 7, -900, 3, 0]))
+    mean = (0.25 * factor + offset).flatten().tolist()
+    augment = Augment("rand-m9-n4-p1-inc1", 0.0, (8, 10), mean, seed=1)
+    images = base * factor + offset
+    found = augmented(augment, images)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, found[:, :1] * factor + offset, rtol=1e-4, atol=1e-3)
+    changed = (found != images).flatten(2).any(dim=2)
+    assert changed[:, 0].sum() > FEW // 2
+    assert not changed[:, 3:].any()
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "original-mstd0.5", "augmix-m5-w4", ""])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_any_type_and_any_number_of_channels_can_be_changed(policy: str, dtype: torch.dtype) -> None:
+    images = torch.from_numpy(IMAGES).permute(0, 3, 1, 2)[:FEW].repeat(1, 2, 1, 1)[:, :5].to(dtype)
+    found = augmented(Augment(policy, 0.0, (8, 10), (0.5,) * 5, seed=5), images)
+    assert (found.dtype, found.shape) == (dtype, images.shape)
+    moves = policy.startswith(("rand", "original"))
+    assert bool((found != images).any()) == moves

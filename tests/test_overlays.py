@@ -154,7 +154,8 @@ def test_large_images_are_shown_smaller_but_counted_whole(tmp_path: Path, words:
 def test_without_truth_there_are_two_columns(tmp_path: Path, words: list[str]) -> None:
     row = (RNG.random((50, 40, 2)), None, RNG.integers(0, 3, (50, 40)))
     draw_overlays([row, row], tmp_path / "o.png", list("abc"), "predictions")
-    assert words == ["predictions", "image", "prediction", "a", "b", "c"]
+    note = "images of 2 channels, shown as red and green"
+    assert words == ["predictions", note, "image", "prediction", "a", "b", "c"]
 
 
 def test_a_row_without_truth_among_others_stays_blank(tmp_path: Path, words: list[str]) -> None:

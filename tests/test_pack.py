@@ -244,10 +244,10 @@ def test_unreadable_images_are_left_out_and_named(tmp_path: Path, capsys: pytest
     for index in range(20):
         save(tmp_path / "data" / f"{index:02d}.png", photograph(index))
     (tmp_path / "data" / "07.png").write_bytes(b"")
-    assert packed(tmp_path / "data", tmp_path / "no") == 2
-    assert "--max-bad-share 0.01" in capsys.readouterr().err
+    assert packed(tmp_path / "data", tmp_path / "no", "--max-bad-share", "0") == 2
+    assert "so far 1 of 20 images cannot be read, and --max-bad-share 0 allows 0 (07.png: " in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
-    assert packed(tmp_path / "data", tmp_path / "out", "--max-bad-share", "0.05") == 0
+    assert packed(tmp_path / "data", tmp_path / "out") == 0
     said = capsys.readouterr().out
     assert "07.png: empty file" in said and "19 in 1 shards" in said
     lines = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()

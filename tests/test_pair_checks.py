@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from image_files import png16
 from pair_files import RNG, SIZE_HW, ade, annotation, picture, refusal
 from PIL import Image
 
@@ -56,8 +57,8 @@ def spoil(root: Path, how: str) -> None:
         annotation(path, values.T)
     elif how == "colours":
         Image.fromarray(RNG.integers(0, 256, (*SIZE_HW, 3), np.uint8)).save(path)
-    elif how == "gray colours":
-        Image.fromarray(np.repeat(values[:, :, None], 3, axis=2)).save(path)
+    elif how == "16-bit colours":
+        path.write_bytes(png16(np.full((*SIZE_HW, 3), 300)))
     elif how == "alpha":
         Image.fromarray(RNG.integers(0, 256, (*SIZE_HW, 4), np.uint8)).save(path)
     elif how == "gif":
@@ -79,8 +80,8 @@ def spoil(root: Path, how: str) -> None:
         ("size", "6 x 8 pixels where its image has 6 x 9"),
         ("turned", "9 x 6 pixels where its image has 6 x 9"),
         ("colours", "mode RGB where one number to a pixel is expected, as if it showed classes by colours"),
-        ("gray colours", "its channels are equal: save the first of them"),
-        ("alpha", "mode RGBA"),
+        ("alpha", "mode RGBA with transparent pixels where one number"),
+        ("16-bit colours", "mode RGB"),
         ("gif", "GIF, which does not keep numbers"),
         ("jpeg", "JPEG, which does not keep numbers"),
         ("truncated", "truncated"),

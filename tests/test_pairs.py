@@ -281,20 +281,6 @@ def test_classes_are_counted_where_no_file_names_them(tmp_path: Path) -> None:
     assert open_pairs(str(tmp_path), void=255).num_classes == 4
 
 
-def test_binary_masks(tmp_path: Path) -> None:
-    """Of 0 and 1: with 0 as void only one class is left, which every model gets right."""
-    ade(tmp_path, count=2)
-    (tmp_path / "classes.txt").unlink()
-    for path in (tmp_path / "annotations").rglob("*.png"):
-        annotation(path, [[0, 1, 1, 0, 0, 1, 0, 1, 1]] * 6)
-    told = refusal(lambda: open_pairs(str(tmp_path)))
-    assert "one class only, 'class 1'" in told and "--void none" in told
-    assert open_pairs(str(tmp_path), void=None).class_names == ["class 0", "class 1"]
-    (tmp_path / "classes.txt").write_text("thing")
-    assert "one class only, 'thing'" in refusal(lambda: open_pairs(str(tmp_path)))
-    assert "void" not in refusal(lambda: open_pairs(str(tmp_path), void=None))
-
-
 def test_fingerprints_and_pickles(tmp_path: Path) -> None:
     pairs = open_pairs(str(ade(tmp_path)))
     same, other = open_pairs(str(tmp_path)), open_pairs(str(tmp_path), void=None, classes=str(tmp_path / "classes.txt"))

@@ -5,18 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from maekit.config.segmentation import PairsConfig
+
 
 @dataclass(kw_only=True)
-class CheckDataConfig:
-    """Read every image without training: counts, sizes, labels, and the files that cannot be read with the reasons."""
+class CheckDataConfig(PairsConfig):
+    """Read every image without training: counts, sizes, labels, and the files that cannot be read with the reasons.
+
+    Where there are annotations, images/ beside annotations/ or what the flags for pairs name, these are read as maekit
+    segment reads them.
+    """
 
     data: str
     """What to read: a known name, a folder, a Parquet file or folder, a text file of paths, or a CSV of
     paths and labels."""
     in_chans: int = 3
     """Channels of the model to come. With 3, grayscale images are replicated."""
-    image_column: str | None = None
-    """Parquet: the column with the images."""
     label_column: str | None = None
     """Parquet: the column with the labels."""
     workers: int | None = None
@@ -43,7 +47,8 @@ class PackConfig:
     shard_size: float = 256.0
     """About so many MB in each shard."""
     max_bad_share: float = 0.01
-    """Stops where more than this share of the images cannot be read; fewer are left out, named in quarantine.jsonl."""
+    """Stops where more than this share of a part's images cannot be read; fewer are left out, named in
+    quarantine.jsonl. Ten are allowed in any case, up to a quarter of the part; 0: not one."""
     image_column: str | None = None
     """Parquet: the column with the images."""
     label_column: str | None = None

@@ -50,7 +50,8 @@ class FinetuneConfig(SupervisedConfig):
     label_column: str | None = None
     """Parquet: the column with the labels. Default: the first class-label column."""
     max_bad_share: float = 0.01
-    """The run stops when more than this share of the images cannot be read."""
+    """The run stops when more than this share of the images cannot be read. Ten are allowed in any case, up to a
+    quarter of the images; 0: not one."""
     pool: Literal["mean", "cls"] = "mean"
     """What the linear layer sees. mean: the mean of the patch tokens, normalised (the paper's); cls: the class
     token."""
@@ -76,7 +77,12 @@ class FinetuneConfig(SupervisedConfig):
     auto_augment: str = "rand-m9-mstd0.5-inc1"
     """A policy of colour and shape changes for each image, in timm's words: rand-m9-mstd0.5-inc1 is RandAugment
     (arXiv 1909.13719) with 2 changes of magnitude 9 +- 0.5, growing stronger with it; augmix-..., original, v0, 3a;
-    none: no policy. Costs about half a millisecond for an image of 32 px. 8-bit images of 1 or 3 channels only."""
+    none: no policy. Costs about half a millisecond for an image of 32 px. Changes of colour are for 8-bit images of 1
+    or 3 channels."""
+    policy_parts: Literal["auto", "all", "geometric"] = "auto"
+    """What of --auto-augment is done. all: everything; geometric: only its shears, shifts and rotations, which images
+    of 16 bits, floats and any number of channels can take; auto: all for images of 8 bits and 1 or 3 channels, and
+    geometric for others, unless --auto-augment is given, whose changes of colour are then refused for them."""
     color_jitter: float = 0.0
     """Change brightness, contrast and saturation by up to this share. 0: not at all, as is usual beside RandAugment."""
     erase: float = 0.0
@@ -177,14 +183,18 @@ class FinetuneConfig(SupervisedConfig):
             found.append(
                 f"--auto-augment {self.auto_augment}: no policy of timm's; such as rand-m9-mstd0.5-inc1 or none"
             )
+        if self.policy_parts == "geometric" and self.policy.startswith("augmix"):
+            found.append("--policy-parts geometric: nothing is left of augmix, whose blends are of colours")
         if self.from_scratch and self.eval:
             found.append("--from-scratch and --eval: there is nothing to score in weights that are thrown away")
         return found + duration_problems(self) + compile_problems(self.compile, self.accum) + self._mixing_problems()
 
     def adapt(self, typed: Collection[str]) -> None:
         """As for every task with labels; and unless --crop-pct is typed, what is scored again is read as it was, and
-        what is trained by the size of the weights."""
+        what is trained by the size of the weights. A policy that is typed is wanted as it is."""
         super().adapt(typed)
+        if "--auto-augment" in typed and "--policy-parts" not in typed:
+            self.policy_parts = "all"
         if "--crop-pct" not in typed:
             self.crop_pct = None
 

@@ -39,7 +39,8 @@ class DataConfig:
     """Train on so many of the images that are not held out: those with the lowest hash of their id, so a larger number
     adds to a smaller one and every run takes the same. Default: all."""
     max_bad_share: float = 0.01
-    """The run stops when more than this share of the images cannot be read."""
+    """The run stops when more than this share of the images cannot be read. Ten are allowed in any case, up to a
+    quarter of the images; 0: not one."""
 
 
 @dataclass(kw_only=True)

@@ -42,7 +42,8 @@ class ResumeConfig:
     processes: int | None = None
     """The number of processes that you mean to run on; another number is an error."""
     max_bad_share: float | None = None
-    """The run stops when more than this share of the images cannot be read."""
+    """The run stops when more than this share of the images cannot be read. Ten are allowed in any case, up to a
+    quarter of the images; 0: not one."""
     accum: int | None = None
     """Gradient accumulation, for a card with less memory or for fewer processes: the batch stays, numbers differ by
     rounding."""

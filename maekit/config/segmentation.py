@@ -68,7 +68,12 @@ class PairsConfig:
     void: str | None = None
     """The value of pixels that belong to no class, in annotations as they are on disk. 0: values 1, 2, ... are the
     classes (ADE20K); 255: values 0, 1, ... are; none: every pixel has a class. Void counts in no loss and no score.
-    Default: 0; with --eval what the run says, as for the flags below."""
+    Default: 0, but masks that are black and white (0 and 255, 65535 or 1, and no other value) have two classes and no
+    void; with --eval what the run says, as for the flags below."""
+    class_values: tuple[int, ...] | None = None
+    """The values of the classes in annotations as they are on disk, in the order of --classes, where they do not count
+    up by one: --class-values 0 128 255. Any other value but --void (here none by default) is a mistake. Default: as
+    --void says; 0 and 255 for masks that are black and white."""
     image_pattern: str | None = None
     """Pairs by pattern: images relative to the data's folder, {} standing for the name that both files share, such as
     leftImg8bit/{}_leftImg8bit.png."""
@@ -81,11 +86,16 @@ class PairsConfig:
 
     def pair_problems(self) -> list[str]:
         """What is wrong with these values, each naming the value, the rule and the flag."""
-        if self.void is None or self.void == "none":
-            return []
-        if self.void.isascii() and self.void.isdigit() and int(self.void) <= 65_535:
-            return []
-        return [f"--void {self.void}: give a pixel value from 0 to 65535, or none"]
+        found = []
+        values = self.class_values
+        if values is not None and (
+            len(values) < 2 or len({*values}) < len(values) or min(values) < 0 or max(values) > 65_535
+        ):
+            found.append(f"--class-values {spaced(values)}: give two or more different values from 0 to 65535")
+        is_number = self.void is not None and self.void.isascii() and self.void.isdigit() and int(self.void) <= 65_535
+        if self.void not in (None, "none") and not is_number:
+            found.append(f"--void {self.void}: give a pixel value from 0 to 65535, or none")
+        return found
 
     @property
     def void_value(self) -> int | None:
@@ -133,7 +143,8 @@ class SegmentConfig(PairsConfig, ViewConfig, SupervisedConfig):
     photometric: bool = True
     """Change brightness, saturation and hue of training images at random, as SSD does."""
     max_bad_share: float = 0.01
-    """The run stops when more than this share of the images cannot be read."""
+    """The run stops when more than this share of the images cannot be read. Ten are allowed in any case, up to a
+    quarter of the images; 0: not one."""
     class_weights: Literal["none", "sqrt"] = "none"
     """sqrt: a pixel counts in the loss by 1 over the root of its class's share of the training pixels, so that rare
     classes are heard; their mean over the pixels is 1."""
@@ -258,7 +269,8 @@ class SegmentPredictConfig(ViewConfig):
     """Image files, or folders of images."""
     out: str
     """Folder for NAME.png (class numbers with a palette) and NAME-overlay.png of each image; new or empty. Value 1 is
-    the first class and 0 never occurs, whatever --void was: subtract 1 to compare with annotations that begin at 0."""
+    the first class and 0 never occurs, whatever --void was: subtract 1 to compare with annotations that begin at 0.
+    Of a run on masks of 0 and 255, or with --class-values, they are masks of these values."""
     score: Literal["last", "best"] = "last"
     """Which weights of the run: the last ones, or the best on its held-out images."""
     overlays: bool = True

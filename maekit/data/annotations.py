@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,17 @@ SUFFIXES = frozenset((".png", ".tif", ".tiff", ".bmp"))
 """Formats that keep a number as it is. JPEG and WebP invent values, GIF renumbers its palette, and
 PGM is rescaled as it is read."""
 
+SMOOTHED = 16
+"""So many values, of which black and white hold nine tenths of the pixels, are no classes."""
+MOST_LISTED = 8
+"""Values that a message lists."""
+
 Labels2D = npt.NDArray[np.int16]
 _VOID_NAMES = ("void", "unlabelled", "unlabeled", "ignore", "ignored")
 _DIVISORS = {"L;2": 85, "L;4": 17}
 """Raw modes whose numbers Pillow stretches to 0..255 -> the factor by which it does so."""
 _EXACT = ("1", "L", "P", "P;1", "P;2", "P;4", "I;16", "I;16B", "I;16N", "I;16L")
+_NUMBERS = " where one number to a pixel is expected, as if it showed classes by colours"
 HOW_TO_CONVERT = (
     "to convert an annotation from colours to numbers, with colours = {(128, 64, 128): 1, (70, 70, 70): 2, ...}:",
     "    rgb = numpy.array(Image.open(file).convert('RGB')); ids = numpy.zeros(rgb.shape[:2], 'uint8')",
@@ -49,10 +55,14 @@ class ColourCoded(BadImage):
 
 @dataclass(frozen=True)
 class Numbering:
-    """How the values on disk stand for class ids: `void` 0: value v is class v - 1; otherwise value v is class v."""
+    """How the values on disk stand for class ids: `void` 0: value v is class v - 1; otherwise value v is class v.
+
+    With `values`, these stand for the classes, in their order.
+    """
 
     void: int | None
     num_classes: int
+    values: tuple[int, ...] | None = field(default=None, repr=False)
 
     def ids(self, values_HW: npt.NDArray[Any]) -> Labels2D:
         """Class ids [H, W].
@@ -71,21 +81,21 @@ class Numbering:
 
     def _table(self) -> Labels2D:
         table = np.full(65_536, _WRONG, np.int16)
-        first = 1 if self.void == 0 else 0
-        table[first : first + self.num_classes] = np.arange(self.num_classes)
+        table[[self.value(class_id) for class_id in range(self.num_classes)]] = np.arange(self.num_classes)
         if self.void is not None:
             table[self.void] = VOID
         return table
 
     def value(self, class_id: int) -> int:
         """The value on disk of a class id."""
-        return class_id + (self.void == 0)
+        return class_id + (self.void == 0) if self.values is None else self.values[class_id]
 
     def rule(self) -> str:
         """Such as '1..11 are classes, 0 is void (--void 0)'."""
-        low, high = self.value(0), self.value(self.num_classes - 1)
         void = "no value is void (--void none)" if self.void is None else f"{self.void} is void (--void {self.void})"
-        return f"{low}..{high} are classes, {void}"
+        if self.values is not None:
+            return f"{listed(self.values)} are classes (--class-values), {void}"
+        return f"{self.value(0)}..{self.value(self.num_classes - 1)} are classes, {void}"
 
 
 _WRONG = -2
@@ -94,10 +104,11 @@ _WRONG = -2
 def read_values(data: bytes | str) -> npt.NDArray[Any]:
     """The numbers of an encoded annotation, or of the file at a path: uint8 or uint16 [H, W], as they are stored.
 
-    Of a picture with a palette, the indices; the colours do not matter. One bit: 0 and 1.
+    Of a picture with a palette, the indices; the colours do not matter. One bit: 0 and 1. Of a picture of colours that
+    are all gray, such as black and white, its gray levels.
 
     Raises:
-        ColourCoded: more than one number to a pixel.
+        ColourCoded: more than one number to a pixel, or transparency.
         BadImage: not readable, a lossy format, or numbers that Pillow would rescale.
     """
     with reading(data) as file, quiet:
@@ -107,8 +118,10 @@ def read_values(data: bytes | str) -> npt.NDArray[Any]:
             raise BadImage(f"an annotation as {image.format}, which does not keep numbers as they are; save it as PNG")
         raw_mode = raw_mode_of(image)
         image.info.pop("xmp", None)
+        if image.mode in ("RGB", "RGBA", "LA") and ";16" not in raw_mode:
+            return _gray_levels(image)
         if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N"):
-            raise ColourCoded(_colours(image))
+            raise ColourCoded(f"mode {image.mode}{_NUMBERS}")
         image.load()
         values = np.array(image)
     if raw_mode in _DIVISORS:
@@ -122,14 +135,19 @@ def read_values(data: bytes | str) -> npt.NDArray[Any]:
     return values.astype(np.uint16) if values.dtype.itemsize > 1 else values
 
 
-def _colours(image: Any) -> str:
-    words = f"mode {image.mode} where one number to a pixel is expected"
-    if image.mode in ("RGB", "RGBA", "LA"):
-        image.load()
-        bands = [np.asarray(band) for band in image.split()]
-        if all(np.array_equal(bands[0], band) for band in bands[1:3]) and image.mode != "LA":
-            return f"{words}; its channels are equal: save the first of them, image.getchannel(0)"
-    return f"{words}, as if it showed classes by colours"
+def _gray_levels(image: Any) -> npt.NDArray[np.uint8]:
+    """The one number to a pixel of a picture whose colours are all gray and opaque, uint8 [H, W].
+
+    Raises:
+        ColourCoded: other colours, or transparency.
+    """
+    image.load()
+    bands = [np.asarray(band) for band in image.split()]
+    if image.mode in ("RGBA", "LA") and (bands.pop() != 255).any():
+        raise ColourCoded(f"mode {image.mode} with transparent pixels{_NUMBERS}")
+    if not all(np.array_equal(bands[0], band) for band in bands[1:]):
+        raise ColourCoded(f"mode {image.mode}{_NUMBERS}")
+    return bands[0].copy()
 
 
 def turn_as(image: bytes | str, values_HW: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -188,25 +206,55 @@ def read_class_names(path: Path, void: int | None, told: str) -> list[str]:
     return [printable(re.sub(r"\s+", " ", line)) for line in lines]
 
 
+def two_values(values: npt.NDArray[np.int64], void: int | None) -> tuple[int, int] | None:
+    """The values of a mask that is black and white: 0 and 1, 0 and 255, or 0 and 65535, where nothing else but void
+    occurs; `values` [65536] counts the pixels of each value."""
+    occurring = [int(value) for value in np.flatnonzero(values) if value != void]
+    if len(occurring) == 2 and occurring[0] == 0 and occurring[1] in (1, 255, 65_535):
+        return (0, occurring[1])
+    return None
+
+
 def counted_class_names(values: npt.NDArray[np.int64], void: int | None, told: str) -> list[str]:
     """Names 'class 1', 'class 2', ... up to the highest value; `values` [65536] counts the pixels of each value.
 
     Raises:
-        UserError: only void, too many classes, or a highest value that looks like another void.
+        UserError: only void, too many classes, or a highest value that looks like another void or like a gray level.
     """
     occurring = [int(value) for value in np.flatnonzero(values) if value != void]
-    if not occurring:
+    if not occurring and values.any():
         raise UserError(f"{told}: every annotated pixel is void (value {void}); is --void {void} right?")
+    if not occurring:
+        raise UserError(f"{told}: no annotation can be read as numbers; maekit check-data names them with the reasons")
     first = 1 if void == 0 else 0
     highest, below = occurring[-1], occurring[-2] if len(occurring) > 1 else -1
-    if highest in (255, 65_535) and below < highest - 1:
+    everything = [int(value) for value in np.flatnonzero(values)]
+    white = highest if highest in (255, 65_535) else None
+    if white and len(everything) >= SMOOTHED and values[0] + values[white] >= 0.9 * values.sum():
+        raise UserError(
+            f"{told}: 0 and {white} hold {(values[0] + values[white]) / values.sum():.1%} of the pixels, and "
+            f"{len(everything) - 2} values between them the rest, as at edges that were smoothed: make "
+            f"masks of two values of them, such as by numpy.where(mask > {white // 2}, {white}, 0)"
+        )
+    if white and below < highest - 1:
+        is_class = f"number the classes from {first} on"
+        if len(everything) <= MOST_LISTED:
+            is_class = f"give --class-values with all that are classes, such as {' '.join(map(str, everything))}"
+        between = [value for value in everything if value not in (0, white)]
+        if 0 in everything and len(between) == 1:
+            is_class += f", or --void {between[0]} where 0 and {white} are two classes and {between[0]} is void"
         raise UserError(
             f"{told}: the value {highest} ({values[highest]:,} pixels) occurs, but none between {max(below, 0)} and "
-            f"it: if it is void, give --void {highest}; if it is a class, number the classes from {first} on"
+            f"it: if it is void, give --void {highest}; if it is a class, {is_class}"
         )
     if highest - first >= MAX_CLASSES:
         raise UserError(f"{told}: the value {highest} occurs; at most {MAX_CLASSES:,} classes")
     return [f"class {value}" for value in range(first, highest + 1)]
+
+
+def listed(values: Sequence[int]) -> str:
+    """Such as '0, 128 and 255'."""
+    return f"{', '.join(map(str, values[:-1]))} and {values[-1]}" if len(values) > 1 else str(values[0])
 
 
 def find_class_file(root: str, classes: str | None) -> tuple[Path, str] | None:
@@ -217,18 +265,22 @@ def find_class_file(root: str, classes: str | None) -> tuple[Path, str] | None:
     return (beside, "--data: the file") if beside.is_file() else None
 
 
-def check_numbering(void: int | None, class_names: Iterable[str]) -> Numbering:
-    """The numbering of so many classes.
+def check_numbering(void: int | None, class_names: Iterable[str], values: tuple[int, ...] | None = None) -> Numbering:
+    """The numbering of so many classes, which have these values on disk, if any are given.
 
     Raises:
-        UserError: a void value that is negative, too large, or one of the classes'.
+        UserError: a void value that is negative, too large, or one of the classes'; another number of values.
     """
     num = len(list(class_names))
     if void is not None and not 0 <= void <= 65_535:
         raise UserError(f"--void {void}: must lie between 0 and 65535, or be none")
-    if void is not None and 0 < void < num:
+    if values is not None and len(values) != num:
+        raise UserError(f"--class-values {' '.join(map(str, values))}: {len(values)} values for {num} class names")
+    if values is not None and void in values:
+        raise UserError(f"--void {void}: is one of --class-values {' '.join(map(str, values))}; give --void none")
+    if values is None and void is not None and 0 < void < num:
         raise UserError(
             f"--void {void}: lies among the {num} classes, whose values are 0..{num - 1} where void is not 0; "
             f"give another value, or --void none"
         )
-    return Numbering(void, num)
+    return Numbering(void, num, values)

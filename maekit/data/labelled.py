@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from maekit.config import PretrainConfig, UserError
-from maekit.data.augment import Augment
+from maekit.data.augment import COLOURED, Augment
+from maekit.data.images import BadImage
 from maekit.data.loader import open_pool
 from maekit.data.memory import MemoryPool
 from maekit.data.order import Batch, Ids, Pool, Progress, lowest_hash, split_heldout
@@ -146,25 +147,21 @@ def class_map(names: Iterable[str], classes: tuple[str, ...], data: str, source:
     return np.array([known[name] for name in names], np.int64)
 
 
-def check_augmentable(part: Part, ids: Ids, flags: str) -> None:
-    """Refuse per-image changes of pixels that the libraries cannot change.
+def why_no_colours(part: Part, ids: Ids) -> str:
+    """Why the libraries cannot change the colours of these images, in words; empty where they can.
 
-    Raises:
-        UserError: images of 16 bits or floats, or of neither one nor three channels.
+    Eight of them are looked at: images of 16 bits or floats, or of neither one nor three channels.
     """
-    if part.in_chans not in (1, 3):
-        raise UserError(
-            f"{flags}: for 1 or 3 channels, and these have {part.in_chans}: --auto-augment none --color-jitter 0"
-        )
+    if part.in_chans not in COLOURED:
+        return f"these have {part.in_chans} channels"
     for index in ids[:: max(1, len(ids) // 8)][:8].tolist():
         try:
             image = part.read(index)
-        except Exception:  # it will be met again, and named
+        except BadImage:  # it will be met again, and named
             continue
         if image.dtype != np.uint8:
-            raise UserError(
-                f"{flags}: for images of 8 bits, and {part.name(index)} has more: --auto-augment none --color-jitter 0"
-            )
+            return f"{part.name(index)} has more"
+    return ""
 
 
 def open_augmented(
@@ -220,18 +217,19 @@ class AugmentedMemory:
             yield batch._replace(images=to_device(batch.images, self.device))
 
 
-def take_good_slots(batch: Batch, unreadable: dict[int, str]) -> tuple[Tensor, Ids]:
-    """Images and sample ids of a batch in which the next good slot takes the place of one that cannot be read.
+def take_good_slots(batch: Batch, unreadable: dict[int, str]) -> tuple[Tensor, Ids, bool]:
+    """Images and sample ids of a batch in which the next good slot takes the place of one that cannot be read; and
+    whether there is any good one: otherwise the batch is as it was, and nothing may be learned from it.
 
     A stand-in of another sample would come with a label that is not its own. Which slots are bad shows in the batch
     itself, so the result does not depend on what was met before.
     """
     bad_B = np.isin(batch.sample_ids, list(unreadable)) if unreadable else np.zeros(len(batch.sample_ids), np.bool_)
     if not bad_B.any():
-        return batch.images, batch.sample_ids
+        return batch.images, batch.sample_ids, True
     good = np.flatnonzero(~bad_B)
     if not len(good):
-        raise UserError("none of the images of a whole batch can be read; maekit check-data names them")
+        return batch.images, batch.sample_ids, False
     places = np.arange(len(bad_B))
     places[bad_B] = good[np.searchsorted(good, places[bad_B]) % len(good)]
-    return batch.images[torch.from_numpy(places).to(batch.images.device)], batch.sample_ids[places]
+    return batch.images[torch.from_numpy(places).to(batch.images.device)], batch.sample_ids[places], True

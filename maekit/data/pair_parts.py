@@ -121,6 +121,8 @@ class PairPart:
     def fingerprint(self) -> str:
         """SHA-256 over those of the images and of the annotations, and over their numbering."""
         words = f"{self.images.fingerprint} {self.annotations.fingerprint} {self.numbering}"
+        if self.numbering is not None and self.numbering.values is not None:
+            words += f" {self.numbering.values}"
         return hashlib.sha256(words.encode()).hexdigest()
 
 

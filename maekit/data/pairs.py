@@ -7,7 +7,8 @@
   "leftImg8bit/{}_leftImg8bit.png" and "gtFine/{}_gtFine_labelIds.png". Parts by the name's first folder (train, val).
 
 Numbers on disk and class ids in memory (annotations.py): with `void` 0, the value 1 is class 0 and the first line of
-the class file; with another void, such as 255, or none, the value 0 is class 0 and the first line.
+the class file; with another void, such as 255, or none, the value 0 is class 0 and the first line. Annotations that are
+black and white have two classes.
 """
 
 from __future__ import annotations
@@ -16,26 +17,30 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 from maekit.config import UserError
-from maekit.data.annotations import (
-    SUFFIXES,
-    VOID,
-    Numbering,
-    check_numbering,
-    counted_class_names,
-    find_class_file,
-    read_class_names,
-)
+from maekit.data.annotations import SUFFIXES, VOID, Numbering
 from maekit.data.folders import walk
 from maekit.data.images import IMAGE_SUFFIXES
+from maekit.data.pair_classes import Asked, name_classes
 from maekit.data.pair_parts import PairPart, PartCheck, Progress, check_parts, complain, count_values
 from maekit.data.pair_tables import PATTERNS_HELP, open_tables
 from maekit.data.parts import PART_WORDS, FilePart, is_folder, printable
 from maekit.data.pixels import BadImage
 from maekit.data.sources import short_name
 
-__all__ = ["VOID", "BadImage", "Numbering", "PairPart", "Pairs", "PartCheck", "check_pairs", "open_pairs"]
+__all__ = [
+    "VOID",
+    "BadImage",
+    "Numbering",
+    "PairPart",
+    "Pairs",
+    "PartCheck",
+    "check_pairs",
+    "open_pairs",
+    "refuse_one_class",
+]
 
 _IMAGE_SUFFIXES = frozenset(suffix.encode() for suffix in IMAGE_SUFFIXES)
 _ANNOTATION_SUFFIXES = frozenset(suffix.encode() for suffix in SUFFIXES)
@@ -50,8 +55,8 @@ class Pairs:
     val: PairPart | None
     class_names: list[str]
     """K names; a class's id in memory is its place here."""
-    void: int | None = 0
-    """The value on disk of pixels without a class; None: every value is a class."""
+    numbering: Numbering
+    """How the values on disk stand for the classes, and which is void."""
     notes: list[str] = field(default_factory=list)
     """What the user should know: where the names come from, annotations that belong to no image."""
 
@@ -71,6 +76,8 @@ def open_pairs(
     in_chans: int = 3,
     classes: str | None = None,
     void: int | None = 0,
+    void_is_asked: bool = False,
+    class_values: tuple[int, ...] | None = None,
     image_pattern: str | None = None,
     annotation_pattern: str | None = None,
     image_column: str | None = None,
@@ -82,6 +89,9 @@ def open_pairs(
 
     The class names come from the text file `classes`, or classes.txt in the folder; where there is none, all
     annotations are read (by `workers` processes) and the classes are called 'class 1', 'class 2', ...
+    class_values: the values on disk of the classes, in their order; all others but void are mistakes. Without them,
+    annotations that are black and white (0 and 1, 255 or 65535) have two classes, unless one is void by `void`: 0 is
+    so where it `void_is_asked`, not by default.
 
     Raises:
         UserError: nothing of that name, no pairs in it, an image without an annotation, a bad class file or void, or
@@ -102,14 +112,14 @@ def open_pairs(
         _refuse_columns(columns, shown)
     else:
         found = open_tables(root, shown, columns, in_chans)
-    names = _names(root, shown, classes, void, list(found.values()), workers, on_progress, notes)
-    if len(names) == 1:
-        told = "" if void is None else f"; pixels of value {void} are void: if they are a class too, give --void none"
-        raise UserError(f"--data {shown}: one class only, {names[0]!r}, so there is nothing to tell apart{told}")
-    numbering = check_numbering(void, names)
+    if class_values is not None and not void_is_asked:
+        void = None
+    asked = Asked(void, void_is_asked or void != 0 or class_values is not None, class_values)
+    count = partial(count_values, list(found.values()), workers, on_progress)
+    names, numbering = name_classes(root, shown, classes, asked, count, notes)
     for part in found.values():
         part.numbering = numbering
-    return Pairs(short_name(root), found["train"], found.get("val"), names, void, notes)
+    return Pairs(short_name(root), found["train"], found.get("val"), names, numbering, notes)
 
 
 def check_pairs(
@@ -128,22 +138,21 @@ def check_pairs(
     return found
 
 
-def _names(
-    root: str,
-    shown: str,
-    classes: str | None,
-    void: int | None,
-    parts: list[PairPart],
-    workers: int,
-    on_progress: Progress,
-    notes: list[str],
-) -> list[str]:
-    file = find_class_file(root if os.path.isdir(root) else os.path.dirname(root), classes)
-    if file is not None:
-        return read_class_names(file[0], void, file[1])
-    names = counted_class_names(count_values(parts, workers, on_progress), void, f"--data {shown}")
-    notes.append(f"no classes.txt beside the data: {len(names)} classes, counted from the annotations (--classes FILE)")
-    return names
+def refuse_one_class(pairs: Pairs, check: PartCheck, data: str) -> None:
+    """Refuse training images that show one class only: whatever says so everywhere would be right.
+
+    Raises:
+        UserError: the class, with the value that stands for it.
+    """
+    there = [class_id for class_id, pixels in enumerate(check.class_pixels.tolist()) if pixels]
+    if len(there) > 1:
+        return
+    name, value = pairs.class_names[there[0]], pairs.numbering.value(there[0])
+    raise UserError(
+        f"--data {data}: every training pixel that has a class is of {name!r} (value {value}), so there is nothing to "
+        f"tell apart; {pairs.numbering.rule()}: another --void, or --class-values with the value of each class, reads "
+        "other values as classes"
+    )
 
 
 # ---- files ----

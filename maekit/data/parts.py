@@ -7,9 +7,11 @@ Legend: N images, H height, W width, C channels.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +30,9 @@ SPLITS = {"train": "train", "training": "train", "val": "val", "validation": "va
 PART_WORDS = {**SPLITS, "valid": "val", "dev": "val"}
 """The same where a name cannot be a class's, as in a table's files or beside annotations."""
 
+LOOKED_AT = 16
+"""Files of a part whose headers are looked at for pages that nothing reads."""
+LOOKED_SECONDS = 0.5
 _FINGERPRINT_SAMPLES = 1000
 
 
@@ -78,10 +83,39 @@ class Source:
     empty: tuple[str, ...] = ()
     """Parts that have a place and no image in it: nobody is in their way but a report that would be about them."""
 
+    def remarks(self) -> list[str]:
+        """What is told at the start of a command: the notes, and whether a few of the files hold more than is read."""
+        return [*self.notes, *left_out_remark([part for part in (self.train, self.val, self.test) if part is not None])]
+
 
 def evenly_spaced(num: int, count: int) -> Labels:
     """At most `count` ascending indices below `num`, the first and the last among them."""
     return np.unique(np.linspace(0, max(0, num - 1), min(num, count)).astype(np.int64))
+
+
+def left_out_remark(parts: Iterable[Part]) -> list[str]:
+    """A line where some of a few evenly spaced files hold pages or frames that nothing reads; by their headers.
+
+    It looks for LOOKED_SECONDS at most (and one file), however slow the disk; damaged files are told by whoever reads.
+    """
+    looked, several, first = 0, 0, ""
+    until = time.monotonic() + LOOKED_SECONDS
+    for part in parts:
+        for index in evenly_spaced(len(part), LOOKED_AT).tolist():
+            if time.monotonic() > until:
+                break
+            with contextlib.suppress(BadImage):
+                left = part.frames_left_out(index)
+                looked += 1
+                several += left > 0
+                first = first or (f"{part.name(index)} ({left + 1:,}, of which 1 is read)" if left else "")
+    if not several:
+        return []
+    return [
+        f"only the first page or frame of a file is read, and {several} of {looked} files that were looked at have "
+        f"more, such as {first}: write each as a file of its own to use it (a model of N channels takes N gray pages "
+        "as channels); maekit check-data counts them all"
+    ]
 
 
 def printable(name: bytes | str) -> str:
@@ -165,6 +199,11 @@ class FilePart:
                 size = -1
             digest.update(size.to_bytes(8, "little", signed=True))
         return digest.hexdigest()
+
+
+def loose_files(paths: Iterable[str], in_chans: int) -> FilePart:
+    """Image files that were named one by one, in their order."""
+    return FilePart(b"", [os.fsencode(os.path.expanduser(path)) for path in paths], in_chans)
 
 
 class ArrayPart:

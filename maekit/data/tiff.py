@@ -26,6 +26,9 @@ from maekit.data.pixels import (
 MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 """First four bytes of a TIFF or BigTIFF, little or big endian."""
 
+MANY_PAGES = 256
+"""Pages from which on tifffile's own notes about them are not asked: it needs 16 s to order 5,000 by these."""
+
 _MIN_IS_WHITE, _MIN_IS_BLACK, _RGB, _SEPARATED = 0, 1, 2, 5
 _PLAIN = (_MIN_IS_WHITE, _MIN_IS_BLACK, _RGB, _SEPARATED)  # palettes, YCbCr, fax are Pillow's or nobody's
 _ASSOCIATED_ALPHA, _UNASSOCIATED_ALPHA = 1, 2
@@ -121,11 +124,15 @@ def _opened(file: IO[bytes], **kinds: Any) -> tifffile.TiffFile:
 
 def _first_series(opened: tifffile.TiffFile, page: tifffile.TiffPage, file: IO[bytes]) -> tifffile.TiffPageSeries:
     """The first page and those that belong to it; pages that tifffile itself wrote one by one count as one series."""
-    series = opened.series
-    if opened.is_shaped and len(series) > 1 and series[0].size == page.size:
+    if opened.is_shaped and (len(opened.pages) > MANY_PAGES or _is_loose(opened.series, page)):
         file.seek(0)
-        series = _opened(file, is_shaped=False).series
-    return series[0]
+        opened = _opened(file, is_shaped=False)
+    return opened.series[0]
+
+
+def _is_loose(series: list[tifffile.TiffPageSeries], page: tifffile.TiffPage) -> bool:
+    """Whether pages were written one by one, so that each is said to be a series of its own."""
+    return len(series) > 1 and series[0].size == page.size
 
 
 def _first_page(tiff: tifffile.TiffFile) -> tifffile.TiffPage:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from maekit.config import AttendConfig, UserError
 from maekit.data.centres import read_centres
+from maekit.data.parts import left_out_remark, loose_files
 from maekit.models.mae import MaskedAutoencoder
 from maekit.runtime import choose_device
 from maekit.terminal import make_console, remark
@@ -45,6 +46,7 @@ def main(source: str, config: AttendConfig) -> int:
         raise UserError(f"--block {block}: this encoder has blocks 1 to {depth}")
 
     passport = model.passport
+    remark(console, left_out_remark([loose_files(config.image, model.config.in_chans)]))
     images_BCHW = read_centres(config.image, model.config, passport.interpolation, passport.crop_pct).to(device)
     weights_BKSS, tokens_BSD = attention(model, images_BCHW, block)
     prefix, has_class = model.num_prefix, bool(model.encoder.has_class_token)

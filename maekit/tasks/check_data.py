@@ -2,7 +2,8 @@
 
     maekit check-data --data ~/images --out report.json
 
-The reasons are those that a run would write into quarantine.jsonl.
+The reasons are those that a run would write into quarantine.jsonl. Annotations beside the images are read too, as
+maekit segment would.
 Cost: every image is decoded once; memory does not grow with their number.
 """
 
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from maekit.config import CheckDataConfig, UserError
+from maekit.data.pairs import check_pairs, open_pairs, refuse_one_class
 from maekit.data.parts import Part
 from maekit.data.sources import open_source
 from maekit.data.survey import Bad, Survey, summary, survey
@@ -37,7 +39,7 @@ def main(config: CheckDataConfig) -> int:
     Raises:
         UserError: flags or data that cannot be used.
     """
-    problems = []
+    problems = config.pair_problems()
     if config.in_chans < 1:
         problems.append(f"--in-chans {config.in_chans}: must be above 0")
     if config.workers is not None and config.workers < 0:
@@ -67,6 +69,8 @@ def main(config: CheckDataConfig) -> int:
             }
         )
     show(console, source.name, parts, found, report)
+    if has_annotations(config):
+        show_annotations(console, config, workers)
     return 1 if any(one.bad for one in found.values()) else 0
 
 
@@ -178,3 +182,47 @@ def show(console: Console, title: str, parts: dict[str, Part], found: dict[str, 
         console.print(f"... and {bad - len(report.first):,} more" + ("" if report.path else ": --out FILE names all"))
     if report.path is not None:
         console.print(f"report: {escape(str(report.path))}", soft_wrap=True)
+
+
+def has_annotations(config: CheckDataConfig) -> bool:
+    """Whether the data look like images with annotations, or the flags say so."""
+    root = Path(config.data).expanduser()
+    named = (config.image_pattern, config.annotation_pattern, config.annotation_column)
+    return any(named) or all((root / name).is_dir() for name in ("images", "annotations"))
+
+
+def show_annotations(console: Console, config: CheckDataConfig, workers: int) -> None:
+    """The classes with their values and shares of the pixels, or why maekit segment would refuse the annotations."""
+    try:
+        with counting(console, "reading annotations") as progress:
+            pairs = open_pairs(
+                config.data, in_chans=config.in_chans, classes=config.classes, void=config.void_value,
+                void_is_asked=config.void is not None, class_values=config.class_values,
+                image_pattern=config.image_pattern, annotation_pattern=config.annotation_pattern,
+                image_column=config.image_column, annotation_column=config.annotation_column, workers=workers,
+                on_progress=progress,
+            )  # fmt: skip
+            checks = check_pairs(pairs, workers=workers, on_progress=progress)
+        refuse_one_class(pairs, checks["train"], config.data)
+    except UserError as error:
+        console.print("[yellow]annotations: maekit segment would refuse them[/yellow]")
+        for line in error.problems:
+            console.print(line, markup=False, soft_wrap=True)
+        return
+    remark(console, pairs.notes)
+    for part, check in checks.items():
+        pixels = check.void_pixels + int(check.class_pixels.sum())
+        there = [number for number, seen in enumerate(check.class_pixels.tolist()) if seen]
+        said = [
+            f"{pairs.class_names[number]} (value {pairs.numbering.value(number)}) "
+            f"{check.class_pixels[number] / pixels:.1%}"
+            for number in there[:SHOWN]
+        ]
+        more = [f"{len(there) - SHOWN} more"] if len(there) > SHOWN else []
+        more += [f"{len(pairs.class_names) - len(there)} in no pixel"] if len(there) < len(pairs.class_names) else []
+        void = [] if pairs.numbering.void is None else [f"void (value {pairs.numbering.void}) "
+                                                        f"{check.void_pixels / pixels:.1%}"]  # fmt: skip
+        console.print(
+            f"annotations of {part}, {check.checked:,}, shares of the pixels: {', '.join([*said, *more, *void])}",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip

@@ -105,7 +105,7 @@ def main(source: str, config: EmbedConfig) -> int:
         image_column=config.image_column,
         label_column=config.label_column,
     )
-    remark(console, data.notes)
+    remark(console, data.remarks())
     parts = choose_parts(data, config.part, config.data)
     chunks = cut_chunks(parts, math.prod(encoder.shape))
     description = describe(source, data, parts, encoder)

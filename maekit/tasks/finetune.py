@@ -138,9 +138,11 @@ def main(source: str, config: FinetuneConfig, resumed: bool = False) -> int:
                     if batch is None:
                         break
                     report_unreadable(job, batch)
-                    images, ids = take_good_slots(batch, job.pool.unreadable)
+                    images, ids, any_good = take_good_slots(batch, job.pool.unreadable)
                     labels = job.labels[to_device(torch.from_numpy(ids), accelerator.device)]
                     images, targets = job.mixing(model.normalize(images), labels)
+                    if not any_good:  # every slot is unreadable: stand-ins with labels that are not theirs
+                        targets = torch.zeros_like(targets)
                     if replayed is not None:  # the rest of the step at once: it has this part only
                         loss_of_step, verdict = replayed(images, targets)
                         skip = guard.note(step, verdict.clone())

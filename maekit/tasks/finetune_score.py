@@ -47,7 +47,7 @@ def main(source: str, config: FinetuneConfig) -> int:
     data = open_source(
         config.data, in_chans=model.config.in_chans, image_column=config.image_column, label_column=config.label_column
     )
-    remark(console, data.notes)
+    remark(console, data.remarks())
     part, ids, what = test_images(data, config.data)
     if part is data.train and part.fingerprint != model.passport.fingerprint:
         console.print(

@@ -24,6 +24,7 @@ from maekit.config import PackConfig, UserError
 from maekit.data.loader import common_size
 from maekit.data.parquet import TablePart
 from maekit.data.parts import Part
+from maekit.data.quarantine import allowed_bad, too_many
 from maekit.data.shards import HUB_PARTS, Recipe, ShardWriter, pack_chunk, shard_bytes
 from maekit.data.sources import open_source
 from maekit.data.workers import choose_workers, in_order
@@ -61,7 +62,7 @@ def main(config: PackConfig) -> int:
         raise UserError(*problems)
     console = make_console()
     source = open_source(config.data, image_column=config.image_column, label_column=config.label_column)
-    remark(console, source.notes)
+    remark(console, source.remarks())
     parts = {"train": source.train}
     parts |= {name: part for name, part in (("val", source.val), ("test", source.test)) if part is not None}
     # A part without labels gets the column too: other tools want one schema.
@@ -131,7 +132,7 @@ def pack_part(
                     if one.bad:
                         quarantine(folder / "quarantine.jsonl", name, part, one.index, one.bad)
                         count.bad.append(f"{part.name(one.index)}: {one.bad}")
-                        check_share(config, len(count.bad) - bad_before, part, count.bad)
+                        check_share(config, part, count.bad[bad_before:])
                         continue
                     label = -1 if part.labels is None else int(part.labels[one.index])
                     writer.add(one.data, path_of(part, one.index), label)
@@ -153,16 +154,20 @@ def quarantine(path: Path, name: str, part: Part, index: int, reason: str) -> No
         file.write(json.dumps(record) + "\n")
 
 
-def check_share(config: PackConfig, bad: int, part: Part, reasons: list[str]) -> None:
-    """Stop where too much cannot be read.
+def check_share(config: PackConfig, part: Part, reasons: list[str]) -> None:
+    """Stop where too much cannot be read; a reason for each image that cannot.
 
     Raises:
         UserError: more than the allowed share.
     """
-    if bad > config.max_bad_share * len(part):
+    bad = len(reasons)
+    if bad > allowed_bad(config.max_bad_share, len(part)):
+        way_out = (
+            f"Nothing was kept; maekit check-data --data {config.data} names them all: mend or remove them, or give "
+            "a larger --max-bad-share to leave them out"
+        )
         raise UserError(
-            f"{bad} of {len(part):,} images cannot be read, such as {reasons[-1]}: more than --max-bad-share "
-            f"{config.max_bad_share:g}; nothing was kept; maekit check-data --data {config.data} names them all"
+            f"--data {config.data}: so far {too_many(bad, len(part), config.max_bad_share, reasons, way_out)}"
         )
 
 

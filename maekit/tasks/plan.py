@@ -151,7 +151,7 @@ def open_data(config: PlanConfig, choices: dict[str, Choice[Any]], console: Cons
     source = open_source(
         config.data, in_chans=config.in_chans, image_column=config.image_column, label_column=config.label_column
     )
-    remark(console, source.notes)
+    remark(console, source.remarks())
     train, heldout = split_heldout(len(source.train), config.heldout_share)
     train = choose_training(train, config.train_images)
     config = follow_images(config, len(train), world, short_run_rate, console)

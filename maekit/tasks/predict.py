@@ -79,7 +79,7 @@ def main(source: str, config: PredictConfig) -> int:
     data = open_source(
         config.data, in_chans=model.config.in_chans, image_column=config.image_column, label_column=config.label_column
     )
-    remark(console, data.notes)
+    remark(console, data.remarks())
     parts = choose_parts(data, config.part, config.data)
     mapping, why_not = label_ids(parts, model, config, source)
     top, summary = min(config.top, len(model.classes)), Summary()

@@ -118,7 +118,7 @@ def main(sources: list[str], config: ProbeConfig) -> int:
         if channels not in read:
             named = {"image_column": config.image_column, "label_column": config.label_column}
             read[channels] = open_source(config.data, in_chans=channels, **named)
-            remark(console, read[channels].notes)
+            remark(console, read[channels].remarks())
         data = read[channels]
         if shape not in opened:
             with counting(console, "reading images") as progress:

@@ -3,12 +3,14 @@
     maekit segment RUN --predict photos/ --out masks/
 
 For each image NAME.png, whose pixels are class numbers (1 is the first class, as in ADE20K; 0 is never predicted) under
-a palette, and NAME-overlay.png for the eye. Cost: one forward pass for each image and view.
+a palette, and NAME-overlay.png for the eye. A run whose classes have values of their own, as masks of 0 and 255, gives
+masks of these. Cost: one forward pass for each image and view.
 """
 
 from __future__ import annotations
 
 import os
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -17,15 +19,16 @@ from rich.markup import escape
 from maekit.config import UserError
 from maekit.config.segmentation import SegmentConfig, SegmentPredictConfig
 from maekit.configfile import read
+from maekit.data.annotations import listed
 from maekit.data.folders import walk
 from maekit.data.images import BadImage, decode
-from maekit.data.parts import printable
+from maekit.data.parts import left_out_remark, loose_files, printable
 from maekit.models.encoder import use_fused_attention
-from maekit.terminal import make_console, make_progress, print_settings
+from maekit.terminal import make_console, make_progress, print_settings, remark
 from maekit.training.segmentation_inference import describe_view, predict_classes
 from maekit.training.segmentation_prepare import choose_machine, view_of
 from maekit.training.supervised import BEST_FILE
-from maekit.viz.overlays import OverlayRow, draw_overlays, save_index_png
+from maekit.viz.overlays import OverlayRow, draw_overlays, save_index_png, save_mask_png
 from maekit.weights.segmenters import load_segmenter
 from maekit.weights.store import WEIGHTS_FILE
 
@@ -51,7 +54,10 @@ def main(source: str, config: SegmentPredictConfig) -> int:
         file /= BEST_FILE if config.score == "best" else WEIGHTS_FILE
     model, passport = load_segmenter(file, choices["device"].value)
     use_fused_attention(model, choices["attention"].value)
-    view = view_of(config, passport.model.size_hw, run_of(file, is_run=not Path(source).is_file()))
+    remark(console, left_out_remark([loose_files(images.values(), passport.model.in_chans)]))
+    run = run_of(file, is_run=not Path(source).is_file())
+    view = view_of(config, passport.model.size_hw, run)
+    own = run.class_values if run is not None and len(run.class_values or ()) == len(passport.classes) else None
     device = model.mean.device
     names = list(passport.classes)
     unreadable = 0
@@ -69,7 +75,10 @@ def main(source: str, config: SegmentPredictConfig) -> int:
                 predicted_HW = predict_classes(model, image, view).cpu().numpy()
             target = out / f"{name}.png"
             target.parent.mkdir(parents=True, exist_ok=True)
-            save_index_png(predicted_HW, target, num_classes=len(names))
+            if own is not None:
+                save_mask_png(predicted_HW, target, own)
+            else:
+                save_index_png(predicted_HW, target, num_classes=len(names))
             if config.overlays:
                 row = OverlayRow(image_HWC, None, predicted_HW, "")
                 draw_overlays([row], out / f"{name}-overlay.png", names, printable(Path(path).name))
@@ -78,8 +87,9 @@ def main(source: str, config: SegmentPredictConfig) -> int:
         raise UserError(f"--predict {' '.join(config.predict)}: none of {len(images)} images can be read")
     print_settings(console, "done", {
         "seen": describe_view(view),
-        "class maps": f"{len(images) - unreadable} in {out}: pixel values are 1 to {len(names)}",
-        "classes": ", ".join(f"{number} {name}" for number, name in enumerate(names, start=1)),
+        "class maps": f"{len(images) - unreadable} in {out}: pixel values are "
+        + (f"1 to {len(names)}" if own is None else f"{listed(own)}, as in the run's annotations"),
+        "classes": ", ".join(f"{value} {name}" for value, name in zip(own or count(1), names, strict=False)),
         **({"unreadable": str(unreadable)} if unreadable else {}),
     })  # fmt: skip
     return 1 if unreadable else 0

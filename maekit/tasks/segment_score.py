@@ -49,7 +49,10 @@ def main(source: str, config: SegmentScoreConfig) -> int:
     use_fused_attention(model, choices["attention"].value)
     workers = choices["workers"].value
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(PairsConfig)}
-    asked = dataclasses.replace(run, **{name: value for name, value in fields.items() if value is not None})
+    given = {name: value for name, value in fields.items() if value is not None}
+    if "void" in given and "class_values" not in given:  # the run's values may hold this void
+        given["class_values"] = None
+    asked = dataclasses.replace(run, **given)
     pairs, _ = open_data(asked, passport.model.in_chans, workers, console, config.data or run.data)
     of_run = pairs.train.fingerprint == passport.fingerprint
     if tuple(pairs.class_names) != passport.classes:

@@ -19,8 +19,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from maekit.config import FinetuneConfig, PretrainConfig, SourceConfig, UserError
-from maekit.data.augment import Augment
-from maekit.data.labelled import Splits, check_augmentable, open_augmented, split_labelled
+from maekit.data.labelled import Splits, open_augmented, split_labelled
 from maekit.data.loader import Ids, Pool, Quarantine, SampleOrder
 from maekit.data.sources import Source, lasting, open_source, short_name
 from maekit.models.classifier import Classifier
@@ -35,6 +34,7 @@ from maekit.stopping import StopRequest
 from maekit.terminal import counting, remark
 from maekit.training import checkpoint as checkpoints
 from maekit.training import supervised
+from maekit.training.augmenting import choose_augment
 from maekit.training.batch import finetuning_rate, follow_images
 from maekit.training.mixing import Mixing
 from maekit.training.optim import duration_steps
@@ -126,16 +126,13 @@ def prepare(config: FinetuneConfig, out: Path, console: Console, stop: StopReque
     source = open_source(
         config.data, in_chans=model_config.in_chans, image_column=config.image_column, label_column=config.label_column
     )
-    remark(console, source.notes)
+    remark(console, source.remarks())
     splits = split_labelled(source, config.data, config.heldout_share, config.train_share)
     if not fresh and splits.classes != start.passport.classes:
         raise UserError(f"--data {config.data}: labels of other classes than {out} was trained on")
     config, order = with_order(config, splits.train_ids, accelerator.num_processes, console)
     reading = reading_config(config, start.passport)
-    augment = None
-    if config.policy or config.color_jitter:
-        check_augmentable(splits.train, splits.train_ids, "--auto-augment and --color-jitter")
-        augment = Augment(config.policy, config.color_jitter, reading.size_hw, start.passport.mean, config.seed)
+    config, augment = choose_augment(config, splits, reading.size_hw, start.passport.mean, console)
     with counting(console, "reading images") as progress:
         pool, choices["in memory"] = open_augmented(
             splits.train, reading, accelerator.device, choices["workers"], augment, progress
@@ -334,7 +331,8 @@ def describe(job: FinetuneJob) -> dict[str, str | Choice[Any]]:
     changes = [f"{config.crop} crops" + (f" of {config.crop_scale[0]:g} to {config.crop_scale[1]:g}"
                                          if config.crop == "random-resized" else "")]  # fmt: skip
     changes += ["flips"] if config.flip else []
-    changes += [config.policy] if config.policy else []
+    only = " (of it shears, shifts and rotations)" if config.policy_parts == "geometric" else ""
+    changes += [config.policy + only] if config.policy else []
     changes += [f"colour jitter {config.color_jitter:g}"] if config.color_jitter else []
     changes += [f"erasing {config.erase:g}"] if config.erase else []
     changes += [f"{config.patch_drop:g} of the patches left out"] if config.patch_drop else []

@@ -61,7 +61,7 @@ def prepare(config: PretrainConfig, resume_from: Path | None, console: Console, 
     source = open_source(
         config.data, in_chans=config.in_chans, image_column=config.image_column, label_column=config.label_column
     )
-    remark(console, source.notes)
+    remark(console, source.remarks())
     part = source.train
     train_ids, heldout_ids = split_heldout(len(part), config.heldout_share)
     train_ids = choose_training(train_ids, config.train_images)

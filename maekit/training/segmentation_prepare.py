@@ -21,7 +21,9 @@ from maekit.config import SourceConfig, UserError
 from maekit.config.segmentation import PairsConfig, SegmentConfig, ViewConfig
 from maekit.data.loader import Ids, Quarantine, SampleOrder, split_heldout
 from maekit.data.pair_transforms import AugmentPlan
-from maekit.data.pairs import PairPart, Pairs, PartCheck, check_pairs, open_pairs
+from maekit.data.pairs import PairPart, Pairs, PartCheck, check_pairs, open_pairs, refuse_one_class
+from maekit.data.parts import left_out_remark
+from maekit.data.quarantine import allowed_bad, share_for, too_many
 from maekit.data.sources import lasting, short_name
 from maekit.data.workers import choose_workers
 from maekit.models.encoder import build_encoder, set_eps, use_fused_attention
@@ -72,12 +74,8 @@ def prepare(config: SegmentConfig, resuming: bool, console: Console, stop: StopR
     check_batch(config.batch_size, config.accum, world)
     encoder, source = start_encoder(config, console) if fresh else continued_encoder(out)
     pairs, checks = open_data(config, source.model.in_chans, choices["workers"].value, console)
-    bad, most = len(checks["train"].bad_images), config.max_bad_share * len(pairs.train)
-    if bad > most:
-        raise UserError(
-            f"--data {config.data}: {bad:,} of {len(pairs.train):,} training images cannot be read; --max-bad-share "
-            f"{config.max_bad_share:g} allows {most:,.0f}"
-        )
+    check_share(config, pairs, checks["train"], resuming)
+    refuse_one_class(pairs, checks["train"], config.data)
     train_ids, heldout_ids = split_heldout(len(pairs.train), config.heldout_share, MIN_HELDOUT)
     seed_everything(config.seed)
     model = Segmenter(encoder, config.head_config, len(pairs.class_names), source.mean, source.std)
@@ -88,7 +86,7 @@ def prepare(config: SegmentConfig, resuming: bool, console: Console, stop: StopR
     model.to(accelerator.device)
     if world > 1 and accelerator.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    config = settled(config, model, out, choices)
+    config = settled(config, model, out, choices, pairs)
     position = Position(config.steps, fingerprint=pairs.train.fingerprint)
     passport = dataclasses.replace(
         source, kind=KIND, classes=tuple(pairs.class_names), head=head_facts(model), data=pairs.name, steps=0,
@@ -166,12 +164,13 @@ def open_data(
     with counting(console, "checking annotations") as progress:
         pairs = open_pairs(
             data or getattr(config, "data", ""), in_chans=in_chans, classes=config.classes, void=config.void_value,
+            void_is_asked=config.void is not None, class_values=config.class_values,
             image_pattern=config.image_pattern, annotation_pattern=config.annotation_pattern,
             image_column=config.image_column, annotation_column=config.annotation_column, workers=workers,
             on_progress=progress,
         )  # fmt: skip
         checks = check_pairs(pairs, workers=workers, on_progress=progress)
-    remark(console, pairs.notes)
+    remark(console, [*pairs.notes, *left_out_remark(part.images for part in pairs.parts.values())])
     for what, check in checks.items():
         if check.bad_images:
             index, reason = check.bad_images[0]
@@ -184,6 +183,23 @@ def open_data(
     if absent:
         console.print(f"[yellow]in no training pixel:[/yellow] {escape(', '.join(absent[:12]))}")
     return pairs, checks
+
+
+def check_share(config: SegmentConfig, pairs: Pairs, check: PartCheck, resuming: bool) -> None:
+    """Stop where more training images than are allowed cannot be read, as their headers tell.
+
+    Raises:
+        UserError: their number, the first ones, and what to do.
+    """
+    bad, images = len(check.bad_images), len(pairs.train)
+    if bad > allowed_bad(config.max_bad_share, images):
+        lines = (f"{pairs.train.name(index)}: {reason}" for index, reason in check.bad_images)
+        begin = "begin a new run" if resuming else "try again"
+        way_out = (
+            f"Mend them, or remove them with their annotations, and {begin}; --max-bad-share "
+            f"{share_for(bad, images)} goes on without them"
+        )
+        raise UserError(f"--data {config.data}: {too_many(bad, images, config.max_bad_share, lines, way_out)}")
 
 
 def check_batch_norm(config: SegmentConfig, patch: int, images: int) -> None:
@@ -202,10 +218,15 @@ def check_batch_norm(config: SegmentConfig, patch: int, images: int) -> None:
         )
 
 
-def settled(config: SegmentConfig, model: Segmenter, out: Path, choices: dict[str, Choice[Any]]) -> SegmentConfig:
+def settled(
+    config: SegmentConfig, model: Segmenter, out: Path, choices: dict[str, Choice[Any]], pairs: Pairs
+) -> SegmentConfig:
     """The config with every choice that touches the numbers fixed, since a resume must not choose anew."""
+    void = pairs.numbering.void
     return dataclasses.replace(
         config,
+        void="none" if void is None else str(void),
+        class_values=pairs.numbering.values,
         task="segment",
         data=lasting(config.data),
         out=str(out),

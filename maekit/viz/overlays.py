@@ -31,7 +31,7 @@ from maekit.viz.panels import (
     enlargement,
     save_png,
 )
-from maekit.viz.shown import as_uint8, levels, stretched, three_channels
+from maekit.viz.shown import as_uint8, channels_note, levels, stretched, three_channels
 
 UInt8s = npt.NDArray[np.uint8]
 
@@ -111,6 +111,19 @@ def _oklab(rgb_N3: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 # ---- index pictures ----
 
 
+def save_mask_png(labels_HW: npt.NDArray[np.integer[Any]], path: Path, values: Sequence[int]) -> None:
+    """Write class ids as a gray PNG of the value of each class, of 8 bits where these fit: 0 and 255 are a mask that
+    any viewer shows black and white.
+
+    Raises:
+        AssertionError: an id that has no value.
+        OSError: the file cannot be written; nothing is left behind.
+    """
+    assert labels_HW.min(initial=0) >= 0 and labels_HW.max(initial=0) < len(values), (labels_HW.max(), values)
+    table = np.array(values, np.uint8 if max(values) <= 255 else np.uint16)
+    save_png(Image.fromarray(table[labels_HW]), path)
+
+
 def save_index_png(labels_HW: npt.NDArray[np.integer[Any]], path: Path, *, num_classes: int | None = None) -> None:
     """Write class ids as a PNG of numbers: 0 for void and id + 1 for classes, the numbering of `--void 0`.
 
@@ -150,6 +163,7 @@ def draw_overlays(
     """
     assert rows, "a sheet needs at least one row"
     shown = [_reduced(OverlayRow(*row)) for row in rows]
+    channels = channels_note(OverlayRow(*rows[0]).image)
     with_truth = any(row.truth is not None for row in shown)
     colours = palette(len(class_names))
     colours[0] = UNKNOWN
@@ -162,6 +176,7 @@ def draw_overlays(
     with matplotlib.style.context("default"):  # a user's matplotlibrc must not change pictures
         words = Words(width)
         y = words.paragraph(title, MARGIN_PX, MARGIN_PX, TITLE_PX, INK, weight="bold") + (4 if title else 0)
+        y = words.paragraph(channels, MARGIN_PX, y, NOTE_PX, INK)
         for column, heading in enumerate(headings):
             words.centred(heading, left + column * pitch + (pitch - GAP_PX) / 2, y, HEADING_PX)
         y += math.ceil(HEADING_PX * LINE) + 2

@@ -24,7 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from maekit.viz.shown import STRETCHED, FloatArray, as_uint8, levels, stretched
+from maekit.viz.shown import STRETCHED, FloatArray, as_uint8, channels_note, levels, stretched
 
 GRAY = 0.5
 """What stands where nothing is known: on hidden patches of `masked`, on visible ones of `reconstruction`."""
@@ -118,8 +118,8 @@ def draw(
     """
     assert rows, "a panel needs at least one row"
     assert row_labels is None or len(row_labels) == len(rows), (row_labels, len(rows))
-    if any(row.stretched for row in rows):
-        note = f"{note}\n{STRETCHED}" if note else STRETCHED
+    said = [note, channels_note(rows[0].original), STRETCHED if any(row.stretched for row in rows) else ""]
+    note = "\n".join(line for line in said if line)
     tiles = [[display(picture) for picture in row.pictures] for row in rows]
     pitch = max(COLUMN_PX, max(line[0].shape[1] for line in tiles)) + GAP_PX
     left = MARGIN_PX + (LABEL_PX if row_labels else 0)

@@ -44,6 +44,14 @@ def three_channels(image_HWC: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return image_HWC[:, :, :3]
 
 
+def channels_note(image_HWC: npt.NDArray[Any]) -> str:
+    """Which channels `three_channels` shows, where that is not plain: of two, and of more than three."""
+    chans = image_HWC.shape[2]
+    if chans == 2:
+        return "images of 2 channels, shown as red and green"
+    return f"images of {chans} channels: 1, 2 and 3 are shown, as red, green and blue" if chans > 3 else ""
+
+
 def clipped(image_HWC: FloatArray) -> FloatArray:
     """Three channels in 0..1; what is no number is black."""
     found: FloatArray = np.clip(np.nan_to_num(three_channels(image_HWC)), 0.0, 1.0)
