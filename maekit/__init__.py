@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from maekit.models.classifier import Classifier
     from maekit.models.mae import MaskedAutoencoder
     from maekit.weights.store import load
+    from maekit.weights.written import save
 
-__all__ = ["Classifier", "MaskedAutoencoder", "__version__", "load"]
+__all__ = ["Classifier", "MaskedAutoencoder", "__version__", "load", "save"]
 
 _PLACES = {
     "load": "maekit.weights.store",
+    "save": "maekit.weights.written",
     "Classifier": "maekit.models.classifier",
     "MaskedAutoencoder": "maekit.models.mae",
 }

@@ -15,9 +15,9 @@ from safetensors import safe_open
 
 from maekit import cli
 from maekit.models.classifier import Classifier
-from maekit.training.supervised import write_weights
 from maekit.weights.passport import HeadFacts, Passport
 from maekit.weights.store import load
+from maekit.weights.written import write_weights
 
 CLASSES = ("cat", "dog", "eel")
 MEAN, STD = (0.3, 0.4, 0.5), (0.2, 0.3, 0.25)

@@ -31,10 +31,10 @@ from maekit.training.supervised import (
     claim,
     layer_decay_groups,
     set_scaled_rate,
-    write_weights,
 )
 from maekit.weights.passport import HeadFacts, Passport
 from maekit.weights.sources import read_passport
+from maekit.weights.written import write_weights
 
 ENCODER = MaskedAutoencoder(tiny_config(), (0.5,) * 3, (0.2,) * 3).encoder
 

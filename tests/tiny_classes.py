@@ -12,8 +12,8 @@ from PIL import Image
 from maekit.config import ModelConfig
 from maekit.models.classifier import Classifier, Pool
 from maekit.models.mae import MaskedAutoencoder
-from maekit.training.supervised import write_weights
 from maekit.weights.passport import HeadFacts, Passport
+from maekit.weights.written import write_weights
 
 MEAN, STD = (0.3,), (0.38,)
 DIGITS = tuple(str(digit) for digit in range(10))

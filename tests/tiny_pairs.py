@@ -14,8 +14,8 @@ from PIL import Image
 
 from maekit import cli
 from maekit.tasks import segment
-from maekit.training.supervised import write_weights
 from maekit.weights.store import random_model
+from maekit.weights.written import write_weights
 
 NAMES = ["ground", "disc", "bar"]
 TINY = (

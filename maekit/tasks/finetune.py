@@ -40,9 +40,10 @@ from maekit.training.optim import learning_rate
 from maekit.training.replayed import Replayed
 from maekit.training.scorecard import CARD, print_score, scored_steps, with_interval, write_card
 from maekit.training.scoring import EVAL_BATCH, Score, answer, of_all, score
-from maekit.training.supervised import BEST_FILE, mean_loss, set_scaled_rate, write_weights
+from maekit.training.supervised import BEST_FILE, mean_loss, set_scaled_rate
 from maekit.viz.confusion import draw_training, picture_confusion
 from maekit.weights.store import WEIGHTS_FILE
+from maekit.weights.written import write_weights
 
 DRAW_SECONDS = 60.0
 """curves.png is drawn anew not more often than this, and at the end."""

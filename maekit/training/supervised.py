@@ -21,7 +21,6 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 from rich.markup import escape
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from maekit.config import SupervisedConfig, UserError
@@ -38,6 +37,7 @@ from maekit.training.saving import SaveClock, leave_nothing, persist, write_whol
 from maekit.weights.passport import Passport
 from maekit.weights.sources import read_passport
 from maekit.weights.store import WEIGHTS_FILE, check_names
+from maekit.weights.written import write_weights
 
 BEST_FILE = "best.safetensors"
 _STEPPED = "stepped/"
@@ -286,14 +286,6 @@ def claim(out: Path, fresh: bool) -> None:
             f"--out {out}: is not empty: maekit resume {out} continues the run in it; else name another one"
         )
     lock.take(out, fresh=fresh)
-
-
-def write_weights(path: Path, model: nn.Module, passport: Passport) -> None:
-    """Write weights with their passport; a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-    temporary.write_bytes(save(tensors, passport.to_metadata()))  # save_file would let only the owner read it
-    temporary.replace(path)
 
 
 def layer_decay_groups(model: nn.Module, encoder: nn.Module, weight_decay: float, decay: float) -> list[dict[str, Any]]:

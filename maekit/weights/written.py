@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save as to_bytes
 from torch import nn
@@ -35,7 +36,7 @@ def save(
             raise UserError(f"a {type(model).__name__} without a passport: save a MaskedAutoencoder, or what load gave")
         mean, std = (tuple(values.flatten().tolist()) for values in (model.mean, model.std))
         passport = Passport(model=model.config, mean=mean, std=std, grid=model.grid_hw)
-    said = {"epochs": epochs, "data": data or None, "weights_license": license or None}
+    said: dict[str, Any] = {"epochs": epochs, "data": data or None, "weights_license": license or None}
     passport = dataclasses.replace(passport, **{name: value for name, value in said.items() if value is not None})
     write_weights(path, model, passport)
 
