@@ -28,6 +28,7 @@ from maekit.config import FinetuneConfig, ResumeConfig, UserError, changed
 from maekit.configfile import read
 from maekit.data.labelled import labels_of, take_good_slots
 from maekit.data.loader import Batch, open_pool
+from maekit.keeping import keeping
 from maekit.runtime import compile_or_eager, to_device, uncompiled
 from maekit.stopping import StopRequest
 from maekit.terminal import Pace, counting, make_console, make_progress, print_settings, short_time
@@ -37,7 +38,7 @@ from maekit.training.guard import Guard, backward, guarded_update, update_if_fin
 from maekit.training.mixing import soft_loss
 from maekit.training.optim import learning_rate
 from maekit.training.replayed import Replayed
-from maekit.training.scorecard import CARD, print_score, scored_steps, with_interval, write_card
+from maekit.training.scorecard import CARD, CONFUSION, print_score, scored_steps, with_interval, write_card
 from maekit.training.scoring import EVAL_BATCH, Score, answer, of_all, score
 from maekit.training.supervised import BEST_FILE, mean_loss, set_scaled_rate, write_weights
 from maekit.viz.confusion import draw_training, picture_confusion
@@ -297,9 +298,10 @@ def finish(job: FinetuneJob, first_step: int, seconds: float) -> bool:
     }  # fmt: skip
     unreadable = len(splits.test_ids) - found.images
     title = f"{run.out.name}: {splits.test_what}, top-1 {found.top1:.1%}"
-    write_card(run.out, facts, found, model.classes, splits.test_what, unreadable, run.accelerator.device)
     print_score(run.console, found, model.classes, title)
-    picture_confusion(found.confusion_KK, model.classes, run.out / "confusion.png", title, run.console.print)
+    with keeping(run.out / CARD, run.console, CONFUSION):  # of the run before it was lengthened
+        write_card(run.out, facts, found, model.classes, splits.test_what, unreadable, run.accelerator.device)
+        picture_confusion(found.confusion_KK, model.classes, run.out / CONFUSION, title, run.console.print)
     images = (run.position.step - first_step) * config.batch_size
     heldout: dict[str, Any] = next(
         (r for r in reversed(run.metrics.read()) if r.get("kind") == "heldout" and r["step"] == step), {}
@@ -310,7 +312,7 @@ def finish(job: FinetuneJob, first_step: int, seconds: float) -> bool:
         + (f"; held-out top-1 {heldout['top1']:.1%})" if heldout else ")"),
         "test top-1": with_interval(found),
         **({"test top-5": f"{found.top5:.2%}"} if len(model.classes) > 5 else {}),
-        "card": f"{run.out / CARD}, {run.out / 'confusion.png'}, {run.out / 'curves.png'}",
+        "card": f"{run.out / CARD}, {run.out / CONFUSION}, {run.out / 'curves.png'}",
         "next": f"maekit predict {run.out} --data FOLDER --out predictions.csv",
     }
     print_settings(run.console, "done", done)

@@ -15,11 +15,12 @@ from maekit.data.labelled import class_map, labels_of, test_images
 from maekit.data.loader import Pool, open_pool
 from maekit.data.sources import open_source
 from maekit.data.workers import choose_workers
+from maekit.keeping import keeping
 from maekit.models.encoder import use_fused_attention
 from maekit.runtime import choose_attention, choose_device, choose_precision
 from maekit.terminal import counting, make_console, remark
 from maekit.training.finetuning import default_out, labels_in, reading_config
-from maekit.training.scorecard import CARD, print_score, with_interval, write_card
+from maekit.training.scorecard import CARD, CONFUSION, print_score, with_interval, write_card
 from maekit.training.scoring import EVAL_BATCH, answer, score
 from maekit.viz.confusion import picture_confusion
 from maekit.weights.store import load_classifier
@@ -67,11 +68,13 @@ def main(source: str, config: FinetuneConfig) -> int:
         raise UserError(f"--data {config.data}: none of the images of its {what} can be read")
     found = score(answers, len(model.classes))
     facts = {"task": "eval", "source": source, "data": data.name, "fingerprint": part.fingerprint,
-             "epochs": model.passport.epochs, "steps": model.passport.steps}  # fmt: skip
-    write_card(folder, facts, found, model.classes, what, len(ids) - found.images, device)
+             "epochs": model.passport.epochs, "steps": model.passport.steps, "size": list(reading.size_hw),
+             "crop_pct": reading.crop_pct}  # fmt: skip
     title = f"{source}: {what} of {data.name}, top-1 {found.top1:.1%}"
     print_score(console, found, model.classes, title)
-    picture_confusion(found.confusion_KK, model.classes, folder / "confusion.png", title, console.print)
+    with keeping(folder / CARD, console, CONFUSION):
+        write_card(folder, facts, found, model.classes, what, len(ids) - found.images, device)
+        picture_confusion(found.confusion_KK, model.classes, folder / CONFUSION, title, console.print)
     console.print(f"top-1 {with_interval(found)}; top-5 {found.top5:.2%}")
     console.print(f"card: {folder / CARD}", markup=False)
     return 0

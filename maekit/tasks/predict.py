@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from rich.console import Console
 from rich.markup import escape
 from torch.utils.data import DataLoader
 
@@ -34,6 +35,7 @@ from maekit.data.labelled import class_map
 from maekit.data.parts import Part
 from maekit.data.sources import choose_parts, open_source
 from maekit.data.workers import WorkerStart, choose_workers
+from maekit.keeping import keeping
 from maekit.models.classifier import Classifier
 from maekit.models.encoder import use_fused_attention
 from maekit.runtime import choose_attention, choose_device, choose_precision, to_device
@@ -83,7 +85,7 @@ def main(source: str, config: PredictConfig) -> int:
     parts = choose_parts(data, config.part, config.data)
     mapping, why_not = label_ids(parts, model, config, source)
     top, summary = min(config.top, len(model.classes)), Summary()
-    with writer(Path(config.out), top, mapping is not None) as write:
+    with writer(Path(config.out), top, mapping is not None, console) as write:
         for name, part in parts.items():
             with counting(console, f"images of {name}") as progress:
                 for rows in predictions(model, name, part, mapping, top, precision, config, summary):
@@ -240,8 +242,8 @@ def _short(share: float | None) -> str:
 
 
 @contextmanager
-def writer(out: Path, top: int, labelled: bool) -> Iterator[Writer]:
-    """A file of rows, which appears whole when the block ends well, or not at all.
+def writer(out: Path, top: int, labelled: bool, console: Console) -> Iterator[Writer]:
+    """A file of rows, which appears whole when the block ends well, or not at all; one of other rows is kept.
 
     Raises:
         UserError: it cannot be written.
@@ -254,7 +256,8 @@ def writer(out: Path, top: int, labelled: bool) -> Iterator[Writer]:
             yield rows
         finally:
             rows.close()
-        os.replace(temporary, out)
+        with keeping(out, console):
+            os.replace(temporary, out)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror or error})") from None
     finally:

@@ -17,6 +17,7 @@ from maekit.config import UserError
 from maekit.config.segmentation import PairsConfig, SegmentConfig, SegmentScoreConfig
 from maekit.configfile import read
 from maekit.data.loader import split_heldout
+from maekit.keeping import keeping
 from maekit.models.encoder import use_fused_attention
 from maekit.runtime import environment
 from maekit.terminal import counting, make_console, print_settings
@@ -79,11 +80,13 @@ def main(source: str, config: SegmentScoreConfig) -> int:
     result = score(matrix_KK)
     out = Path(config.out) if config.out else Path(source) / "score.json"
     card = {
-        "data": pairs.name, "part": what, "images": len(ids), "unreadable": unreadable, "weights": str(file),
+        "data": pairs.name, "fingerprint": part.fingerprint, "part": what, "images": len(ids),
+        "unreadable": unreadable, "weights": str(file), "steps": passport.steps,
         "view": dataclasses.asdict(view), "score": result.to_json(pairs.class_names), "confusion": matrix_KK.tolist(),
         "environment": environment(choices["device"].value),
     }  # fmt: skip
-    write_whole(out, json.dumps(card, indent=1) + "\n")
+    with keeping(out, console):
+        write_whole(out, json.dumps(card, indent=1) + "\n")
     title = f"{Path(source).name}: {what} images, {config.score} weights"
     console.print(score_table(result, pairs.class_names, title))
     print_settings(console, "done", {"seen": describe_view(view), "scores": str(out)})

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maekit.data.loader import Pool, SampleOrder
+from maekit.data.splits import Split
 from maekit.models.mae import MaskedAutoencoder
-from maekit.training.evaluation import Chosen, Progress, TrainSet, best_of
+from maekit.training.evaluation import Chosen, Progress, TrainSet, best_of, held_out_S
 from maekit.training.linear_probe import EPOCHS, RATES, LarsSweep, scaled_batch, schedule
 from maekit.training.optim import learning_rate
 
@@ -47,6 +48,13 @@ class LabelledPool:
         for count, batch in enumerate(self.pool.train_batches(shares)):
             labels = torch.from_numpy(self.labels_N[batch.sample_ids]).to(batch.images.device)
             yield count // len(starts), batch.images, labels
+
+
+def fitting_pool(train: Split) -> LabelledPool:
+    """The training images without the held-out ones, as a stream of random crops."""
+    assert train.part.labels is not None
+    ids = train.ids[~held_out_S(train.ids)]
+    return LabelledPool(train.pool, ids, np.asarray(train.part.labels, np.int64), int(train.labels.max()) + 1)
 
 
 def probe_anew(

@@ -12,13 +12,14 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
-from maekit.config import UserError
+from maekit.config import ProbeConfig, UserError
 from maekit.data.sources import Source
 from maekit.training.evaluation import DRAWS, Chosen, heldout_count
 from maekit.training.interval import wilson
 from maekit.training.saving import write_whole
 from maekit.weights.passport import Passport
 
+CARD, CONFIG = "card.json", "config.json"
 FEW = "% labels"
 """How the columns of few-label probes end."""
 NAMED = 5
@@ -137,13 +138,16 @@ class Card:
     def open(self, folder: Path) -> None:
         """Make the folder and write config.json, before anything is measured.
 
+        Beside a finished card the settings have another name until the new card is finished too.
+
         Raises:
             UserError: it cannot be written.
         """
         self.folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_whole(folder / "config.json", json.dumps(self.asked, indent=2) + "\n")
+            name = "config-unfinished.json" if (folder / CARD).exists() else CONFIG
+            write_whole(folder / name, json.dumps(self.asked, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"--out {folder}: cannot be written: {error.strerror}") from error
 
@@ -153,13 +157,23 @@ class Card:
         self._write("card-unfinished.json", self.asked, count)
 
     def finish(self, facts: dict[str, Any], count: int) -> None:
-        """Write card.json: what is true of all rows, then the rows."""
-        self._write("card.json", facts, count)
-        (self.folder / "card-unfinished.json").unlink(missing_ok=True)
+        """Write card.json (what is true of all rows, then the rows) and the settings that it is of."""
+        self._write(CARD, facts, count)
+        write_whole(self.folder / CONFIG, json.dumps(self.asked, indent=2) + "\n")
+        for name in ("card-unfinished.json", "config-unfinished.json"):
+            (self.folder / name).unlink(missing_ok=True)
 
     def _write(self, name: str, facts: dict[str, Any], count: int) -> None:
         scores = {"scores": [score_of(row, count) for row in self.rows]}
         write_whole(self.folder / name, json.dumps(facts | scores, indent=2) + "\n")
+
+
+def card_folder(config: ProbeConfig, sources: Sequence[str], data_name: str) -> Path:
+    """--out, else probe-NAME (probe-NAME-PROTOCOL) in the run's folder, if one run is measured, else here."""
+    if config.out is not None:
+        return Path(config.out)
+    base = Path(sources[0]) if len(sources) == 1 and Path(sources[0]).is_dir() else Path()
+    return base / f"probe-{data_name}{'' if config.protocol == 'cached' else f'-{config.protocol}'}"
 
 
 def say_left_out(console: Console, lines: list[str]) -> None:

@@ -18,7 +18,7 @@ from maekit.terminal import make_table
 from maekit.training.saving import write_whole
 from maekit.training.scoring import Score, worst_confusions
 
-CARD = "card.json"
+CARD, CONFUSION = "card.json", "confusion.png"
 SHOWN = 10
 """Classes, at most, that the table names; beyond, the worst of them. And confusions half as many."""
 
