@@ -35,6 +35,7 @@ from maekit.terminal import Pace, counting, make_console, make_progress, print_s
 from maekit.training import lock
 from maekit.training.finetuning import FinetuneJob, default_out, describe, prepare, reading_config
 from maekit.training.guard import Guard, backward, guarded_update, update_if_finite
+from maekit.training.interval import in_words
 from maekit.training.mixing import soft_loss
 from maekit.training.optim import learning_rate
 from maekit.training.replayed import Replayed
@@ -59,6 +60,8 @@ def main(source: str, config: FinetuneConfig, resumed: bool = False) -> int:
         UserError: everything that is wrong with the config, before anything is read; then what is wrong with weights
             or data.
     """
+    if config.eval:
+        raise UserError("--eval trains nothing: it is maekit.tasks.finetune_score.main that scores a classifier again")
     console = make_console()
     out = Path(config.out) if config.out else default_out(source, config)
     config = dataclasses.replace(config, source=source)
@@ -222,8 +225,9 @@ def watch(job: FinetuneJob, pace: Pace) -> bool:
     is_best = run.keep_best(found.rank)
     position.watched = position.step
     speed = pace.told(position.step, position.total_steps)
+    top5 = f"  top-5 {found.top5:.1%}" if len(job.splits.classes) > 5 else ""
     run.console.print(
-        f"epoch {job.epochs_done:.4g}  step {position.step:,}  held-out top-1 {found.top1:.1%}  top-5 {found.top5:.1%}"
+        f"epoch {job.epochs_done:.4g}  step {position.step:,}  held-out top-1 {found.top1:.1%}{top5}"
         f"  loss {found.loss:.4f}{speed}" + ("  best so far" if is_best else "")
     )
     return True
@@ -311,7 +315,7 @@ def finish(job: FinetuneJob, first_step: int, seconds: float) -> bool:
         "weights": f"{run.out / WEIGHTS_FILE}: of epoch {epoch:.4g} ({which}"
         + (f"; held-out top-1 {heldout['top1']:.1%})" if heldout else ")"),
         "test top-1": with_interval(found),
-        **({"test top-5": f"{found.top5:.2%}"} if len(model.classes) > 5 else {}),
+        **({"test top-5": in_words(found.top5, found.images)} if len(model.classes) > 5 else {}),
         "card": f"{run.out / CARD}, {run.out / CONFUSION}, {run.out / 'curves.png'}",
         "next": f"maekit predict {run.out} --data FOLDER --out predictions.csv",
     }

@@ -177,7 +177,7 @@ def main(sources: list[str], config: ProbeConfig) -> int:
     columns = columns_of(rows)
     headings = ["features", "block", *(HEADINGS.get(column, column) for column in columns)]
     console.print(make_table(title, headings, [line_of(row, columns, count) for row in rows]))
-    console.print(note_of(columns), style="dim", highlight=False)
+    console.print(note_of(rows, count), style="dim", highlight=False)
     facts = {
         "data": data.name,
         "fingerprint": data.train.fingerprint,
@@ -197,7 +197,7 @@ def main(sources: list[str], config: ProbeConfig) -> int:
     }
     folder = card.folder
     curves = [Curves(row.source, row.search, floor=row.source.endswith(", random weights")) for row in rows]
-    searched = f"searched on up to {evaluation.SEARCH_IMAGES:,} training images"
+    searched = f"searched on up to {evaluation.SEARCH_IMAGES:,} training images, held out: {facts['heldout_images']:,}"
     with keeping(folder / CARD, console, CONFIG, "card.png"):
         card.finish(facts, count)
         draw_card(curves, folder / "card.png", title=f"{data.name}: accuracy after each block", note=searched)

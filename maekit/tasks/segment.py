@@ -256,7 +256,7 @@ def finish(job: SegmentJob, seconds: float, first_step: int) -> bool:
             write_whole(run.out / CARD, json.dumps(card, indent=1) + "\n")
             if config.overlays:
                 draw_sheet(job, part, "overlays.png", f"{what} images, mIoU {100 * result.miou:.2f} %", ids)
-    title = f"{job.run.out.name}: {what} images, {which} weights"
+    title = f"{job.run.out.name}: {len(ids) - unreadable:,} {what} images, {which} weights"
     console.print(score_table(result, job.pairs.class_names, title))
     steps = run.position.step - first_step
     print_settings(console, "done", {

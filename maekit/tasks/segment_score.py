@@ -87,7 +87,7 @@ def main(source: str, config: SegmentScoreConfig) -> int:
     }  # fmt: skip
     with keeping(out, console):
         write_whole(out, json.dumps(card, indent=1) + "\n")
-    title = f"{Path(source).name}: {what} images, {config.score} weights"
+    title = f"{Path(source).name}: {len(ids) - unreadable:,} {what} images, {config.score} weights"
     console.print(score_table(result, pairs.class_names, title))
     print_settings(console, "done", {"seen": describe_view(view), "scores": str(out)})
     return 0
