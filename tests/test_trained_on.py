@@ -83,12 +83,15 @@ def test_files_are_known_by_their_paths(flat: tuple[Path, Path], tmp_path: Path)
     assert used_of(run, tmp_path / "copy") == {}
 
 
-def test_weights_without_their_run_know_the_fingerprint(flat: tuple[Path, Path], tmp_path: Path) -> None:
-    run, data = flat
-    (tmp_path / "moved").mkdir()
-    shutil.copy(run / "model.safetensors", tmp_path / "moved")
-    assert used_of(tmp_path / "moved", data) == {"train": 32}
-    assert used_of(tmp_path / "moved", data / "cat") == {}
+def test_weights_without_their_run_know_the_fingerprint(
+    flat: tuple[Path, Path], parted: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Then it is what a run on data of this form would have used."""
+    for name, (run, data) in {"flat": flat, "parted": parted}.items():
+        (tmp_path / name).mkdir()
+        shutil.copy(run / "model.safetensors", tmp_path / name)
+        assert used_of(tmp_path / name, data) == ({"train": 32} if name == "flat" else {"train": 40, "test": 0})
+    assert used_of(tmp_path / "flat", flat[1] / "cat") == {}
 
 
 def test_predict_tells_them_apart(flat: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
