@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -43,7 +42,7 @@ from maekit.config import (
     refuse_positional,
     typed_flags,
 )
-from maekit.configfile import MAX_BYTES, read
+from maekit.configfile import read, written_by
 
 Config = TypeVar("Config")
 
@@ -138,6 +137,7 @@ def pretrain(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         return explain_recipes("pretrain", "--data D --out RUN", bool(words))
     base = recipe_or_file(words, "pretrain")
+    refuse_positional(words[1:], f"pretrain {words[0]}")
     config = parse(PretrainConfig, f"maekit pretrain {words[0]}", words[1:], base)
     adapt_durations(config, base, words)
     if (code := or_resume(config, "pretrain", words)) is not None:
@@ -152,6 +152,7 @@ def plan(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         return explain_recipes("plan", "--data D or --images N", bool(words))
     base = recipe_or_file(words, "plan")
+    refuse_positional(words[1:], f"plan {words[0]}")
     defaults = PlanConfig(**vars(base))
     given = typed_flags(words)
     if "--images" in given and "--data" not in given:
@@ -218,20 +219,6 @@ def or_resume(asked: PretrainConfig | SupervisedConfig, task: str, words: Sequen
         raise UserError(f"--or-resume: {asked.out} holds a run of maekit {held}; give another --out")
     again = asked_again(asked, read(type(asked), path), typed_flags(words), asked.out)
     return continue_run(task, asked.out, again)
-
-
-def written_by(folder: str) -> str:
-    """The task that a run's config.json names; empty where there is none to read, which the task itself will say."""
-    path = Path(folder) / "config.json"
-    try:
-        if not path.is_file():  # a pipe would block whoever opens it
-            return ""
-        with path.open("rb") as file:
-            values = json.loads(file.read(MAX_BYTES))
-    except (OSError, ValueError, RecursionError):
-        return ""
-    task = values.get("task") if isinstance(values, dict) else ""
-    return task if isinstance(task, str) else ""
 
 
 def finetune(words: list[str]) -> int:
@@ -316,7 +303,7 @@ def push(words: list[str]) -> int:
 
 def on_data(words: list[str], task: str, kind: type[Any]) -> int:
     """maekit TASK --flags, of the tasks that take a config and nothing else."""
-    refuse_positional(words, task, kind)
+    refuse_positional(words, task)
     config = parse(kind, f"maekit {task}", words)
     return int(import_module(f"maekit.tasks.{task.replace('-', '_')}").main(config))
 
@@ -329,6 +316,7 @@ def selftest(words: list[str]) -> int:
         raise UserError(f"selftest {asked[0]}: choose from resume: {usage}")
     if len(asked) != 2 and not {"-h", "--help"} & set(rest):
         raise UserError(f"one recipe at a time: {usage}")
+    recipe_or_file(asked[1:] or ["folder"], "selftest resume")
     config = parse(SelftestConfig, usage, rest)
     from maekit.tasks import selftest as task
 

@@ -13,10 +13,12 @@ from PIL import Image
 from rich.console import Console
 from test_card import make_weights
 from tiny_classes import TRAINING, write_classifier, write_encoder, write_images
+from tiny_runs import DIGITS
 
 from maekit import cli, keeping
 from maekit.config import FinetuneConfig, UserError
 from maekit.config.segmentation import SegmentConfig
+from maekit.tasks import pretrain
 from maekit.training.finetuning import default_out as finetune_out
 from maekit.training.segmentation_prepare import default_out as segment_out
 
@@ -206,3 +208,16 @@ def test_names_of_folders_follow_what_experiments_vary() -> None:
         for changes in ({}, {"head": "linear"}, {"head": "fpn", "from_scratch": True, "seed": 1})
     ]
     assert names == ["segment-camvid", "segment-camvid-linear", "segment-camvid-fpn-scratch-seed1"]
+
+
+def test_panels_within_an_epoch_have_names_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded to whole epochs, the one after half an epoch would be written over by the one after the next half."""
+    drawn: list[str] = []
+    monkeypatch.setattr(pretrain, "draw", lambda rows, path, **_: drawn.append(path.name))
+    monkeypatch.setattr(pretrain, "draw_curves", lambda *_, **__: None)
+    words = [*DIGITS, "--batch-size", "140", "--steps", "20", "--eval-every", "10"]  # 10 steps an epoch
+    for every in ("0.5", "1"):
+        assert cli.main([*words, "--panel-every", every, "--out", str(tmp_path / every)]) == 0
+    halves = [name for name in drawn if "." in name.removesuffix(".png")]
+    assert halves == ["epoch-0000.50.png", "epoch-0001.00.png", "epoch-0001.50.png", "epoch-0002.00.png"], drawn
+    assert drawn[4:] == ["epoch-0001.png", "epoch-0002.png"]

@@ -6,8 +6,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from maekit.config.base import UserError, flag
+from maekit.config.base import UserError
+from maekit.config.finetuning import FinetuneConfig
+from maekit.config.pretraining import PretrainConfig
+from maekit.config.resuming import ResumeConfig
+from maekit.config.segmentation import SegmentConfig
 
+_RUNS = (PretrainConfig, FinetuneConfig, SegmentConfig)
 PAGE = "docs/coming-from.md has the flags of other codes in ours"
 HABITS: dict[str, str] = {
     "data_path": "--data",
@@ -22,6 +27,7 @@ HABITS: dict[str, str] = {
     "learning_rate": "--lr",
     "num_train_epochs": "--epochs",
     "warmup_ratio": "--warmup-epochs",
+    "epochs": "--lars-epochs, for the paper's linear probe",
     "norm_pix_loss": "--target norm-pixels, which is the usual; --target pixels where that flag was not given",
     "input_size": "--img-size",
     "encoder_depth": "--depth",
@@ -77,19 +83,26 @@ their spelling: what is typed here. Empty: there is nothing of the kind."""
 def foreign_flags(words: Sequence[str], kind: type[Any]) -> list[str]:
     """What is to be said of flags that are typed out of a habit, a line each; those that `kind` has are its own."""
     own = {item.name for item in dataclasses.fields(kind)}
+    kept = {item.name for run in _RUNS for item in dataclasses.fields(run)} if kind is ResumeConfig else set()
     found: list[str] = []
+    fixed: list[str] = []
     for word in words:
-        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
-        if not word.startswith("--") or name in own or name not in HABITS or name.removeprefix("no_") in own:
+        spelled = word.partition("=")[0]
+        name = spelled.removeprefix("--").replace("-", "_")
+        if not word.startswith("--") or name in own or name.removeprefix("no_") in own:
             continue
-        advice = HABITS[name] or "no counterpart here"
-        wanted = advice.split()[0].strip(",;:")
-        if wanted.startswith("--") and wanted.removeprefix("--").replace("-", "_") not in own:
-            advice += ", where a command has it; this one does not"
-        found.append(f"{word.partition('=')[0]} is a flag of another code; here: {advice}")
+        if name in kept:
+            fixed.append(f"{spelled}: a run keeps what it began with; maekit resume --help has what may change")
+        elif name in HABITS:
+            advice = HABITS[name] or "there is nothing of the kind"
+            wanted = advice.split()[0].strip(",;:")
+            if wanted.startswith("--"):
+                there = wanted.removeprefix("--").replace("-", "_") in own
+                advice = f"take {advice}" if there else f"commands that can do this call it {wanted}"
+            found.append(f"{spelled}: no flag of this command; {advice}")
     if found:
         found[-1] += f" ({PAGE})"
-    return found
+    return found + fixed
 
 
 def positional(words: Sequence[str], usage: str, what: str, several: bool = False) -> tuple[list[str], list[str]]:
@@ -110,12 +123,11 @@ def put_first(words: Sequence[str], command: str) -> str:
     return f"; perhaps: maekit {command} {words[-1]} {' '.join(words[:-1])}"
 
 
-def refuse_positional(words: Sequence[str], command: str, kind: type[Any]) -> None:
-    """Refuse words in front of the flags of a command that has flags only.
+def refuse_positional(words: Sequence[str], command: str) -> None:
+    """Refuse words in front of the flags where there can be flags only: most often they are data.
 
     Raises:
         UserError: a word that is no flag stands first.
     """
     if words and not words[0].startswith("-"):
-        first = next(item.name for item in dataclasses.fields(kind))
-        raise UserError(f"{words[0]!r}: a flag says what it is: maekit {command} --{flag(first)} {' '.join(words)}")
+        raise UserError(f"{words[0]!r}: a flag says what it is: maekit {command} --data {' '.join(words)}")

@@ -223,7 +223,9 @@ def draw_pictures(job: Job) -> bool:
         keep, masked = heldout_masks(job.model, ids)
         shown = reconstruct(job.model, batch.images, keep, masked, "true-patch")
         rows = [compose(r.image_HWC, r.ids_masked_M, r.pred_MP, job.model.patch_size) for r in shown]
-        path = job.out / "panels" / f"epoch-{round(job.epochs_done):04d}.png"
+        done = job.epochs_done  # with a part of an epoch where panels are drawn within one, lest they share a name
+        number = f"{round(done):04d}" if float(job.config.panel_every).is_integer() else f"{done:07.2f}"
+        path = job.out / "panels" / f"epoch-{number}.png"
         title = f"{job.out.name}: held-out images after {job.epochs_done:.4g} epochs"
         try:
             draw(rows, path, title=title, note=statistics_note(job.model, "true-patch"))

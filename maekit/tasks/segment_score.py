@@ -43,10 +43,10 @@ def main(source: str, config: SegmentScoreConfig) -> int:
     run_file = Path(source) / "config.json"
     if not run_file.is_file():
         raise UserError(f"{source}: holds no run (no config.json); --eval scores what maekit segment has trained")
-    run = read(SegmentConfig, run_file)
     choices = choose_machine(config)
     file = Path(source) / (BEST_FILE if config.score == "best" else WEIGHTS_FILE)
     model, passport = load_segmenter(file, choices["device"].value)
+    run = read(SegmentConfig, run_file)  # after the weights, which say so where they are of another task
     use_fused_attention(model, choices["attention"].value)
     workers = choices["workers"].value
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(PairsConfig)}
