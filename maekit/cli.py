@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -36,10 +35,14 @@ from maekit.config import (
     adapt,
     asked_again,
     did_you_mean,
+    foreign_flags,
+    positional,
     preset_for,
+    put_first,
+    refuse_positional,
     typed_flags,
 )
-from maekit.configfile import MAX_BYTES, read
+from maekit.configfile import read, written_by
 
 Config = TypeVar("Config")
 
@@ -122,6 +125,8 @@ def parse(kind: type[Config], prog: str, words: Sequence[str], default: Config |
     """A config from flags, by tyro; exits with code 2 where a flag is unknown or a value does not fit."""
     import tyro
 
+    if problems := foreign_flags(words, kind):
+        raise UserError(*problems)
     if default is None:
         return tyro.cli(kind, prog=prog, args=list(words))
     return tyro.cli(kind, prog=prog, args=list(words), default=default)
@@ -131,7 +136,8 @@ def pretrain(words: list[str]) -> int:
     """maekit pretrain RECIPE --flags"""
     if not words or words[0] in ("-h", "--help"):
         return explain_recipes("pretrain", "--data D --out RUN", bool(words))
-    base = recipe_or_file(words[0], "pretrain")
+    base = recipe_or_file(words, "pretrain")
+    refuse_positional(words[1:], f"pretrain {words[0]}")
     config = parse(PretrainConfig, f"maekit pretrain {words[0]}", words[1:], base)
     adapt(config, base, words)
     if (code := or_resume(config, "pretrain", words)) is not None:
@@ -145,7 +151,8 @@ def plan(words: list[str]) -> int:
     """maekit plan RECIPE --flags"""
     if not words or words[0] in ("-h", "--help"):
         return explain_recipes("plan", "--data D or --images N", bool(words))
-    base = recipe_or_file(words[0], "plan")
+    base = recipe_or_file(words, "plan")
+    refuse_positional(words[1:], f"plan {words[0]}")
     defaults = PlanConfig(**vars(base))
     given = typed_flags(words)
     if "--images" in given and "--data" not in given:
@@ -165,12 +172,15 @@ def explain_recipes(command: str, needs: str, asked: bool) -> int:
     return 0 if asked else 2
 
 
-def recipe_or_file(word: str, command: str) -> PretrainConfig:
-    """The config that a recipe's name or a run's config.json stands for."""
+def recipe_or_file(words: Sequence[str], command: str) -> PretrainConfig:
+    """The config that a recipe's name or a run's config.json, the first word, stands for."""
     from maekit import recipes
 
+    word = words[0]
     if word.startswith("-"):
-        raise UserError(f"the recipe comes first: maekit {command} RECIPE ...; recipes: {', '.join(recipes.names())}")
+        names = ", ".join(recipes.names())
+        meant = put_first(words, command) if words[-1] in recipes.names() else ""
+        raise UserError(f"the recipe comes first: maekit {command} RECIPE ...{meant}; recipes: {names}")
     if not word.endswith(".json"):
         return recipes.get(word)
     path = Path(word).expanduser()
@@ -209,20 +219,6 @@ def or_resume(asked: PretrainConfig | SupervisedConfig, task: str, words: Sequen
         raise UserError(f"--or-resume: {asked.out} holds a run of maekit {held}; give another --out")
     again = asked_again(asked, read(type(asked), path), typed_flags(words), asked.out)
     return continue_run(task, asked.out, again)
-
-
-def written_by(folder: str) -> str:
-    """The task that a run's config.json names; empty where there is none to read, which the task itself will say."""
-    path = Path(folder) / "config.json"
-    try:
-        if not path.is_file():  # a pipe would block whoever opens it
-            return ""
-        with path.open("rb") as file:
-            values = json.loads(file.read(MAX_BYTES))
-    except (OSError, ValueError, RecursionError):
-        return ""
-    task = values.get("task") if isinstance(values, dict) else ""
-    return task if isinstance(task, str) else ""
 
 
 def finetune(words: list[str]) -> int:
@@ -307,6 +303,7 @@ def push(words: list[str]) -> int:
 
 def on_data(words: list[str], task: str, kind: type[Any]) -> int:
     """maekit TASK --flags, of the tasks that take a config and nothing else."""
+    refuse_positional(words, task)
     config = parse(kind, f"maekit {task}", words)
     return int(import_module(f"maekit.tasks.{task.replace('-', '_')}").main(config))
 
@@ -319,20 +316,11 @@ def selftest(words: list[str]) -> int:
         raise UserError(f"selftest {asked[0]}: choose from resume: {usage}")
     if len(asked) != 2 and not {"-h", "--help"} & set(rest):
         raise UserError(f"one recipe at a time: {usage}")
+    recipe_or_file(asked[1:] or ["folder"], "selftest resume")
     config = parse(SelftestConfig, usage, rest)
     from maekit.tasks import selftest as task
 
     return task.main(asked[1], config)
-
-
-def positional(words: list[str], usage: str, what: str, several: bool = False) -> tuple[list[str], list[str]]:
-    """The leading words that are no flags, and the rest; `--help` needs none."""
-    count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-    if not count and not {"-h", "--help"} & set(words):
-        raise UserError(f"{what} is missing{', which stands before the flags' if words else ''}: {usage}")
-    if count > 1 and not several:
-        raise UserError(f"{words[1]!r}: one source at a time: {usage}")
-    return words[:count], words[count:]
 
 
 def list_recipes(words: list[str]) -> int:

@@ -66,6 +66,20 @@ def read(kind: type[Config], path: Path) -> Config:
         raise UserError(f"{path}: not JSON (not UTF-8)") from None
 
 
+def written_by(folder: str) -> str:
+    """The task that a run's config.json names; empty where there is none to read, which the task itself will say."""
+    path = Path(folder) / "config.json"
+    try:
+        if not path.is_file():  # a pipe would block whoever opens it
+            return ""
+        with path.open("rb") as file:
+            values = json.loads(file.read(MAX_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return ""
+    task = values.get("task") if isinstance(values, dict) else ""
+    return task if isinstance(task, str) else ""
+
+
 def from_values(kind: type[Config], values: Any, source: str | Path) -> Config:
     """A dataclass from plain values, nested ones included; raises UserError with all that is wrong."""
     if not isinstance(values, dict):

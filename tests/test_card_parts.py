@@ -25,7 +25,7 @@ from maekit.data.parts import ArrayPart
 from maekit.models.mae import MaskedAutoencoder
 from maekit.training import evaluation, probes
 from maekit.training.attentive import LEAST_STEPS, AttentivePool, batch_for, choose_attentive, train_attentive
-from maekit.training.card import Row, cell, line_of, note_of, seconds_of
+from maekit.training.card import Row, line_of, seconds_of
 from maekit.training.evaluation import TestImages as Images
 from maekit.training.evaluation import (
     TrainSet,
@@ -346,12 +346,6 @@ def test_few_images_make_small_batches_for_the_attentive_probe() -> None:
     assert 5_400 // 64 * 10 >= LEAST_STEPS > 5_400 // 128 * 10
 
 
-def test_the_cell_holds_the_intervals_longer_side() -> None:
-    """Wilson's interval is not centred: 12 of 12 are 75.8 to 100 %, which 100 +- 12 would not say."""
-    assert cell([1.0], 12) == "100.0 +- 24.2"
-    assert cell([0.5], 10_000) == "50.0 +- 1.0"
-
-
 def test_a_name_is_no_markup() -> None:
     setting = {"block": 1, "pooling": "mean"}
     probes: dict[str, Any] = {name: [SimpleNamespace(setting=setting)] for name in ("linear", "knn")}
@@ -384,16 +378,3 @@ def test_the_picture_takes_any_names(tmp_path: Path) -> None:
 def test_a_rows_seconds_are_told_without_what_took_none() -> None:
     row = Row("mine", 8, "", [], [], {}, {}, {"search": 3.4, "knn": 0.2, "linear": 12.0})
     assert seconds_of(row) == "mine: 16 s (search 3, linear 12)"
-
-
-def test_the_note_speaks_of_what_was_measured() -> None:
-    """Of few labels, LARS and probes that leave the held-out tenth out only where the table has them."""
-    plain = note_of(["linear", "knn"])
-    assert "few labels" not in plain
-    assert "LARS" not in plain
-    assert "L-BFGS and k-NN are then fitted on that tenth too; the test split is scored once" in plain
-    whole = note_of(["linear", "lars", "knn", "1 % labels"])
-    assert whole.count("few labels") == 2
-    assert "L-BFGS, LARS and k-NN are then fitted on that tenth too, the others without it" in whole
-    keras = note_of(["linear", "knn", "keras"])
-    assert "L-BFGS, the tutorial's probe and k-NN are then fitted on that tenth too; the test" in keras

@@ -20,6 +20,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 
 LEVELS = {
     "config": 0, "configfile": 1, "rng": 0, "runtime": 1, "seeding": 1, "stopping": 1, "terminal": 2,  # base
+    "keeping": 3,  # base, and reads terminal
     "models": 3, "data": 4, "weights": 4, "training": 5, "viz": 5,  # parts
     "recipes": 6, "tasks": 7,
     "": 8,  # the package itself: the public API

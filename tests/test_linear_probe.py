@@ -96,3 +96,36 @@ def test_the_schedule_is_the_papers() -> None:
     assert shares[90] == 1.0 == max(shares)
     assert shares[90 + 360] == pytest.approx(0.5)
     assert 0 < shares[-1] < 1e-4
+
+
+def statistics(sweep: LarsSweep) -> tuple[Tensor, Tensor]:
+    mean, variance = sweep.norm.running_mean, sweep.norm.running_var
+    assert mean is not None and variance is not None
+    return mean, variance
+
+
+def test_a_short_training_is_scored_by_the_statistics_of_its_rows() -> None:
+    """Thirty steps leave 0.04 of a batch norm's first mean, 0, and features around 1,000 would be far off."""
+    labels = torch.arange(60) // 20
+    features = 1000 + 6 * torch.eye(3)[labels] + torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+    sweep = train_sweep(features, labels, 3, RATES, epochs=30)
+    mean, variance = statistics(sweep)
+    assert torch.allclose(mean, features.mean(dim=0), rtol=1e-4)
+    assert torch.allclose(variance, features.var(dim=0), rtol=1e-3)
+    assert max(sweep.accuracies(features, labels)) > 0.9
+
+
+def test_the_statistics_of_a_short_training_are_of_mixed_rows() -> None:
+    """Batches in the order of the classes would each have the variance of one class alone."""
+    labels = torch.arange(600) // 300
+    features = 10.0 * labels[:, None] + torch.randn(600, 2, generator=torch.Generator().manual_seed(0))
+    sweep = train_sweep(features, labels, 2, RATES, epochs=2)  # two batches of 256 an epoch
+    assert scaled_batch(600) == 256
+    assert torch.allclose(statistics(sweep)[1], features.var(dim=0), rtol=0.1)
+
+
+def test_a_long_training_keeps_the_statistics_that_ran_along() -> None:
+    """So that published cards keep their numbers."""
+    features, labels = blobs(60)
+    sweep = train_sweep(features, labels, 3, RATES, epochs=100)
+    assert sweep.norm.momentum == 0.1

@@ -21,6 +21,7 @@ from maekit.config.resuming import ResumeConfig, asked_again, changed
 from maekit.config.supervised import SupervisedConfig
 from maekit.config.transfer import AttendConfig, ConvertConfig, EmbedConfig, PushConfig
 from maekit.config.weights import FILE_FACTS, InfoConfig, SourceConfig
+from maekit.config.words import foreign_flags, positional, put_first, refuse_positional
 
 __all__ = [
     "FILE_FACTS",
@@ -53,6 +54,10 @@ __all__ = [
     "changed",
     "did_you_mean",
     "flag",
+    "foreign_flags",
+    "positional",
     "preset_for",
+    "put_first",
+    "refuse_positional",
     "typed_flags",
 ]

@@ -20,7 +20,8 @@ class ProbeConfig(SourceConfig):
     """Labelled images: a known name, a folder with one folder per class, or a Parquet file or folder."""
     out: str | None = None
     """Folder for card.json and card.png. Default: probe-NAME, in the run's folder if the only source is a run; the
-    protocols paper and keras have one of their own, such as probe-NAME-paper."""
+    protocols paper and keras have one of their own, such as probe-NAME-paper. An earlier card in it that says something
+    else is kept as card-1.json, card-2.json, ..."""
     pool: Literal["cls", "mean"] | None = None
     """Which tokens are the features. Default: the class token, the mean of the patches and both together are tried, the
     held-out part decides."""

@@ -25,7 +25,8 @@ class SupervisedConfig(SourceConfig):
     """Labelled data."""
     out: str = ""
     """Folder of the run; it must not hold another one. Default: in the source's run, or here: finetune-NAME,
-    scratch-NAME (--from-scratch), eval-NAME (--eval), segment-NAME, or segment-NAME-scratch (--from-scratch)."""
+    scratch-NAME (--from-scratch), eval-NAME (--eval), or segment-NAME; what --train-share, --head, --from-scratch and
+    --seed say beyond the usual follows, as in segment-NAME-linear-scratch-seed1."""
     or_resume: bool = False
     """Where --out holds the run that this very command began, go on with it: for jobs that are started again."""
     from_scratch: bool = False

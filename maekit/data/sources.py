@@ -40,6 +40,8 @@ def open_source(
     name = short_name(path)
     suffix = os.path.splitext(path)[1].lower()
     if stat.S_ISDIR(mode):
+        if is_run(path):
+            raise UserError(f"--data {shown}: is the folder of a run, not of images; a run stands first, before --data")
         try:
             files = find_files(path, shown)
         except OSError as error:
@@ -66,6 +68,12 @@ def open_source(
         f"--data {shown}: a {suffix or 'nameless'} file; folders, .parquet, .txt (paths), and .csv or .tsv (paths and "
         "labels) are read"
     )
+
+
+def is_run(folder: str) -> bool:
+    """Whether a folder is that of a maekit run, whose panels are no images to train on."""
+    there = set(os.listdir(folder)) if os.access(folder, os.R_OK) else set()
+    return {"config.json", "metrics.jsonl"} <= there
 
 
 def lasting(spec: str) -> str:

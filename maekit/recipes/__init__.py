@@ -7,6 +7,7 @@ what is listed is what the files say.
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 import re
 
@@ -28,7 +29,10 @@ def get(name: str) -> PretrainConfig:
         UserError: no such recipe; names the nearest ones.
     """
     if name not in names():
-        raise UserError(f"recipe {name!r}: no such recipe; {did_you_mean(name, names())}")
+        hint = did_you_mean(name, names())
+        if os.path.isdir(name):
+            hint = f"a folder; maekit resume {name} continues a run, --init {name} begins with its weights"
+        raise UserError(f"recipe {name!r}: no such recipe; {hint}")
     config: PretrainConfig = importlib.import_module(f"maekit.recipes.{name.replace('-', '_')}").CONFIG
     assert config.recipe == name, (config.recipe, name)
     return config

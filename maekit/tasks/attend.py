@@ -21,6 +21,7 @@ from torch import Tensor
 from maekit.config import AttendConfig, UserError
 from maekit.data.centres import read_centres
 from maekit.data.parts import left_out_remark, loose_files
+from maekit.keeping import keeping
 from maekit.models.mae import MaskedAutoencoder
 from maekit.runtime import choose_device
 from maekit.terminal import make_console, remark
@@ -61,13 +62,14 @@ def main(source: str, config: AttendConfig) -> int:
         "components (red, green, blue) of the patch features, over all images shown; like colours mean alike"
     )
     try:
-        draw_attention(
-            [AttentionRow(*row) for row in zip(shown, colors, maps, strict=True)],
-            Path(config.out),
-            title=f"{source}: {model.passport.epochs:.4g} epochs on {model.passport.data or 'no data'}",
-            note=note,
-            row_labels=[Path(name).name for name in config.image],
-        )
+        with keeping(Path(config.out), console):
+            draw_attention(
+                [AttentionRow(*row) for row in zip(shown, colors, maps, strict=True)],
+                Path(config.out),
+                title=f"{source}: {model.passport.epochs:.4g} epochs on {model.passport.data or 'no data'}",
+                note=note,
+                row_labels=[Path(name).name for name in config.image],
+            )
     except OSError as error:
         raise UserError(f"--out {config.out}: cannot be written ({error.strerror or error})") from None
     console.print(f"maps: {escape(config.out)} (attention of {who}, block {block} of {depth})", soft_wrap=True)

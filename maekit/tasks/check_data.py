@@ -25,6 +25,7 @@ from maekit.data.parts import Part
 from maekit.data.sources import open_source
 from maekit.data.survey import Bad, Survey, summary, survey
 from maekit.data.workers import choose_workers
+from maekit.keeping import keeping
 from maekit.terminal import counting, make_console, make_table, remark
 
 SHOWN = 20
@@ -66,7 +67,8 @@ def main(config: CheckDataConfig) -> int:
                 "data": config.data,
                 "in_chans": config.in_chans,
                 "parts": {name: describe(part, found[name]) for name, part in parts.items()},
-            }
+            },
+            console,
         )
     show(console, source.name, parts, found, report)
     if has_annotations(config):
@@ -112,12 +114,13 @@ class Report:
                 self._file.write(f"{self._comma}\n  {json.dumps(record)}")
                 self._comma = ","
 
-    def finish(self, rest: dict[str, Any]) -> None:
+    def finish(self, rest: dict[str, Any], console: Console) -> None:
         """Add all other entries and put the report into its place."""
         if self.path is not None:
             self._file.write("\n],\n" + json.dumps(rest, indent=1).removeprefix("{\n") + "\n")
             self._file.close()
-            os.replace(self._temporary, self.path)
+            with keeping(self.path, console):
+                os.replace(self._temporary, self.path)
 
 
 def describe(part: Part, found: Survey) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from maekit.config import FinetuneConfig, ResumeConfig, UserError, changed
 from maekit.configfile import read
 from maekit.data.labelled import labels_of, take_good_slots
 from maekit.data.loader import Batch, open_pool
+from maekit.keeping import keeping
 from maekit.runtime import compile_or_eager, to_device, uncompiled
 from maekit.stopping import StopRequest
 from maekit.terminal import Pace, counting, make_console, make_progress, print_settings, remark, short_time
@@ -35,10 +36,11 @@ from maekit.training import lock
 from maekit.training.advice import few_heldout, images_seen
 from maekit.training.finetuning import FinetuneJob, default_out, describe, prepare, reading_config
 from maekit.training.guard import Guard, backward, guarded_update, update_if_finite
+from maekit.training.interval import in_words
 from maekit.training.mixing import soft_loss
 from maekit.training.optim import learning_rate
 from maekit.training.replayed import Replayed
-from maekit.training.scorecard import CARD, print_score, scored_steps, with_interval, write_card
+from maekit.training.scorecard import CARD, CONFUSION, print_score, scored_steps, with_interval, write_card
 from maekit.training.scoring import EVAL_BATCH, Score, answer, of_all, score
 from maekit.training.supervised import BEST_FILE, mean_loss, set_scaled_rate
 from maekit.viz.confusion import draw_training, picture_confusion
@@ -60,6 +62,8 @@ def main(source: str, config: FinetuneConfig, resumed: bool = False) -> int:
         UserError: everything that is wrong with the config, before anything is read; then what is wrong with weights
             or data.
     """
+    if config.eval:
+        raise UserError("--eval trains nothing: it is maekit.tasks.finetune_score.main that scores a classifier again")
     console = make_console()
     out = Path(config.out) if config.out else default_out(source, config)
     config = dataclasses.replace(config, source=source)
@@ -226,8 +230,9 @@ def watch(job: FinetuneJob, pace: Pace) -> bool:
     is_best = run.keep_best(found.rank)
     position.watched = position.step
     speed = pace.told(position.step, position.total_steps)
+    top5 = f"  top-5 {found.top5:.1%}" if len(job.splits.classes) > 5 else ""
     run.console.print(
-        f"epoch {job.epochs_done:.4g}  step {position.step:,}  held-out top-1 {found.top1:.1%}  top-5 {found.top5:.1%}"
+        f"epoch {job.epochs_done:.4g}  step {position.step:,}  held-out top-1 {found.top1:.1%}{top5}"
         f"  loss {found.loss:.4f}{speed}" + ("  best so far" if is_best else "")
     )
     return True
@@ -302,9 +307,10 @@ def finish(job: FinetuneJob, first_step: int, seconds: float) -> bool:
     }  # fmt: skip
     unreadable = len(splits.test_ids) - found.images
     title = f"{run.out.name}: {splits.test_what}, top-1 {found.top1:.1%}"
-    write_card(run.out, facts, found, model.classes, splits.test_what, unreadable, run.accelerator.device)
     print_score(run.console, found, model.classes, title)
-    picture_confusion(found.confusion_KK, model.classes, run.out / "confusion.png", title, run.console.print)
+    with keeping(run.out / CARD, run.console, CONFUSION):  # of the run before it was lengthened
+        write_card(run.out, facts, found, model.classes, splits.test_what, unreadable, run.accelerator.device)
+        picture_confusion(found.confusion_KK, model.classes, run.out / CONFUSION, title, run.console.print)
     batch, steps = config.batch_size, run.position.step
     heldout: dict[str, Any] = next(
         (r for r in reversed(run.metrics.read()) if r.get("kind") == "heldout" and r["step"] == step), {}
@@ -314,8 +320,8 @@ def finish(job: FinetuneJob, first_step: int, seconds: float) -> bool:
         "weights": f"{run.out / WEIGHTS_FILE}: of epoch {epoch:.4g} ({which}"
         + (f"; held-out top-1 {heldout['top1']:.1%})" if heldout else ")"),
         "test top-1": with_interval(found),
-        **({"test top-5": f"{found.top5:.2%}"} if len(model.classes) > 5 else {}),
-        "card": f"{run.out / CARD}, {run.out / 'confusion.png'}, {run.out / 'curves.png'}",
+        **({"test top-5": in_words(found.top5, found.images)} if len(model.classes) > 5 else {}),
+        "card": f"{run.out / CARD}, {run.out / CONFUSION}, {run.out / 'curves.png'}",
         "next": f"maekit predict {run.out} --data FOLDER --out predictions.csv",
     }
     print_settings(run.console, "done", done)

@@ -15,12 +15,15 @@ from maekit.data.labelled import class_map, labels_of, test_images
 from maekit.data.loader import Pool, open_pool
 from maekit.data.sources import open_source
 from maekit.data.workers import choose_workers
+from maekit.keeping import keeping
 from maekit.models.encoder import use_fused_attention
 from maekit.runtime import choose_attention, choose_device, choose_precision
 from maekit.terminal import counting, make_console, remark
 from maekit.training.finetuning import default_out, labels_in, reading_config
-from maekit.training.scorecard import CARD, print_score, with_interval, write_card
+from maekit.training.interval import in_words
+from maekit.training.scorecard import CARD, CONFUSION, print_score, with_interval, write_card
 from maekit.training.scoring import EVAL_BATCH, answer, score
+from maekit.training.trained_on import said_of, training_of
 from maekit.viz.confusion import picture_confusion
 from maekit.weights.store import load_classifier
 
@@ -49,7 +52,10 @@ def main(source: str, config: FinetuneConfig) -> int:
     )
     remark(console, data.remarks())
     part, ids, what = test_images(data, config.data)
-    if part is data.train and part.fingerprint != model.passport.fingerprint:
+    training = training_of(source, model.passport, data, config.data)
+    used = 0 if training is None else int(training.among(part)[ids].sum())
+    told = training is not None and training.sure
+    if part is data.train and part.fingerprint != model.passport.fingerprint and not told:
         console.print(
             "[yellow]no test split, and not the data that the run saw:[/yellow] where these hold its images (files "
             "that came or went shift the choice), some of those that it was trained on are scored"
@@ -66,12 +72,19 @@ def main(source: str, config: FinetuneConfig) -> int:
     if not len(answers.labels):
         raise UserError(f"--data {config.data}: none of the images of its {what} can be read")
     found = score(answers, len(model.classes))
-    facts = {"task": "eval", "source": source, "data": data.name, "fingerprint": part.fingerprint,
-             "epochs": model.passport.epochs, "steps": model.passport.steps}  # fmt: skip
-    write_card(folder, facts, found, model.classes, what, len(ids) - found.images, device)
-    title = f"{source}: {what} of {data.name}, top-1 {found.top1:.1%}"
+    facts = {
+        "task": "eval", "source": source, "data": data.name, "fingerprint": part.fingerprint,
+        "epochs": model.passport.epochs, "steps": model.passport.steps, "trained_on": used,
+        "size": list(reading.size_hw), "crop_pct": reading.crop_pct,
+    }  # fmt: skip
+    title = f"{source}: {data.name}, {what}, top-1 {found.top1:.1%}"
     print_score(console, found, model.classes, title)
-    picture_confusion(found.confusion_KK, model.classes, folder / "confusion.png", title, console.print)
-    console.print(f"top-1 {with_interval(found)}; top-5 {found.top5:.2%}")
+    with keeping(folder / CARD, console, CONFUSION):
+        write_card(folder, facts, found, model.classes, what, len(ids) - found.images, device)
+        picture_confusion(found.confusion_KK, model.classes, folder / CONFUSION, title, console.print)
+    top5 = f"; top-5 {in_words(found.top5, found.images)}" if len(model.classes) > 5 else ""
+    console.print(f"top-1 {with_interval(found)}{top5}")
+    if used and told:
+        console.print(f"[yellow]not a test:[/yellow] {said_of(used, len(ids), sure=True)}")
     console.print(f"card: {folder / CARD}", markup=False)
     return 0

@@ -3,8 +3,10 @@
     maekit predict runs/c10/finetune-cifar10 --data photos/ --out predictions.csv
 
 One row for each image, in the order of the data: `part`, `path`, `class`, `probability`, then `top` (the likeliest
-classes, best first) with their `probabilities`, `label` where the data have labels of the classifier's classes, and
-`error` (why an image cannot be read; it then has no class). In a .csv the likeliest classes are columns of their own.
+classes, best first) with their `probabilities`, `label` where the data have labels of the classifier's classes,
+`trained_on` where the classifier was trained on some of the images (true for those), and `error` (why an image cannot
+be read; it then has no class). In a .csv the likeliest classes are columns of their own; a .parquet file also says in
+its metadata, under "maekit", whose words these are.
 Cost: one forward pass for each image; memory does not grow with their number.
 
 Shapes: B batch, C channels, H x W pixels, K classes, T likeliest ones.
@@ -13,6 +15,7 @@ Shapes: B batch, C channels, H x W pixels, K classes, T likeliest ones.
 from __future__ import annotations
 
 import csv
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -25,6 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from rich.console import Console
 from rich.markup import escape
 from torch.utils.data import DataLoader
 
@@ -34,11 +38,13 @@ from maekit.data.labelled import class_map
 from maekit.data.parts import Part
 from maekit.data.sources import choose_parts, open_source
 from maekit.data.workers import WorkerStart, choose_workers
+from maekit.keeping import keeping
 from maekit.models.classifier import Classifier
 from maekit.models.encoder import use_fused_attention
 from maekit.runtime import choose_attention, choose_device, choose_precision, to_device
 from maekit.terminal import counting, make_console, make_table, remark
-from maekit.training.interval import wilson
+from maekit.training.interval import in_words
+from maekit.training.trained_on import said_of, training_of
 from maekit.weights.store import load_classifier
 
 SHOWN = 15
@@ -53,9 +59,9 @@ class Summary:
 
     said: Counter[str] = field(default_factory=Counter)
     """Images by the class that was said."""
-    labelled: Counter[str] = field(default_factory=Counter)
-    """Images with a label, by the part that they are of."""
-    right: Counter[str] = field(default_factory=Counter)
+    labelled: Counter[tuple[str, bool]] = field(default_factory=Counter)
+    """Images with a label, by the part that they are of and whether the classifier was trained on them."""
+    right: Counter[tuple[str, bool]] = field(default_factory=Counter)
     bad: list[str] = field(default_factory=list)
     """Images that cannot be read, with their reasons."""
 
@@ -83,10 +89,13 @@ def main(source: str, config: PredictConfig) -> int:
     parts = choose_parts(data, config.part, config.data)
     mapping, why_not = label_ids(parts, model, config, source)
     top, summary = min(config.top, len(model.classes)), Summary()
-    with writer(Path(config.out), top, mapping is not None) as write:
+    training = None if mapping is None else training_of(source, model.passport, data, config.data)
+    used = {name: training.among(part) for name, part in parts.items()} if training is not None else {}
+    form = Form(top, mapping is not None, any(map(np.any, used.values())), facts_of(source, config, model, used))
+    with writer(Path(config.out), form, console) as write:
         for name, part in parts.items():
             with counting(console, f"images of {name}") as progress:
-                for rows in predictions(model, name, part, mapping, top, precision, config, summary):
+                for rows in predictions(model, name, part, mapping, top, precision, config, summary, used.get(name)):
                     write.rows(rows)
                     progress(write.count, sum(len(one) for one in parts.values()))
         if not summary.said:
@@ -100,12 +109,17 @@ def main(source: str, config: PredictConfig) -> int:
         console.print(f"[yellow]unreadable:[/yellow] {escape(line)}", soft_wrap=True)
     if len(summary.bad) > NAMED:
         console.print(f"[yellow]{len(summary.bad)} in all are unreadable:[/yellow] the column `error` says why")
-    for name, count in summary.labelled.items():
-        low, high = wilson(summary.right[name] / count, count)
-        console.print(
-            f"accuracy by the data's own labels, {name}: {summary.right[name] / count:.2%} (95 % interval "
-            f"{100 * low:.2f} to {100 * high:.2f}, {count:,} images)"
-        )
+    for name, seen in ((name, seen) for name in parts for seen in (False, True) if summary.labelled[name, seen]):
+        said = f"accuracy by the data's own labels, {name}"
+        count = summary.labelled[name, seen]
+        reached = summary.right[name, seen] / count
+        if seen:
+            assert training is not None
+            note = said_of(count, count, training.sure)
+            console.print(f"{said}, {count:,} images: {100 * reached:.1f} %; [yellow]not a test:[/yellow] {note}")
+        else:
+            rest = ", the images that it was not trained on" if summary.labelled[name, True] else ""
+            console.print(f"{said}{rest}: {in_words(reached, count)}")
     if why_not:
         console.print(f"accuracy: not measured, {escape(why_not)}", style="dim")
     console.print(f"predictions: {escape(config.out)} ({write.count:,} rows)", soft_wrap=True)
@@ -125,8 +139,38 @@ def label_ids(
         return None, error.problems[0]
 
 
-Row = tuple[str, str, str | None, float | None, list[str], list[float], str | None, str | None]
-"""Part, path, class, probability, likeliest classes, their probabilities, label, error."""
+def facts_of(
+    source: str, config: PredictConfig, model: Classifier, used: dict[str, np.ndarray[Any, Any]]
+) -> dict[str, Any]:
+    """What a file of predictions says of itself."""
+    return {
+        "weights": source, "steps": model.passport.steps, "data": config.data,
+        "trained_on": {name: f"{int(used_N.sum())} of {len(used_N)} images" for name, used_N in used.items()},
+    }  # fmt: skip
+
+
+Row = tuple[str, str, str | None, float | None, list[str], list[float], str | None, bool, str | None]
+"""Part, path, class, probability, likeliest classes, their probabilities, label, whether trained on, error."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """Which columns a file of predictions has: of so many likeliest classes, and where there is something to say."""
+
+    top: int
+    labelled: bool
+    trained_on: bool
+    facts: dict[str, Any]
+    """What the file says of itself."""
+
+    def of(self, row: Row) -> Row:
+        """The row without the columns that the file has not."""
+        return tuple(value for place, value in enumerate(row) if place not in self.missing)  # type: ignore[return-value]
+
+    @property
+    def missing(self) -> set[int]:
+        """Places of a row that the file has not."""
+        return {place for place, there in ((6, self.labelled), (7, self.trained_on)) if not there}
 
 
 @torch.no_grad()
@@ -139,6 +183,7 @@ def predictions(
     precision: str,
     config: PredictConfig,
     summary: Summary,
+    used_N: np.ndarray[Any, Any] | None,
 ) -> Iterator[list[Row]]:
     """The rows of a part, a batch at a time, counted in the summary."""
     device = model.mean.device
@@ -164,16 +209,17 @@ def predictions(
         for index, (shares, ids, reason) in enumerate(zip(shares_BT, ids_BT, reasons, strict=True), start):
             label = int(part.labels[index]) if part.labels is not None and mapping is not None else -1
             word, path = names[label] if label >= 0 else None, part.name(index)
+            seen = used_N is not None and bool(used_N[index])
             if reason:
                 summary.bad.append(f"{path}: {reason}")
-                rows.append((name, path, None, None, [], [], word, reason))
+                rows.append((name, path, None, None, [], [], word, seen, reason))
                 continue
             classes = [model.classes[k] for k in ids]
             summary.said[classes[0]] += 1
             if label >= 0 and mapping is not None:
-                summary.labelled[name] += 1
-                summary.right[name] += ids[0] == int(mapping[label])
-            rows.append((name, path, classes[0], shares[0], classes, shares, word, None))
+                summary.labelled[name, seen] += 1
+                summary.right[name, seen] += ids[0] == int(mapping[label])
+            rows.append((name, path, classes[0], shares[0], classes, shares, word, seen, None))
         yield rows
 
 
@@ -189,19 +235,19 @@ class Writer(Protocol):
 class ParquetRows:
     """Rows to a Parquet file, a row group for each call."""
 
-    def __init__(self, path: Path, top: int, labelled: bool) -> None:
+    def __init__(self, path: Path, form: Form) -> None:
+        words, numbers = pa.list_(pa.string()), pa.list_(pa.float32())
         fields = [("part", pa.string()), ("path", pa.string()), ("class", pa.string()), ("probability", pa.float32()),
-                  ("top", pa.list_(pa.string())), ("probabilities", pa.list_(pa.float32()))]  # fmt: skip
-        self.labelled, self.count = labelled, 0
-        fields += [("label", pa.string())] if labelled else []
-        self.schema = pa.schema([*fields, ("error", pa.string())])
+                  ("top", words), ("probabilities", numbers), ("label", pa.string()), ("trained_on", pa.bool_()),
+                  ("error", pa.string())]  # fmt: skip
+        self.form, self.count = form, 0
+        kept = [one for place, one in enumerate(fields) if place not in form.missing]
+        self.schema = pa.schema(kept, metadata={"maekit": json.dumps(form.facts)})
         self.file = pq.ParquetWriter(path, self.schema, compression="zstd")
 
     def rows(self, rows: list[Row]) -> None:
         self.count += len(rows)
-        columns = [list(column) for column in zip(*rows, strict=True)]
-        if not self.labelled:
-            del columns[6]
+        columns = [list(column) for column in zip(*map(self.form.of, rows), strict=True)]
         self.file.write_table(pa.table(columns, schema=self.schema))
 
     def close(self) -> None:
@@ -212,22 +258,22 @@ class ParquetRows:
 class CsvRows:
     """Rows to a .csv file, UTF-8; the likeliest classes have columns of their own."""
 
-    def __init__(self, path: Path, top: int, labelled: bool) -> None:
-        self.top, self.labelled, self.count = top, labelled, 0
+    def __init__(self, path: Path, form: Form) -> None:
+        self.form, self.count = form, 0
         self.file = path.open("w", newline="", encoding="utf-8")
         self.csv = csv.writer(self.file)
-        likeliest = [word for place in range(1, top + 1) for word in (f"class_{place}", f"probability_{place}")]
-        self.csv.writerow(
-            ["part", "path", "class", "probability", *likeliest, *(["label"] if labelled else []), "error"]
-        )
+        likeliest = [word for place in range(1, form.top + 1) for word in (f"class_{place}", f"probability_{place}")]
+        more = [name for name, there in (("label", form.labelled), ("trained_on", form.trained_on)) if there]
+        self.csv.writerow(["part", "path", "class", "probability", *likeliest, *more, "error"])
 
     def rows(self, rows: list[Row]) -> None:
         self.count += len(rows)
-        for part, path, said, share, classes, shares, label, error in rows:
+        for part, path, said, share, classes, shares, label, seen, error in rows:
             likeliest = [x for pair in zip(classes, map(_short, shares), strict=True) for x in pair] or [
                 ""
-            ] * 2 * self.top
-            own = [label or ""] if self.labelled else []
+            ] * 2 * self.form.top
+            own = [label or ""] if self.form.labelled else []
+            own += [str(seen).lower()] if self.form.trained_on else []
             self.csv.writerow([part, path, said or "", _short(share), *likeliest, *own, error or ""])
 
     def close(self) -> None:
@@ -240,8 +286,8 @@ def _short(share: float | None) -> str:
 
 
 @contextmanager
-def writer(out: Path, top: int, labelled: bool) -> Iterator[Writer]:
-    """A file of rows, which appears whole when the block ends well, or not at all.
+def writer(out: Path, form: Form, console: Console) -> Iterator[Writer]:
+    """A file of rows, which appears whole when the block ends well, or not at all; one of other rows is kept.
 
     Raises:
         UserError: it cannot be written.
@@ -249,12 +295,13 @@ def writer(out: Path, top: int, labelled: bool) -> Iterator[Writer]:
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        rows = (CsvRows if out.suffix.lower() == ".csv" else ParquetRows)(temporary, top, labelled)
+        rows = (CsvRows if out.suffix.lower() == ".csv" else ParquetRows)(temporary, form)
         try:
             yield rows
         finally:
             rows.close()
-        os.replace(temporary, out)
+        with keeping(out, console):
+            os.replace(temporary, out)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror or error})") from None
     finally:

@@ -28,18 +28,22 @@ from maekit.config import ProbeConfig, UserError
 from maekit.data.loader import choose_training, split_heldout
 from maekit.data.sources import Source, open_source
 from maekit.data.splits import Split, open_splits
+from maekit.keeping import keeping
 from maekit.models.encoder import use_fused_attention
 from maekit.models.mae import MaskedAutoencoder
 from maekit.runtime import choose_attention, choose_device, choose_precision, environment
 from maekit.terminal import counting, make_console, make_table, remark
 from maekit.training import evaluation, keras_probe
-from maekit.training.anew import LabelledPool, choose_paper, train_supervised
+from maekit.training.anew import choose_paper, fitting_pool, train_supervised
 from maekit.training.attentive import choose_attentive, tokens_bytes, tokens_of
 from maekit.training.capacity import RAM_SHARE, free_bytes
 from maekit.training.card import (
+    CARD,
+    CONFIG,
     FEW,
     Card,
     Row,
+    card_folder,
     columns_of,
     line_of,
     note_of,
@@ -173,7 +177,7 @@ def main(sources: list[str], config: ProbeConfig) -> int:
     columns = columns_of(rows)
     headings = ["features", "block", *(HEADINGS.get(column, column) for column in columns)]
     console.print(make_table(title, headings, [line_of(row, columns, count) for row in rows]))
-    console.print(note_of(columns), style="dim", highlight=False)
+    console.print(note_of(rows, count), style="dim", highlight=False)
     facts = {
         "data": data.name,
         "fingerprint": data.train.fingerprint,
@@ -191,11 +195,12 @@ def main(sources: list[str], config: ProbeConfig) -> int:
         "environment": environment(device),
         "seconds": round(time.perf_counter() - started, 1),
     }
-    card.finish(facts, count)
     folder = card.folder
     curves = [Curves(row.source, row.search, floor=row.source.endswith(", random weights")) for row in rows]
-    searched = f"searched on up to {evaluation.SEARCH_IMAGES:,} training images"
-    draw_card(curves, folder / "card.png", title=f"{data.name}: accuracy after each block", note=searched)
+    searched = f"searched on up to {evaluation.SEARCH_IMAGES:,} training images, held out: {facts['heldout_images']:,}"
+    with keeping(folder / CARD, console, CONFIG, "card.png"):
+        card.finish(facts, count)
+        draw_card(curves, folder / "card.png", title=f"{data.name}: accuracy after each block", note=searched)
     console.print(f"card: {folder / 'card.json'}, {folder / 'card.png'}")
     return 0
 
@@ -371,13 +376,6 @@ def score_test(probes: dict[str, list[Chosen]], images: TestImages, test: Split)
     return reached
 
 
-def fitting_pool(train: Split) -> LabelledPool:
-    """The training images without the held-out ones, as a stream of random crops."""
-    assert train.part.labels is not None
-    ids = train.ids[~evaluation.held_out_S(train.ids)]
-    return LabelledPool(train.pool, ids, np.asarray(train.part.labels, np.int64), int(train.labels.max()) + 1)
-
-
 def wants_attentive(job: Job, model: MaskedAutoencoder, images: int) -> bool:
     """Whether the attentive probe is run: as asked for, else where it is cheap; says what was left out."""
     if job.config.probes is not None:
@@ -390,11 +388,3 @@ def wants_attentive(job: Job, model: MaskedAutoencoder, images: int) -> bool:
             style="dim",
         )
     return size <= ATTENTIVE_BYTES
-
-
-def card_folder(config: ProbeConfig, sources: Sequence[str], data_name: str) -> Path:
-    """--out, else probe-NAME (probe-NAME-PROTOCOL) in the run's folder, if one run is measured, else here."""
-    if config.out is not None:
-        return Path(config.out)
-    base = Path(sources[0]) if len(sources) == 1 and Path(sources[0]).is_dir() else Path()
-    return base / f"probe-{data_name}{'' if config.protocol == 'cached' else f'-{config.protocol}'}"

@@ -20,6 +20,7 @@ from maekit.data.loader import lowest_hash, open_pool
 from maekit.data.parts import left_out_remark, loose_files
 from maekit.data.sources import choose_parts, open_source
 from maekit.data.workers import choose_workers
+from maekit.keeping import keeping
 from maekit.models.encoder import use_fused_attention
 from maekit.models.mae import MaskedAutoencoder
 from maekit.models.masking import make_masks
@@ -70,13 +71,17 @@ def main(source: str, config: ReconstructConfig) -> int:
         masks = make_masks(kind, model.grid_hw, ratio, range(len(images_BCHW)), seed=config.seed).to(device)
         keep, masked = masks.ids_keep_BV, masks.ids_masked_BM
     shown = reconstruct(model, images_BCHW, keep, masked, config.statistics)
-    draw(
-        [compose(one.image_HWC, one.ids_masked_M, one.pred_MP, model.patch_size) for one in shown],
-        Path(config.out),
-        title=f"{source}: {model.passport.epochs:.4g} epochs on {model.passport.data or 'no data'}",
-        note=statistics_note(model, config.statistics),
-        row_labels=names,
-    )
+    try:
+        with keeping(Path(config.out), console):
+            draw(
+                [compose(one.image_HWC, one.ids_masked_M, one.pred_MP, model.patch_size) for one in shown],
+                Path(config.out),
+                title=f"{source}: {model.passport.epochs:.4g} epochs on {model.passport.data or 'no data'}",
+                note=statistics_note(model, config.statistics),
+                row_labels=names,
+            )
+    except OSError as error:
+        raise UserError(f"--out {config.out}: cannot be written ({error.strerror or error})") from None
     console.print(f"panel: {config.out}")
     return 0
 

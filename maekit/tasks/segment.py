@@ -27,6 +27,7 @@ from maekit.config.segmentation import SegmentConfig
 from maekit.configfile import read
 from maekit.data.loader import Ids
 from maekit.data.pairs import VOID
+from maekit.keeping import keeping
 from maekit.models.segmentation import pixel_loss
 from maekit.runtime import environment
 from maekit.seeding import seed_step
@@ -251,10 +252,11 @@ def finish(job: SegmentJob, seconds: float, first_step: int) -> bool:
             "confusion": matrix_KK.tolist(), "seconds": seconds, "config": dataclasses.asdict(config),
             "environment": environment(run.accelerator.device),
         }  # fmt: skip
-        write_whole(run.out / CARD, json.dumps(card, indent=1) + "\n")
-        if config.overlays:
-            draw_sheet(job, part, "overlays.png", f"{what} images, mIoU {100 * result.miou:.2f} %", ids)
-    title = f"{job.run.out.name}: {what} images, {which} weights"
+        with keeping(run.out / CARD, console, "overlays.png"):
+            write_whole(run.out / CARD, json.dumps(card, indent=1) + "\n")
+            if config.overlays:
+                draw_sheet(job, part, "overlays.png", f"{what} images, mIoU {100 * result.miou:.2f} %", ids)
+    title = f"{job.run.out.name}: {len(ids) - unreadable:,} {what} images, {which} weights"
     console.print(score_table(result, job.pairs.class_names, title))
     steps = run.position.step - first_step
     print_settings(console, "done", {

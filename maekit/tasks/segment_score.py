@@ -17,6 +17,7 @@ from maekit.config import UserError
 from maekit.config.segmentation import PairsConfig, SegmentConfig, SegmentScoreConfig
 from maekit.configfile import read
 from maekit.data.loader import split_heldout
+from maekit.keeping import keeping
 from maekit.models.encoder import use_fused_attention
 from maekit.runtime import environment
 from maekit.terminal import counting, make_console, print_settings
@@ -42,10 +43,10 @@ def main(source: str, config: SegmentScoreConfig) -> int:
     run_file = Path(source) / "config.json"
     if not run_file.is_file():
         raise UserError(f"{source}: holds no run (no config.json); --eval scores what maekit segment has trained")
-    run = read(SegmentConfig, run_file)
     choices = choose_machine(config)
     file = Path(source) / (BEST_FILE if config.score == "best" else WEIGHTS_FILE)
     model, passport = load_segmenter(file, choices["device"].value)
+    run = read(SegmentConfig, run_file)  # after the weights, which say so where they are of another task
     use_fused_attention(model, choices["attention"].value)
     workers = choices["workers"].value
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(PairsConfig)}
@@ -82,12 +83,14 @@ def main(source: str, config: SegmentScoreConfig) -> int:
     result = score(matrix_KK)
     out = Path(config.out) if config.out else Path(source) / "score.json"
     card = {
-        "data": pairs.name, "part": what, "images": len(ids), "unreadable": unreadable, "weights": str(file),
+        "data": pairs.name, "fingerprint": part.fingerprint, "part": what, "images": len(ids),
+        "unreadable": unreadable, "weights": str(file), "steps": passport.steps,
         "view": dataclasses.asdict(view), "score": result.to_json(pairs.class_names), "confusion": matrix_KK.tolist(),
         "environment": environment(choices["device"].value),
     }  # fmt: skip
-    write_whole(out, json.dumps(card, indent=1) + "\n")
-    title = f"{Path(source).name}: {what} images, {config.score} weights"
+    with keeping(out, console):
+        write_whole(out, json.dumps(card, indent=1) + "\n")
+    title = f"{Path(source).name}: {len(ids) - unreadable:,} {what} images, {config.score} weights"
     console.print(score_table(result, pairs.class_names, title))
     print_settings(console, "done", {"seen": describe_view(view), "scores": str(out)})
     return 0

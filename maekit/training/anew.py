@@ -19,10 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maekit.data.loader import Pool, SampleOrder
+from maekit.data.splits import Split
 from maekit.models.mae import MaskedAutoencoder
-from maekit.training.evaluation import Chosen, Progress, TrainSet, best_of
+from maekit.training.evaluation import Chosen, Progress, TrainSet, best_of, held_out_S
 from maekit.training.linear_probe import EPOCHS, RATES, LarsSweep, scaled_batch, schedule
 from maekit.training.optim import learning_rate
+from maekit.training.settling import FEW_STEPS, settle_statistics
 
 SUPERVISED_LR, SUPERVISED_DECAY, SUPERVISED_BATCH, SUPERVISED_WARMUP = 1e-3, 0.05, 256, 0.1
 """AdamW's, at (0.9, 0.999); warm-up as a share of the steps."""
@@ -49,6 +51,13 @@ class LabelledPool:
             yield count // len(starts), batch.images, labels
 
 
+def fitting_pool(train: Split) -> LabelledPool:
+    """The training images without the held-out ones, as a stream of random crops."""
+    assert train.part.labels is not None
+    ids = train.ids[~held_out_S(train.ids)]
+    return LabelledPool(train.pool, ids, np.asarray(train.part.labels, np.int64), int(train.labels.max()) + 1)
+
+
 def probe_anew(
     model: MaskedAutoencoder,
     data: LabelledPool,
@@ -60,7 +69,10 @@ def probe_anew(
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> dict[str, LarsSweep]:
-    """The paper's probe on the last block for each kind of pooling, its rates side by side, from one pass an epoch."""
+    """The paper's probe on the last block for each kind of pooling, its rates side by side, from one pass an epoch.
+
+    After few steps one more epoch of images gives the batch norms their statistics.
+    """
     batch = scaled_batch(len(data.ids))
     order = SampleOrder(data.ids, batch, seed)
     total = epochs * order.steps_per_epoch
@@ -68,7 +80,9 @@ def probe_anew(
     sweeps: dict[str, LarsSweep] = {kind: LarsSweep(width, data.classes, rates, seed).to(device) for kind in kinds}
     features: list[Tensor] = []
     labels: list[Tensor] = []
-    for step, images, some in data.batches(order, total, batch_size):
+    last: list[Tensor] = []
+    more = order.steps_per_epoch if total < FEW_STEPS else 0
+    for step, images, some in data.batches(order, total + more, batch_size):
         with torch.no_grad():
             tokens_BND = model.encode(model.normalize(images), pool="tokens")
             features.append(pooled(tokens_BND, kinds, model.num_prefix).float())
@@ -77,10 +91,15 @@ def probe_anew(
             continue
         features_BPD, labels_B = torch.cat(features), torch.cat(labels)
         features, labels = [], []
+        if step >= total:
+            last.append(features_BPD)
+            continue
         for place, sweep in enumerate(sweeps.values()):
             sweep.update(features_BPD[:, place], labels_B, schedule(step, total))
         if on_progress is not None:
             on_progress(step + 1, total)
+    for place, sweep in enumerate(sweeps.values() if last else ()):
+        settle_statistics([sweep], [features_BPD[:, place] for features_BPD in last])
     return sweeps
 
 

@@ -24,6 +24,7 @@ from maekit.models.mae import MaskedAutoencoder
 from maekit.training.capacity import RAM_SHARE
 from maekit.training.evaluation import Chosen, Progress, TrainSet, best_of
 from maekit.training.optim import learning_rate
+from maekit.training.settling import FEW_STEPS, settle_statistics
 
 RATES = (1e-3, 4e-3, 1.6e-2)
 DECAY, WARMUP_SHARE = 0.01, 0.1
@@ -52,10 +53,6 @@ class AttentivePool(nn.Module):
         share_BHN = (tokens_BND @ self.query_HD.T).softmax(dim=1).transpose(1, 2)
         gathered_BHD = share_BHN @ tokens_BND
         return torch.einsum("bhd,hde->bhe", gathered_BHD, self.value_HDE).flatten(1)
-
-
-FEW_STEPS = 100
-"""After fewer, more than 3e-5 of a batch norm's first statistics (0 and 1) are left in those that ran along."""
 
 
 class AttentiveProbe(nn.Module):
@@ -105,19 +102,8 @@ def train_attentive(
             if on_progress is not None:
                 on_progress(step, total)
     if total < FEW_STEPS:
-        settle_statistics(probes, batches(epochs))
+        settle_statistics(probes, (tokens_BND for tokens_BND, _ in batches(epochs)))
     return [probe.eval() for probe in probes]
-
-
-@torch.no_grad()
-def settle_statistics(probes: Sequence[AttentiveProbe], batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Give every batch norm the mean statistics of these batches, in the place of those that ran along."""
-    for probe in probes:
-        probe.norm.reset_running_stats()
-        probe.norm.momentum = None  # torch's word for a plain mean
-    for tokens_BND, _ in batches:
-        for probe in probes:
-            probe(tokens_BND)
 
 
 @torch.no_grad()

@@ -12,13 +12,14 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
-from maekit.config import UserError
+from maekit.config import ProbeConfig, UserError
 from maekit.data.sources import Source
 from maekit.training.evaluation import DRAWS, Chosen, heldout_count
-from maekit.training.interval import wilson
+from maekit.training.interval import FEW_TEST, percent, wilson
 from maekit.training.saving import write_whole
 from maekit.weights.passport import Passport
 
+CARD, CONFIG = "card.json", "config.json"
 FEW = "% labels"
 """How the columns of few-label probes end."""
 NAMED = 5
@@ -50,21 +51,36 @@ def columns_of(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row.test))
 
 
-def note_of(columns: Sequence[str]) -> str:
-    """What the table's numbers are and how they came about, as far as it has them."""
+def note_of(rows: Sequence[Row], count: int) -> str:
+    """What the table's numbers of so many test images are and how they came about, as far as it has them."""
+    columns = columns_of(rows)
     few = any(column.endswith(FEW) for column in columns)
     lars = "lars" in columns
     others = set(columns) - {"linear", "lars", "knn", "keras"}
-    interval = "test accuracy, +- 95 % interval of the test sample (Wilson)"
+    interval = "test accuracy and 95 % interval of the test sample (Wilson)"
     chosen = "blocks, poolings and settings are chosen on a held-out tenth of the training images"
     tutorial = ", the tutorial's probe" if "keras" in columns else ""
     fitted = f"L-BFGS{', LARS' if lars else ''}{tutorial} and k-NN are then fitted on that tenth too"
+    small = [f"{count} test images: rows that differ by less than their intervals are not told apart by so few"]
     return "\n".join([
-        interval + (f"; few labels: mean +- deviation of {DRAWS} draws, as many of every class" if few else ""),
+        interval + (f"; few labels: mean +- deviation of {DRAWS} draws of labels, beside that interval" if few else ""),
+        *([f"few labels: as many of every class, {labels_of(rows)}"] if few else []),
+        *(small if count < FEW_TEST else []),
         "linear: by L-BFGS" + ("; LARS: the paper's linear probe, on kept features" if lars else ""),
         chosen + (", also for few labels" if few else ""),
         f"{fitted}{', the others without it' if others else ''}; the test split is scored once",
     ])  # fmt: skip
+
+
+def labels_of(rows: Sequence[Row]) -> str:
+    """How many images the probes with few labels were given, by their columns: of a rare class there may be fewer."""
+    given: dict[str, list[int]] = {}
+    for row in rows:
+        for name, chosen in row.probes.items():
+            if name.endswith(FEW):
+                given.setdefault(name, []).extend(int(one.setting["labels"]) for one in chosen)
+    words = {name: " to ".join(dict.fromkeys(f"{n:,}" for n in (min(some), max(some)))) for name, some in given.items()}
+    return ", ".join(f"{count} images under {name}" for name, count in words.items())
 
 
 def place_of(row: Row) -> str:
@@ -88,13 +104,12 @@ def seconds_of(row: Row) -> str:
 
 
 def cell(shares: Sequence[float], count: int) -> str:
-    """Percent and the interval's longer side; of several draws mean and deviation; - where there is none."""
+    """Percent with its interval; of several draws mean and deviation; - where there is none."""
     if not shares:
         return "-"
     if len(shares) > 1:
         return f"{100 * np.mean(shares):.1f} +- {100 * np.std(shares, ddof=1):.1f}"
-    low, high = wilson(shares[0], count)
-    return f"{100 * shares[0]:.1f} +- {100 * max(high - shares[0], shares[0] - low):.1f}"
+    return percent(shares[0], count, gap="\n")  # a table of eight such columns would be too wide
 
 
 def score_of(row: Row, count: int) -> dict[str, Any]:
@@ -137,13 +152,16 @@ class Card:
     def open(self, folder: Path) -> None:
         """Make the folder and write config.json, before anything is measured.
 
+        Beside a finished card the settings have another name until the new card is finished too.
+
         Raises:
             UserError: it cannot be written.
         """
         self.folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_whole(folder / "config.json", json.dumps(self.asked, indent=2) + "\n")
+            name = "config-unfinished.json" if (folder / CARD).exists() else CONFIG
+            write_whole(folder / name, json.dumps(self.asked, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"--out {folder}: cannot be written: {error.strerror}") from error
 
@@ -153,13 +171,23 @@ class Card:
         self._write("card-unfinished.json", self.asked, count)
 
     def finish(self, facts: dict[str, Any], count: int) -> None:
-        """Write card.json: what is true of all rows, then the rows."""
-        self._write("card.json", facts, count)
-        (self.folder / "card-unfinished.json").unlink(missing_ok=True)
+        """Write card.json (what is true of all rows, then the rows) and the settings that it is of."""
+        self._write(CARD, facts, count)
+        write_whole(self.folder / CONFIG, json.dumps(self.asked, indent=2) + "\n")
+        for name in ("card-unfinished.json", "config-unfinished.json"):
+            (self.folder / name).unlink(missing_ok=True)
 
     def _write(self, name: str, facts: dict[str, Any], count: int) -> None:
         scores = {"scores": [score_of(row, count) for row in self.rows]}
         write_whole(self.folder / name, json.dumps(facts | scores, indent=2) + "\n")
+
+
+def card_folder(config: ProbeConfig, sources: Sequence[str], data_name: str) -> Path:
+    """--out, else probe-NAME (probe-NAME-PROTOCOL) in the run's folder, if one run is measured, else here."""
+    if config.out is not None:
+        return Path(config.out)
+    base = Path(sources[0]) if len(sources) == 1 and Path(sources[0]).is_dir() else Path()
+    return base / f"probe-{data_name}{'' if config.protocol == 'cached' else f'-{config.protocol}'}"
 
 
 def say_left_out(console: Console, lines: list[str]) -> None:

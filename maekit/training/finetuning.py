@@ -40,7 +40,7 @@ from maekit.training.mixing import Mixing
 from maekit.training.optim import duration_steps
 from maekit.training.prepare import open_machine
 from maekit.training.saving import never_began
-from maekit.training.supervised import Position, SupervisedRun
+from maekit.training.supervised import Position, SupervisedRun, seed_name
 from maekit.weights.passport import HeadFacts, Passport
 from maekit.weights.sources import read_passport
 from maekit.weights.store import load_as
@@ -366,7 +366,11 @@ def labels_in(part_labels: npt.NDArray[np.int64], mapping: npt.NDArray[np.int64]
 
 
 def default_out(source: str, config: FinetuneConfig) -> Path:
-    """finetune-NAME (scratch-NAME, eval-NAME) in the source's run, else here."""
+    """finetune-NAME (scratch-NAME, eval-NAME) in the source's run, else here; a share of the labels and a seed other
+    than 0, which are what one experiment varies, have their own: finetune-NAME-share0.1-seed1.
+    """
     base = Path(source).expanduser()
     verb = "eval" if config.eval else "scratch" if config.from_scratch else "finetune"
-    return (base if base.is_dir() else Path()) / f"{verb}-{short_name(os.path.expanduser(config.data))}"
+    share = f"-share{config.train_share:g}" if config.train_share != 1 and not config.eval else ""
+    name = f"{short_name(os.path.expanduser(config.data))}{share}{seed_name(0 if config.eval else config.seed)}"
+    return (base if base.is_dir() else Path()) / f"{verb}-{name}"

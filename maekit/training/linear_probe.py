@@ -17,6 +17,7 @@ from timm.optim import Lars
 from torch import Tensor, nn
 
 from maekit.training.optim import learning_rate
+from maekit.training.settling import FEW_STEPS, settle_statistics
 
 EPOCHS, WARMUP_EPOCHS, MOMENTUM, TRUST = 90, 10, 0.9, 0.001
 PAPER_BATCH, PAPER_IMAGES, LEAST_BATCH = 16384, 1_281_167, 256
@@ -126,4 +127,9 @@ def train_sweep(
         sweep.update(features_RD[rows], labels_R[rows], schedule(step, steps))
         if on_progress is not None:
             on_progress(step + 1, steps)
+    if steps < FEW_STEPS:
+        # Shuffled, since rows in the order of their classes would have too little variance in a batch; without a rest
+        # that may be one row, which has none.
+        parts = torch.randperm(len(features_RD), generator=generator).to(features_RD.device).split(batch)
+        settle_statistics([sweep], (features_RD[rows] for rows in parts if len(rows) == batch))
     return sweep

@@ -15,18 +15,18 @@ from rich.markup import escape
 
 from maekit.runtime import environment
 from maekit.terminal import make_table
+from maekit.training.interval import in_words, percent, wilson
 from maekit.training.saving import write_whole
 from maekit.training.scoring import Score, worst_confusions
 
-CARD = "card.json"
+CARD, CONFUSION = "card.json", "confusion.png"
 SHOWN = 10
 """Classes, at most, that the table names; beyond, the worst of them. And confusions half as many."""
 
 
 def with_interval(found: Score) -> str:
     """The accuracy in percent with its 95 % interval."""
-    low, high = found.interval
-    return f"{found.top1:.2%} (95 % interval {100 * low:.2f} to {100 * high:.2f}, {found.images:,} images)"
+    return in_words(found.top1, found.images)
 
 
 def scored_steps(folder: Path) -> int | None:
@@ -50,7 +50,8 @@ def write_card(
     """card.json: every number of the score."""
     card = facts | {
         "classes": list(classes), "test": what, "test_images": found.images, "unreadable": unreadable,
-        "top1": found.top1, "top1_interval_95": list(found.interval), "top5": found.top5, "loss": found.loss,
+        "top1": found.top1, "top1_interval_95": list(found.interval), "top5": found.top5,
+        "top5_interval_95": list(wilson(found.top5, found.images)), "loss": found.loss,
         "most_frequent_class": max(found.class_images) / found.images,
         "per_class": dict(zip(classes, found.per_class, strict=True)),
         "class_images": dict(zip(classes, found.class_images, strict=True)),
@@ -68,11 +69,12 @@ def print_score(console: Console, found: Score, classes: tuple[str, ...], title:
     if worst:
         order = sorted(order, key=lambda k: found.per_class[k] or 0.0)[:SHOWN]
     rows = [
-        [escape(classes[k]), f"{found.class_images[k]:,}", f"{100 * (found.per_class[k] or 0.0):.1f}"] for k in order
+        [escape(classes[k]), f"{found.class_images[k]:,}", percent(found.per_class[k] or 0.0, found.class_images[k])]
+        for k in order
     ]
     heading = escape(title) + (f"; the {SHOWN} worst of {len(classes)} classes" if worst else "")
     console.print(f"[bold]{heading}[/bold]")  # a table's own title is folded to its width
-    console.print(make_table("", ["class", "images", "top-1 %"], rows))
+    console.print(make_table("", ["class", "images", "top-1 % (95 % interval)"], rows))
     pairs = [] if found.confusion_KK is None else worst_confusions(found.confusion_KK, SHOWN // 2)
     if pairs:
         said = ", ".join(f"{classes[a]} as {classes[b]} ({count:,})" for a, b, count in pairs)

@@ -44,7 +44,7 @@ from maekit.terminal import counting, remark
 from maekit.training.saving import never_began
 from maekit.training.segmentation_inference import View
 from maekit.training.segmentation_job import SegmentJob
-from maekit.training.supervised import Position, SupervisedRun, claim, layer_decay_groups
+from maekit.training.supervised import Position, SupervisedRun, claim, layer_decay_groups, seed_name
 from maekit.weights.passport import Passport
 from maekit.weights.segmenters import KIND, dense_encoder, head_facts
 from maekit.weights.sources import read_passport
@@ -52,6 +52,7 @@ from maekit.weights.store import WEIGHTS_FILE, load_as, random_model
 
 MIN_HELDOUT = 4
 """Held-out images at least."""
+USUAL_HEAD = SegmentConfig.head
 DEFAULT_LR = {"linear": 5e-3, "upernet": 1e-3, "fpn": 1e-3}
 """Peak learning rates where neither the user nor the preset says one: a linear layer alone can take more."""
 
@@ -115,9 +116,12 @@ def prepare(config: SegmentConfig, resuming: bool, console: Console, stop: StopR
 
 
 def default_out(config: SegmentConfig) -> Path:
-    """segment-NAME (segment-NAME-scratch) in the folder of the source's run, else here."""
+    """segment-NAME (segment-NAME-linear, -scratch, -seed1 where head, start and seed are others than usual, and any of
+    them together in this order) in the folder of the source's run, else here.
+    """
     base = Path(config.source) if Path(config.source).is_dir() else Path()
-    return base / f"segment-{short_name(os.path.expanduser(config.data))}{'-scratch' if config.from_scratch else ''}"
+    name = short_name(os.path.expanduser(config.data)) + ("" if config.head == USUAL_HEAD else f"-{config.head}")
+    return base / f"segment-{name}{'-scratch' if config.from_scratch else ''}{seed_name(config.seed)}"
 
 
 def choose_machine(config: Any) -> dict[str, Choice[Any]]:

@@ -283,9 +283,14 @@ def claim(out: Path, fresh: bool) -> None:
     """
     if fresh and not lock.is_free(out):
         raise UserError(
-            f"--out {out}: is not empty: maekit resume {out} continues the run in it; else name another one"
+            f"--out {out}: is not empty: maekit resume {out} continues the run in it; a new one needs another --out"
         )
     lock.take(out, fresh=fresh)
+
+
+def seed_name(seed: int) -> str:
+    """How the name of a run's folder ends: several seeds of one run must not want the same folder."""
+    return f"-seed{seed}" if seed else ""
 
 
 def layer_decay_groups(model: nn.Module, encoder: nn.Module, weight_decay: float, decay: float) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+_PHOTOGRAPHS, _LOOKED_AT = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}, 1000
+"""Suffixes by which a folder of images is known, among so many of its files and folders."""
+
+
 def weights_in(folder: Path) -> Path:
     """The one weights file of a folder that Hugging Face or timm wrote.
 
@@ -210,7 +215,10 @@ def weights_in(folder: Path) -> Path:
             return folder / name
         if (folder / f"{name}.index.json").exists():
             raise UserError(f"{folder}: its weights are in several files; save them again with max_shard_size='50GB'")
-    raise UserError(f"{folder}: not a run: no model.safetensors or pytorch_model.bin in this folder")
+    hint, is_run = "", (folder / "config.json").exists()
+    if not is_run and any(path.suffix.lower() in _PHOTOGRAPHS for path in islice(folder.rglob("*"), _LOOKED_AT)):
+        hint = "; it holds images, which --data names: what stands first is a run or a file of weights"
+    raise UserError(f"{folder}: not a run: no model.safetensors or pytorch_model.bin in this folder{hint}")
 
 
 def one_line(error: Exception) -> str:
