@@ -105,6 +105,9 @@ class ReconstructConfig(SourceConfig):
     """PNG to write."""
     mask: Literal["random", "block", "grid"] | None = None
     """Which patches are hidden. Default: as in the pretraining."""
+    hide: tuple[str, ...] = ()
+    """Instead of --mask: black and white pictures of the images' proportions, one for all or one for each. Patches that
+    white touches are hidden: what does the model put there?"""
     mask_ratio: float | None = None
     """Share of hidden patches. Default: the one of the pretraining."""
     seed: int = 0

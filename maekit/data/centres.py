@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from maekit.config import ModelConfig, UserError
-from maekit.data.images import BadImage, decode
+from maekit.data.images import BadImage, decode, probe_size
 from maekit.data.parts import Part
 from maekit.data.transforms import apply_to_image, centre_crops
+from maekit.models.masking import Masks, masks_from_bool
 
 Centre = tuple[Tensor | None, str]
 
@@ -56,6 +57,39 @@ def read_centres(names: Sequence[str], model: ModelConfig, interpolation: str, c
     if problems:
         raise UserError(*problems)
     return torch.stack(found)
+
+
+def read_hidden(names: Sequence[str], images: Sequence[str], model: ModelConfig, crop_pct: float) -> list[Masks]:
+    """What black and white pictures hide of each image, framed as `read_centres` frames it: masks of one image each.
+
+    names: one picture for all images, or one for each. A patch is hidden where one of its pixels, at the model's size,
+    is white.
+
+    Raises:
+        UserError: another number of pictures, one that cannot be read or has other proportions than its image, or one
+            that hides nothing or everything; all of them are named.
+    """
+    if len(names) not in (1, len(images)):
+        raise UserError(f"--hide: {len(names)} pictures for {len(images)} images; give one for all, or one for each")
+    (height, width), patch = model.size_hw, model.patch_size
+    assert patch is not None
+    found, problems = [], []
+    for name, image in zip(list(names) * (len(images) // len(names)), images, strict=True):
+        try:
+            picture_HW1 = decode(Path(name).expanduser(), 1)
+            (tall, wide), (rows, columns) = picture_HW1.shape[:2], probe_size(Path(image).expanduser())
+            if abs(tall * columns - wide * rows) > 0.02 * wide * rows:
+                raise BadImage(f"{wide} x {tall} pixels have other proportions than {image}, {columns} x {rows}")
+            crops = centre_crops(np.array([[tall, wide]], np.int64), model.size_hw, "bilinear", crop_pct)
+            pixels_1HW = apply_to_image(picture_HW1, crops, 0, model.size_hw)
+            white_1HW = pixels_1HW >= (128 if pixels_1HW.dtype == torch.uint8 else 0.5)
+            patches = white_1HW.reshape(height // patch, patch, width // patch, patch)
+            found.append(masks_from_bool(patches.transpose(1, 2).flatten(2).any(dim=2).flatten().unsqueeze(0)))
+        except (BadImage, UserError) as error:
+            problems.append(f"--hide {name}: {error}")
+    if problems:
+        raise UserError(*problems)
+    return found
 
 
 def collate_centres(samples: list[Centre]) -> tuple[Tensor | None, list[str]]:

@@ -1,6 +1,7 @@
 """Draw what the model makes of any image: original | masked | reconstruction | pasted; or score a part of data.
 
     maekit reconstruct runs/c10 --image photo.png --out panel.png --mask-ratio 0.75 --seed 3
+    maekit reconstruct runs/c10 --image photo.png --hide region.png
     maekit reconstruct runs/c10 --data cifar10
 
 Cost: one forward pass for each image.
@@ -15,7 +16,7 @@ import torch
 from rich.console import Console
 
 from maekit.config import MAX_MASK_RATIO, ReconstructConfig, UserError
-from maekit.data.centres import read_centres
+from maekit.data.centres import read_centres, read_hidden
 from maekit.data.loader import lowest_hash, open_pool
 from maekit.data.parts import left_out_remark, loose_files
 from maekit.data.sources import choose_parts, open_source
@@ -23,11 +24,19 @@ from maekit.data.workers import choose_workers
 from maekit.keeping import keeping
 from maekit.models.encoder import use_fused_attention
 from maekit.models.mae import MaskedAutoencoder
-from maekit.models.masking import make_masks
+from maekit.models.masking import Masks, make_masks
 from maekit.rng import Purpose
 from maekit.runtime import choose_attention, choose_device
 from maekit.terminal import counting, make_console, print_settings, remark
-from maekit.training.monitor import PANEL_IMAGES, Heldout, heldout_masks, heldout_sums, reconstruct, statistics_note
+from maekit.training.monitor import (
+    PANEL_IMAGES,
+    Heldout,
+    Reconstruction,
+    heldout_masks,
+    heldout_sums,
+    reconstruct,
+    statistics_note,
+)
 from maekit.viz.panels import compose, draw
 from maekit.weights.store import load_as, require_decoder
 
@@ -45,8 +54,11 @@ def main(source: str, config: ReconstructConfig) -> int:
     problems = []
     if bool(config.image) == bool(config.data):
         problems.append("give either --image FILE ..., to draw, or --data D, to score and draw a few")
-    if config.data and (config.mask, config.mask_ratio, config.seed) != (None, None, 0):
-        problems.append("--mask, --mask-ratio, --seed: with --data the masks are those of every score, as in training")
+    drawn = (config.mask, config.mask_ratio, config.seed) != (None, None, 0)
+    if config.data and (drawn or config.hide):
+        problems.append("--mask, --mask-ratio, --seed, --hide: with --data the masks are those of every score")
+    elif drawn and config.hide:
+        problems.append("--hide says which patches are hidden: leave out --mask, --mask-ratio and --seed")
     if config.mask_ratio is not None and not 0 <= config.mask_ratio <= MAX_MASK_RATIO:
         problems.append(f"--mask-ratio {config.mask_ratio:g}: must lie between 0 and {MAX_MASK_RATIO}")
     if config.seed < 0:
@@ -60,17 +72,17 @@ def main(source: str, config: ReconstructConfig) -> int:
     require_decoder(model, source)
     remark(console, model.key_report.remarks())
     if config.data:
-        images_BCHW, names, keep, masked = score_data(console, config, model)
+        images_BCHW, names, masks = score_data(console, config, model)
     else:
         passport = model.passport
         remark(console, left_out_remark([loose_files(config.image, model.config.in_chans)]))
         images_BCHW = read_centres(config.image, model.config, passport.interpolation, passport.crop_pct).to(device)
         names = [Path(name).name for name in config.image]
-        ratio = model.config.mask_ratio if config.mask_ratio is None else config.mask_ratio
-        kind = config.mask or model.config.mask
-        masks = make_masks(kind, model.grid_hw, ratio, range(len(images_BCHW)), seed=config.seed).to(device)
-        keep, masked = masks.ids_keep_BV, masks.ids_masked_BM
-    shown = reconstruct(model, images_BCHW, keep, masked, config.statistics)
+        masks = masks_of(config, model)
+    shown: list[Reconstruction] = []
+    for some_BCHW, hidden in zip(images_BCHW.split([len(one.ids_keep_BV) for one in masks]), masks, strict=True):
+        ids = hidden.to(device)
+        shown += reconstruct(model, some_BCHW, ids.ids_keep_BV, ids.ids_masked_BM, config.statistics)
     try:
         with keeping(Path(config.out), console):
             draw(
@@ -86,10 +98,19 @@ def main(source: str, config: ReconstructConfig) -> int:
     return 0
 
 
+def masks_of(config: ReconstructConfig, model: MaskedAutoencoder) -> list[Masks]:
+    """The masks of the images, in order: those of the seed together, drawn ones of an image each."""
+    if config.hide:
+        return read_hidden(config.hide, config.image, model.config, model.passport.crop_pct)
+    ratio = model.config.mask_ratio if config.mask_ratio is None else config.mask_ratio
+    kind = config.mask or model.config.mask
+    return [make_masks(kind, model.grid_hw, ratio, range(len(config.image)), seed=config.seed)]
+
+
 def score_data(
     console: Console, config: ReconstructConfig, model: MaskedAutoencoder
-) -> tuple[torch.Tensor, list[str], torch.Tensor, torch.Tensor]:
-    """Print loss and skill on centre crops of a part; return a few images, names, visible and hidden ids to draw."""
+) -> tuple[torch.Tensor, list[str], list[Masks]]:
+    """Print loss and skill on centre crops of a part; return a few images, their names and their masks, to draw."""
     device = model.mean.device
     use_fused_attention(model, choose_attention(device, "fp32").value)
     source = open_source(config.data, in_chans=model.config.in_chans, image_column=config.image_column)
@@ -114,4 +135,4 @@ def score_data(
     })  # fmt: skip
     some = lowest_hash(ids, min(PANEL_IMAGES, len(ids)), Purpose.SUBSET)
     batch = next(iter(pool.eval_batches(some, len(some))))
-    return batch.images, [part.name(int(i)) for i in some], *heldout_masks(model, some)
+    return batch.images, [part.name(int(i)) for i in some], [Masks(*heldout_masks(model, some))]
