@@ -23,11 +23,7 @@ def test_what_was_saved_is_loaded_with_its_sizes_and_statistics(tmp_path: Path) 
     again = maekit.load(path)
     assert again.config == model.config
     assert again.mean.flatten().tolist() == pytest.approx(MEAN) and again.std.flatten().tolist() == pytest.approx(STD)
-    assert (again.passport.epochs, again.passport.data, again.passport.weights_license) == (
-        2.5,
-        "my photographs",
-        "CC0",
-    )
+    assert (again.passport.epochs, again.passport.data, again.passport.weights_license) == (2.5, "mine", "CC0")
     images = torch.randint(0, 256, (2, 3, *model.config.size_hw), dtype=torch.uint8)
     assert torch.equal(again(images, seed=1).loss, model.eval()(images, seed=1).loss)
 
