@@ -18,6 +18,7 @@ from maekit.training.interval import in_words, percent
         (0.5, 12, "50.0 (25.4 to 74.6)"),  # symmetric, but of so few that it stands out as an interval
         (0.679, 10_000, "67.9 +- 0.9"),
         (0.99, 1_000, "99.0 (98.2 to 99.5)"),
+        (0.88, 1_024, "88.0 +- 2.1"),
         (0.0, 1, "0.0 (0.0 to 79.3)"),
     ],
 )

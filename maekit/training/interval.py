@@ -10,8 +10,8 @@ NORMAL_95 = 1.959964
 
 FEW_TEST = 100
 """Of fewer test images than this, a card says what they cannot tell apart."""
-_SYMMETRIC = 0.1
-"""Percentage points by which the sides of an interval may differ that is written +-."""
+_ALIKE = 0.75
+"""Least ratio of the sides of an interval that is written +-, with the larger one."""
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
@@ -28,7 +28,7 @@ def percent(share: float, count: int, gap: str = " ") -> str:
     """
     low, high = wilson(share, count)
     below, above = 100 * (share - low), 100 * (high - share)
-    if count >= FEW_TEST and abs(above - below) < _SYMMETRIC:
+    if count >= FEW_TEST and min(above, below) >= _ALIKE * max(above, below):
         return f"{100 * share:.1f} +- {max(above, below):.1f}"
     return f"{100 * share:.1f}{gap}({100 * low:.1f} to {100 * high:.1f})"
 
