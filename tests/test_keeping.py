@@ -95,21 +95,13 @@ def test_what_fails_leaves_the_earlier_result_alone(tmp_path: Path, monkeypatch:
     assert names_in(tmp_path) == ["card-1.json", "card.json"] and card.read_text() == "[]"
 
 
+QUICK_PROBE = "--data digits --device cpu --no-baselines --probes --blocks 2".split()
+
+
 def test_two_probes_of_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Other settings keep the first card; the same ones again replace theirs. A failing one changes nothing."""
     weights = make_weights(tmp_path, in_chans=1)
-    words = [
-        "probe",
-        str(weights),
-        "--data",
-        "digits",
-        "--device",
-        "cpu",
-        "--no-baselines",
-        "--probes",
-        "--blocks",
-        "2",
-    ]
+    words = ["probe", str(weights), *QUICK_PROBE]
     out = tmp_path / "card"
     for more in (["--pool", "mean"], ["--pool", "cls"], ["--pool", "cls"]):
         assert cli.main([*words, *more, "--out", str(out)]) == 0
@@ -126,18 +118,7 @@ def test_an_unfinished_card_does_not_touch_a_finished_one(tmp_path: Path, monkey
     """Its settings too have a name of their own, until all is measured."""
     weights = make_weights(tmp_path, in_chans=1)
     out = tmp_path / "card"
-    words = [
-        "probe",
-        str(weights),
-        "--data",
-        "digits",
-        "--device",
-        "cpu",
-        "--no-baselines",
-        "--probes",
-        "--blocks",
-        "2",
-    ]
+    words = ["probe", str(weights), *QUICK_PROBE]
     assert cli.main([*words, "--pool", "mean", "--out", str(out)]) == 0
     before = {name: (out / name).read_bytes() for name in names_in(out)}
 
