@@ -72,8 +72,7 @@ def open_source(
 
 def is_run(folder: str) -> bool:
     """Whether a folder is that of a maekit run, whose panels are no images to train on."""
-    there = set(os.listdir(folder)) if os.access(folder, os.R_OK) else set()
-    return {"config.json", "metrics.jsonl"} <= there
+    return all(os.path.isfile(os.path.join(folder, name)) for name in ("config.json", "metrics.jsonl"))
 
 
 def lasting(spec: str) -> str:
