@@ -175,7 +175,7 @@ def rename_all(folder: Path, end: str) -> None:
         (lambda r: rename(r, "annotations/training", "annotations/other"), {}, "no annotations for images/training"),
         (lambda r: rename(r, "images/training", "images/test"), {}, "no training/"),
         (lambda r: rename(r, "images/validation", "images/train"), {}, "both the train part"),
-        (lambda r: rename(r, "annotations", "masks"), {}, "neither images/ and annotations/ nor Parquet"),
+        (lambda r: rename(r, "annotations", "truth"), {}, r"neither images/ and annotations/ (or masks/, labels/) nor"),
         (lambda r: picture(r / "images/training/1.png"), {}, "have one name"),
         (lambda r: (r / "classes.txt").write_text("a\n\nb"), {}, "line 2 is blank"),
         (lambda r: (r / "classes.txt").write_text("\n"), {}, "no class names in it"),

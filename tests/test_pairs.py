@@ -89,13 +89,16 @@ def test_sixteen_bits_in_tiff() -> None:
 # ---- layouts ----
 
 
-@pytest.mark.parametrize("names", [("training", "validation"), ("train", "val"), ("Train",), ()])
-def test_ade20k_layout(tmp_path: Path, names: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("names", "annotated"),
+    [(("training", "validation"), "annotations"), (("train", "val"), "masks"), (("Train",), "labels"), ((), "masks")],
+)
+def test_ade20k_layout(tmp_path: Path, names: tuple[str, ...], annotated: str) -> None:
     values = {}
     for part in names or ("",):
         for name in ("b", "a/c.d"):
             picture(tmp_path / "images" / part / f"{name}.jpg")
-            values[part, name] = annotation(tmp_path / "annotations" / part / f"{name}.png", kind="P")
+            values[part, name] = annotation(tmp_path / annotated / part / f"{name}.png", kind="P")
     (tmp_path / "classes.txt").write_text("void\nsky\nroad\ncar\n")
     pairs = open_pairs(str(tmp_path))
     assert pairs.class_names == ["sky", "road", "car"]

@@ -25,7 +25,8 @@ def open_tables(root: str, shown: str, columns: tuple[str | None, str | None], i
     files = find_files(root, shown) if os.path.isdir(root) else [root] if root.lower().endswith(".parquet") else []
     if not files:
         raise UserError(
-            f"--data {shown}: neither images/ and annotations/ nor Parquet in it; for another layout, {PATTERNS_HELP}"
+            f"--data {shown}: neither images/ and annotations/ (or masks/, labels/) nor Parquet in it; "
+            f"for another layout, {PATTERNS_HELP}"
         )
     parts = {"train": files} if len(files) == 1 else by_part(files, shown)
     try:

@@ -1,7 +1,7 @@
 """Every form of data for segmentation: images with annotations in ADE20K's layout, in Parquet, or paired by pattern.
 
-- A folder with images/ and annotations/, whose names differ in the suffix only; both may hold training/ and validation/
-  (or train/, val/), with any folders below.
+- A folder with images/ and annotations/ (or masks/, or labels/), whose names differ in the suffix only; both may hold
+  training/ and validation/ (or train/, val/), with any folders below.
 - Parquet in the hub's image schema with two columns of images; parts by file name.
 - Two patterns with one {} each, which stands for the name that both share, slashes included:
   "leftImg8bit/{}_leftImg8bit.png" and "gtFine/{}_gtFine_labelIds.png". Parts by the name's first folder (train, val).
@@ -31,17 +31,21 @@ from maekit.data.pixels import BadImage
 from maekit.data.sources import short_name
 
 __all__ = [
+    "ANNOTATION_FOLDERS",
     "VOID",
     "BadImage",
     "Numbering",
     "PairPart",
     "Pairs",
     "PartCheck",
+    "annotation_folder",
     "check_pairs",
     "open_pairs",
     "refuse_one_class",
 ]
 
+ANNOTATION_FOLDERS = ("annotations", "masks", "labels")
+"""What the folder beside images/ may be called; the first of these that is there."""
 _IMAGE_SUFFIXES = frozenset(suffix.encode() for suffix in IMAGE_SUFFIXES)
 _ANNOTATION_SUFFIXES = frozenset(suffix.encode() for suffix in SUFFIXES)
 
@@ -107,8 +111,8 @@ def open_pairs(
     if any(pattern is not None for pattern in patterns):
         found = _by_pattern(root, shown, patterns, in_chans, notes)
         _refuse_columns(columns, shown)
-    elif os.path.isdir(root) and _below(root, "images") and _below(root, "annotations"):
-        found = _in_layout(root, shown, in_chans, notes)
+    elif (annotated := annotation_folder(root)) is not None:
+        found = _in_layout(root, shown, annotated, in_chans, notes)
         _refuse_columns(columns, shown)
     else:
         found = open_tables(root, shown, columns, in_chans)
@@ -169,28 +173,30 @@ class _Listing:
         return printable(min(self.files.values(), default=b"no file"))
 
 
-def _below(root: str, name: str) -> bool:
-    return os.path.isdir(os.path.join(root, name))
+def annotation_folder(root: str) -> str | None:
+    """The folder of annotations beside images/ below a folder; None where one of the two is not there."""
+    below = [name for name in ("images", *ANNOTATION_FOLDERS) if os.path.isdir(os.path.join(root, name))]
+    return below[1] if "images" in below and len(below) > 1 else None
 
 
-def _in_layout(root: str, shown: str, in_chans: int, notes: list[str]) -> dict[str, PairPart]:
-    """Parts of a folder with images/ and annotations/."""
-    folders = {kind: _part_folders(root, shown, kind, notes) for kind in ("images", "annotations")}
+def _in_layout(root: str, shown: str, annotated: str, in_chans: int, notes: list[str]) -> dict[str, PairPart]:
+    """Parts of a folder with images/ and a folder of annotations."""
+    folders = {kind: _part_folders(root, shown, kind, notes) for kind in ("images", annotated)}
     wanted: list[str] = [part for part in ("train", "val") if part in folders["images"]]
     if folders["images"] and "train" not in wanted:
         raise UserError(f"--data {shown}: images/ has {_listed(folders['images'])} but no training/")
     parts: dict[str, PairPart] = {}
     for part in wanted or [""]:
         image_folder = f"images/{folders['images'].get(part, '')}".rstrip("/")
-        if part and part not in folders["annotations"]:
-            has = _listed(folders["annotations"]) or "no folders of parts"
-            raise UserError(f"--data {shown}: no annotations for {image_folder}: annotations/ has {has}")
-        annotation_folder = f"annotations/{folders['annotations'].get(part, '')}".rstrip("/")
-        if not part and folders["annotations"]:
-            has = _listed(folders["annotations"])
-            raise UserError(f"--data {shown}: annotations/ has {has} but images/ has no folders of parts")
+        if part and part not in folders[annotated]:
+            has = _listed(folders[annotated]) or "no folders of parts"
+            raise UserError(f"--data {shown}: no annotations for {image_folder}: {annotated}/ has {has}")
+        beside = f"{annotated}/{folders[annotated].get(part, '')}".rstrip("/")
+        if not part and folders[annotated]:
+            has = _listed(folders[annotated])
+            raise UserError(f"--data {shown}: {annotated}/ has {has} but images/ has no folders of parts")
         images = _list_folder(root, image_folder, shown, _IMAGE_SUFFIXES, "image")
-        annotations = _list_folder(root, annotation_folder, shown, _ANNOTATION_SUFFIXES, "annotation")
+        annotations = _list_folder(root, beside, shown, _ANNOTATION_SUFFIXES, "annotation")
         parts[part or "train"] = _matched(root, shown, images, annotations, in_chans, notes)
     return parts
 
@@ -200,7 +206,7 @@ def _listed(folders: dict[str, str]) -> str:
 
 
 def _part_folders(root: str, shown: str, kind: str, notes: list[str]) -> dict[str, str]:
-    """Part -> its folder below images/ or annotations/; empty where none is named like a part."""
+    """Part -> its folder below images/ or that of the annotations; empty where none is named like a part."""
     found: dict[str, str] = {}
     others: list[str] = []
     try:

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from maekit.config import CheckDataConfig, UserError
-from maekit.data.pairs import check_pairs, open_pairs, refuse_one_class
+from maekit.data.pairs import annotation_folder, check_pairs, open_pairs, refuse_one_class
 from maekit.data.parts import Part
 from maekit.data.sources import open_source
 from maekit.data.survey import Bad, Survey, summary, survey
@@ -189,9 +189,8 @@ def show(console: Console, title: str, parts: dict[str, Part], found: dict[str, 
 
 def has_annotations(config: CheckDataConfig) -> bool:
     """Whether the data look like images with annotations, or the flags say so."""
-    root = Path(config.data).expanduser()
     named = (config.image_pattern, config.annotation_pattern, config.annotation_column)
-    return any(named) or all((root / name).is_dir() for name in ("images", "annotations"))
+    return any(named) or annotation_folder(os.path.expanduser(config.data)) is not None
 
 
 def show_annotations(console: Console, config: CheckDataConfig, workers: int) -> None:
