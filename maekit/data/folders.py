@@ -15,6 +15,8 @@ from maekit.data.images import IMAGE_SUFFIXES
 from maekit.data.parts import PART_WORDS, SPLITS, FilePart, Source, is_folder, printable
 
 _SUFFIXES = frozenset(suffix.encode() for suffix in IMAGE_SUFFIXES)
+ANNOTATION_FOLDERS = ("annotations", "masks", "labels")
+"""What a folder of annotations beside images/ may be called; the first of these that is there."""
 METADATA = b"metadata.csv"
 """Where the hub's folders of images keep labels and captions."""
 _SKIPPED = (b"lost+found",)  # on every ext4 disk, readable by root only
@@ -59,16 +61,16 @@ def holds_images(root: bytes) -> bool:
 def open_folder(root: bytes, spec: str, name: str, in_chans: int) -> Source:
     """A tree of images: flat, nested, one folder per class, or in parts (train/, val/, test/; any case).
 
-    Folders beside a training part and a validation or test part are left out, which a note says. In ADE20K's layout
-    (images/ beside annotations/) only images/ is listed. The top-level folder is the class where every training image
-    lies under one and there are two or more, counted over all parts.
+    Folders beside a training part and a validation or test part are left out, which a note says. Of images/ beside
+    annotations/ (ADE20K's layout), masks/ or labels/ only images/ is listed. The top-level folder is the class where
+    every training image lies under one and there are two or more, counted over all parts.
 
     Raises:
         UserError: no image, two folders for one part, or a folder that may be a part or a class.
     """
     prefix = b""
     subfolders = _subfolders(root)
-    if b"images" in subfolders and b"annotations" in subfolders:
+    if (annotated := annotation_folder(os.fsdecode(root))) is not None:
         prefix = b"images/"
         subfolders = _subfolders(os.path.join(root, prefix))
     parts = _parts(os.path.join(root, prefix), subfolders, spec)
@@ -98,8 +100,18 @@ def open_folder(root: bytes, spec: str, name: str, in_chans: int) -> Source:
             notes += (
                 f"not read: {printable(table)} (--data {os.path.join(spec, printable(table))} takes labels from it)",
             )
+    if annotated not in (None, "annotations"):
+        notes += (
+            f"left out, as annotations of images/: {annotated}/ (--data {os.path.join(spec, annotated)} takes it)",
+        )
     empty = tuple(part for part in names if part not in opened)
     return Source(name, opened["train"], opened.get("val"), opened.get("test"), notes, empty)
+
+
+def annotation_folder(root: str) -> str | None:
+    """The folder of annotations beside images/ below a folder; None where one of the two is not there."""
+    below = [name for name in ("images", *ANNOTATION_FOLDERS) if os.path.isdir(os.path.join(root, name))]
+    return below[1] if "images" in below and len(below) > 1 else None
 
 
 def _left_out(base: str | bytes, subfolders: list[bytes], parts: dict[str, bytes], spec: str) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from functools import partial
 
 from maekit.config import UserError
 from maekit.data.annotations import SUFFIXES, VOID, Numbering
-from maekit.data.folders import walk
+from maekit.data.folders import annotation_folder, walk
 from maekit.data.images import IMAGE_SUFFIXES
 from maekit.data.pair_classes import Asked, name_classes
 from maekit.data.pair_parts import PairPart, PartCheck, Progress, check_parts, complain, count_values
@@ -31,21 +31,17 @@ from maekit.data.pixels import BadImage
 from maekit.data.sources import short_name
 
 __all__ = [
-    "ANNOTATION_FOLDERS",
     "VOID",
     "BadImage",
     "Numbering",
     "PairPart",
     "Pairs",
     "PartCheck",
-    "annotation_folder",
     "check_pairs",
     "open_pairs",
     "refuse_one_class",
 ]
 
-ANNOTATION_FOLDERS = ("annotations", "masks", "labels")
-"""What the folder beside images/ may be called; the first of these that is there."""
 _IMAGE_SUFFIXES = frozenset(suffix.encode() for suffix in IMAGE_SUFFIXES)
 _ANNOTATION_SUFFIXES = frozenset(suffix.encode() for suffix in SUFFIXES)
 
@@ -171,12 +167,6 @@ class _Listing:
 
     def example(self) -> str:
         return printable(min(self.files.values(), default=b"no file"))
-
-
-def annotation_folder(root: str) -> str | None:
-    """The folder of annotations beside images/ below a folder; None where one of the two is not there."""
-    below = [name for name in ("images", *ANNOTATION_FOLDERS) if os.path.isdir(os.path.join(root, name))]
-    return below[1] if "images" in below and len(below) > 1 else None
 
 
 def _in_layout(root: str, shown: str, annotated: str, in_chans: int, notes: list[str]) -> dict[str, PairPart]:

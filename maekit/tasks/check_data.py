@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from maekit.config import CheckDataConfig, UserError
-from maekit.data.pairs import annotation_folder, check_pairs, open_pairs, refuse_one_class
+from maekit.data.folders import annotation_folder
+from maekit.data.pairs import check_pairs, open_pairs, refuse_one_class
 from maekit.data.parts import Part
 from maekit.data.sources import open_source
 from maekit.data.survey import Bad, Survey, summary, survey
