@@ -110,7 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        complain([f"out of memory: lower --batch-size, or --accum, --grad-checkpoint ({str(error).splitlines()[0]})"])
+        reason = str(error).splitlines()[0]
+        complain([f"out of memory: lower --batch-size, or keep it with --accum or --grad-checkpoint ({reason})"])
         return 2
 
 

@@ -114,14 +114,14 @@ def test_ade20k_lists_images_and_never_annotations(tree: Callable[..., Path]) ->
     assert source.train.read(0).shape == (3, 4, 3)
 
 
-@pytest.mark.parametrize("annotated", ["masks", "labels"])
+@pytest.mark.parametrize("annotated", ["annotations", "masks", "labels"])
 def test_masks_beside_images_are_left_out_and_named(annotated: str, tree: Callable[..., Path]) -> None:
     """They would be trained on as images of a second class."""
     root = tree("images/a.jpg", "images/b.jpg", f"{annotated}/a.png", f"{annotated}/b.png")
     source = open_source(str(root))
     assert listed(source.train) == ["images/a.jpg", "images/b.jpg"]
     (note,) = source.notes
-    assert note == f"left out, as annotations of images/: {annotated}/ (--data {root}/{annotated} takes it)"
+    assert note == f"left out, as annotations of images/: {annotated}/"
     assert source.train.labels is None
 
 

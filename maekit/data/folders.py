@@ -100,10 +100,8 @@ def open_folder(root: bytes, spec: str, name: str, in_chans: int) -> Source:
             notes += (
                 f"not read: {printable(table)} (--data {os.path.join(spec, printable(table))} takes labels from it)",
             )
-    if annotated not in (None, "annotations"):
-        notes += (
-            f"left out, as annotations of images/: {annotated}/ (--data {os.path.join(spec, annotated)} takes it)",
-        )
+    if annotated is not None:
+        notes += (f"left out, as annotations of images/: {annotated}/",)
     empty = tuple(part for part in names if part not in opened)
     return Source(name, opened["train"], opened.get("val"), opened.get("test"), notes, empty)
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from maekit.config import UserError
+from maekit.config.segmentation import PairsConfig
 from maekit.data.annotations import SUFFIXES, VOID, Numbering
 from maekit.data.folders import annotation_folder, walk
 from maekit.data.images import IMAGE_SUFFIXES
@@ -38,6 +39,7 @@ __all__ = [
     "Pairs",
     "PartCheck",
     "check_pairs",
+    "open_checked",
     "open_pairs",
     "refuse_one_class",
 ]
@@ -120,6 +122,19 @@ def open_pairs(
     for part in found.values():
         part.numbering = numbering
     return Pairs(short_name(root), found["train"], found.get("val"), names, numbering, notes)
+
+
+def open_checked(
+    data: str, config: PairsConfig, *, in_chans: int, workers: int, on_progress: Progress = lambda _done, _total: None
+) -> tuple[Pairs, dict[str, PartCheck]]:
+    """The pairs of `data` as the flags for pairs say, and what `check_pairs` finds in each part; errors as of both."""
+    pairs = open_pairs(
+        data, in_chans=in_chans, classes=config.classes, void=config.void_value, void_is_asked=config.void is not None,
+        class_values=config.class_values, image_pattern=config.image_pattern,
+        annotation_pattern=config.annotation_pattern, image_column=config.image_column,
+        annotation_column=config.annotation_column, workers=workers, on_progress=on_progress,
+    )  # fmt: skip
+    return pairs, check_pairs(pairs, workers=workers, on_progress=on_progress)
 
 
 def check_pairs(

@@ -21,7 +21,7 @@ from rich.markup import escape
 
 from maekit.config import CheckDataConfig, UserError
 from maekit.data.folders import annotation_folder
-from maekit.data.pairs import check_pairs, open_pairs, refuse_one_class
+from maekit.data.pairs import open_checked, refuse_one_class
 from maekit.data.parts import Part
 from maekit.data.sources import open_source
 from maekit.data.survey import Bad, Survey, summary, survey
@@ -198,14 +198,9 @@ def show_annotations(console: Console, config: CheckDataConfig, workers: int) ->
     """The classes with their values and shares of the pixels, or why maekit segment would refuse the annotations."""
     try:
         with counting(console, "reading annotations") as progress:
-            pairs = open_pairs(
-                config.data, in_chans=config.in_chans, classes=config.classes, void=config.void_value,
-                void_is_asked=config.void is not None, class_values=config.class_values,
-                image_pattern=config.image_pattern, annotation_pattern=config.annotation_pattern,
-                image_column=config.image_column, annotation_column=config.annotation_column, workers=workers,
-                on_progress=progress,
-            )  # fmt: skip
-            checks = check_pairs(pairs, workers=workers, on_progress=progress)
+            pairs, checks = open_checked(
+                config.data, config, in_chans=config.in_chans, workers=workers, on_progress=progress
+            )
         refuse_one_class(pairs, checks["train"], config.data)
     except UserError as error:
         console.print("[yellow]annotations: maekit segment would refuse them[/yellow]")

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -167,7 +168,7 @@ class Form:
         """The row without the columns that the file has not."""
         return tuple(value for place, value in enumerate(row) if place not in self.missing)  # type: ignore[return-value]
 
-    @property
+    @cached_property
     def missing(self) -> set[int]:
         """Places of a row that the file has not."""
         return {place for place, there in ((6, self.labelled), (7, self.trained_on)) if not there}

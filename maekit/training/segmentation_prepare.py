@@ -21,7 +21,7 @@ from maekit.config import SourceConfig, UserError
 from maekit.config.segmentation import PairsConfig, SegmentConfig, ViewConfig
 from maekit.data.loader import Ids, Quarantine, SampleOrder, split_heldout
 from maekit.data.pair_transforms import AugmentPlan
-from maekit.data.pairs import PairPart, Pairs, PartCheck, check_pairs, open_pairs, refuse_one_class
+from maekit.data.pairs import PairPart, Pairs, PartCheck, open_checked, refuse_one_class
 from maekit.data.parts import left_out_remark
 from maekit.data.quarantine import allowed_bad, share_for, too_many
 from maekit.data.sources import lasting, short_name
@@ -166,14 +166,9 @@ def open_data(
 ) -> tuple[Pairs, dict[str, PartCheck]]:
     """The pairs of --data, every annotation checked; prints what a user should know of them."""
     with counting(console, "checking annotations") as progress:
-        pairs = open_pairs(
-            data or getattr(config, "data", ""), in_chans=in_chans, classes=config.classes, void=config.void_value,
-            void_is_asked=config.void is not None, class_values=config.class_values,
-            image_pattern=config.image_pattern, annotation_pattern=config.annotation_pattern,
-            image_column=config.image_column, annotation_column=config.annotation_column, workers=workers,
-            on_progress=progress,
-        )  # fmt: skip
-        checks = check_pairs(pairs, workers=workers, on_progress=progress)
+        pairs, checks = open_checked(
+            data or getattr(config, "data", ""), config, in_chans=in_chans, workers=workers, on_progress=progress
+        )
     remark(console, [*pairs.notes, *left_out_remark(part.images for part in pairs.parts.values())])
     for what, check in checks.items():
         if check.bad_images:
