@@ -16,6 +16,7 @@ from PIL import Image
 from maekit import cli
 from maekit.config.segmentation import SegmentScoreConfig
 from maekit.data.annotations import VOID, counted_class_names, read_values
+from maekit.data.images import BadImage
 from maekit.data.pairs import check_pairs, open_pairs, refuse_one_class
 
 RNG = np.random.default_rng(11)
@@ -174,3 +175,22 @@ def test_a_run_on_black_and_white_masks(
     masks = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "masks").iterdir())]
     assert masks and set(np.unique(masks)) <= {0, 255}
     assert VOID not in masks[0]
+
+
+def test_a_mask_with_one_transparent_pixel_has_no_gray_levels(tmp_path: Path) -> None:
+    """What lies under it is nobody's class."""
+    values = np.zeros((4, 5, 4), np.uint8)
+    values[..., 3] = 255
+    Image.fromarray(values).save(tmp_path / "opaque.png")
+    assert not read_values(str(tmp_path / "opaque.png")).any()
+    values[2, 3, 3] = 254
+    Image.fromarray(values).save(tmp_path / "hole.png")
+    with pytest.raises(BadImage, match="mode RGBA with transparent pixels"):
+        read_values(str(tmp_path / "hole.png"))
+
+
+def test_other_values_for_the_classes_are_other_data(tmp_path: Path) -> None:
+    """A run must not go on with its classes the other way round."""
+    root = str(write(tmp_path, [0, 128, 255]))
+    one, other = (open_pairs(root, class_values=values) for values in ((0, 128, 255), (255, 128, 0)))
+    assert one.train.fingerprint != other.train.fingerprint

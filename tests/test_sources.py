@@ -114,6 +114,15 @@ def test_ade20k_lists_images_and_never_annotations(tree: Callable[..., Path]) ->
     assert source.train.read(0).shape == (3, 4, 3)
 
 
+def test_only_a_run_is_refused_as_one(tree: Callable[..., Path]) -> None:
+    """Both of its files tell it: many a folder of images has a config.json."""
+    root = tree("a.png", "b.png")
+    (root / "config.json").write_text("{}")
+    assert len(open_source(str(root)).train) == 2
+    (root / "metrics.jsonl").write_text("")
+    assert "is the folder of a run, not of images" in problem(root)
+
+
 @pytest.mark.parametrize("annotated", ["annotations", "masks", "labels"])
 def test_masks_beside_images_are_left_out_and_named(annotated: str, tree: Callable[..., Path]) -> None:
     """They would be trained on as images of a second class."""
