@@ -28,8 +28,9 @@ install: $(DEV_READY) ## create .venv and install maekit with the tools for test
 demo: $(DEMO_READY) ## from a fresh machine: install, pretrain and evaluate on bundled data
 	@$(PY) -m maekit demo
 
+# One process a core, up to four: each takes a gigabyte, and whole files of tests, as their runs are made once a file.
 test: $(DEV_READY) ## every test that needs no GPU and no network
-	@$(PY) -m pytest
+	@$(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 test-slow: $(DEV_READY) ## the longer proofs
 	@$(PY) -m pytest -m slow
