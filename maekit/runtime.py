@@ -187,17 +187,26 @@ def check_processes(expected: int | None, actual: int) -> None:
         )
 
 
-def check_batch(batch_size: int, accum: int, world: int) -> None:
+def check_batch(batch_size: int, accum: int, world: int, unit: int = 1) -> None:
     """Refuse a batch that the processes and accumulation steps cannot share evenly.
 
+    unit: what each part must be a multiple of, for the batches that are named instead.
+
     Raises:
-        UserError: names the numbers.
+        UserError: names the numbers, and batches near to it.
     """
     if batch_size % (world * accum):
         raise UserError(
             f"--batch-size {batch_size} is not divisible by {world} processes x --accum {accum}: it "
-            "counts the images of one optimiser step over all of them"
+            "counts the images of one optimiser step over all of them; such as "
+            + near_batches(batch_size, world * accum * unit)
         )
+
+
+def near_batches(batch_size: int, unit: int) -> str:
+    """The flag with the multiples of a unit that are next to a batch: --batch-size 63 or 66."""
+    lower = batch_size // unit * unit
+    return "--batch-size " + " or ".join(str(one) for one in (lower, lower + unit) if one)
 
 
 def _asked_of_launcher() -> int | None:
