@@ -187,20 +187,37 @@ def check_processes(expected: int | None, actual: int) -> None:
         )
 
 
-def check_batch(batch_size: int, accum: int, world: int, unit: int = 1) -> None:
-    """Refuse a batch that the processes and accumulation steps cannot share evenly.
-
-    unit: what each part must be a multiple of, for the batches that are named instead.
+def refuse_several(command: str) -> None:
+    """Refuse a command that one process does where a launcher has started several: each would write the same files.
 
     Raises:
-        UserError: names the numbers, and batches near to it.
+        UserError: several were started.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and "LOCAL_RANK" in os.environ:  # some clusters set the former for every job
+        raise UserError(
+            f"maekit {command} runs in one process, and {world} were started: start it without torchrun or accelerate "
+            "launch"
+        )
+
+
+def check_batch(batch_size: int, accum: int, world: int, unit: int = 1, goes_on: bool = False) -> None:
+    """Refuse a batch that the processes and accumulation steps cannot share evenly.
+
+    unit: what each part must be a multiple of, for what is named instead.
+    goes_on: a resumed run keeps its batch.
+
+    Raises:
+        UserError: names the numbers, and batches near to it, or fewer processes.
     """
     if batch_size % (world * accum):
+        fewer = next((n for n in range(world, 1, -1) if batch_size % (n * accum * unit) == 0), 1)
         raise UserError(
             f"--batch-size {batch_size} is not divisible by {world} processes x --accum {accum}: it "
-            "counts the images of one optimiser step over all of them; such as "
-            + near_batches(batch_size, world * accum * unit)
-        )
+            "counts the images of one optimiser step over all of them; "
+            + (f"a run that goes on keeps it: start {fewer} process{'es' if fewer > 1 else ''}" if goes_on
+               else f"such as {near_batches(batch_size, world * accum * unit)}")
+        )  # fmt: skip
 
 
 def near_batches(batch_size: int, unit: int) -> str:

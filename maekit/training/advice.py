@@ -49,7 +49,7 @@ def low_skill(
     batch = small_batch(config.batch_size * steps_per_epoch, config.batch_size, world * config.accum)
     rate = short_run_rate(config, batch)[0]
     if batch < config.batch_size:
-        ways.append(f"smaller batches (--batch-size {batch} --lr {max(rate, peak_lr):g})")
+        ways.append(f"smaller batches (--batch-size {batch} --lr {max(rate, peak_lr):.3g})")
     elif peak_lr < rate:
         ways.append(f"a higher rate (--lr {rate:g}; this one's peak was {peak_lr:.3g})")
     return {
