@@ -18,8 +18,8 @@ from rich.table import Table
 
 from maekit.runtime import Choice
 
-FIRST_SPEAKS = 3.0
-"""Seconds for which an error of another process than the first waits."""
+FIRST_SPEAKS = 10.0
+"""Seconds for which an error of another process than the first waits: a busy machine takes some to end that one."""
 
 
 def make_console() -> Console:
