@@ -43,7 +43,7 @@ from maekit.config import (
     typed_flags,
 )
 from maekit.configfile import read, written_by
-from maekit.runtime import refuse_several
+from maekit.runtime import out_of_memory, refuse_several
 
 Config = TypeVar("Config")
 
@@ -115,11 +115,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return complain(error.problems)
     except Exception as error:
-        if type(error).__name__ != "OutOfMemoryError":
+        if not out_of_memory(error):
             raise
         from maekit.terminal import complain
 
-        reason = str(error).splitlines()[0]
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         return complain([f"out of memory: lower --batch-size, or keep it with --accum or --grad-checkpoint ({reason})"])
 
 
