@@ -135,8 +135,10 @@ def main(config: PretrainConfig, resume_from: Path | None = None, again: bool = 
                     saved = save(job, clock, urgent=last or stopping)
                     if not saved and (last or stopping):
                         job.console.print(f"[bold red]the run ends at step {position.step:,} without its checkpoint[/]")
+                        accelerator.end_training()
                         return 1
                 if stopping:
+                    accelerator.end_training()  # trackers keep lines back until then
                     job.console.print(f"stopped by {stop.name} after step {position.step:,}: maekit resume {job.out}")
                     return stop.exit_code
                 if last:
