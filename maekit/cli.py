@@ -43,8 +43,12 @@ from maekit.config import (
     typed_flags,
 )
 from maekit.configfile import read, written_by
+from maekit.runtime import out_of_memory, refuse_several
 
 Config = TypeVar("Config")
+
+SEVERAL = ("pretrain", "resume", "finetune", "segment", "plan")
+"""Commands that several processes can do together; and plan, which tells them better why it cannot."""
 
 HELP = """\
 maekit: pretrain vision transformers on your own images by masked autoencoding (MAE).
@@ -94,6 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if words[0] not in COMMANDS:
             raise UserError(f"{words[0]!r}: no such command; {did_you_mean(words[0], COMMANDS)}")
+        if words[0] not in SEVERAL:
+            refuse_several(words[0])
         return COMMANDS[words[0]](words[1:])
     except KeyboardInterrupt:
         print("maekit: stopped", file=sys.stderr)
@@ -105,21 +111,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return 141
     except UserError as error:
-        complain(error.problems)
-        return 2
+        from maekit.terminal import complain
+
+        return complain(error.problems)
     except Exception as error:
-        if type(error).__name__ != "OutOfMemoryError":
+        if not out_of_memory(error):
             raise
-        reason = str(error).splitlines()[0]
-        complain([f"out of memory: lower --batch-size, or keep it with --accum or --grad-checkpoint ({reason})"])
-        return 2
+        from maekit.terminal import complain
 
-
-def complain(problems: Sequence[str]) -> None:
-    """Print problems to stderr, one a line; with several processes, each says who it is."""
-    who = f" [process {os.environ['RANK']}]" if os.environ.get("RANK", "0") != "0" else ""
-    for problem in problems:
-        print(f"maekit: error{who}: {problem}", file=sys.stderr)
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        return complain([f"out of memory: lower --batch-size, or keep it with --accum or --grad-checkpoint ({reason})"])
 
 
 def parse(kind: type[Config], prog: str, words: Sequence[str], default: Config | None = None) -> Config:
@@ -128,9 +129,10 @@ def parse(kind: type[Config], prog: str, words: Sequence[str], default: Config |
 
     if problems := foreign_flags(words, kind):
         raise UserError(*problems)
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # one process of each node
     if default is None:
-        return tyro.cli(kind, prog=prog, args=list(words))
-    return tyro.cli(kind, prog=prog, args=list(words), default=default)
+        return tyro.cli(kind, prog=prog, args=list(words), console_outputs=speaks)
+    return tyro.cli(kind, prog=prog, args=list(words), default=default, console_outputs=speaks)
 
 
 def pretrain(words: list[str]) -> int:
@@ -232,6 +234,8 @@ def finetune(words: list[str]) -> int:
     config.adapt(typed_flags(rest))
     if (code := or_resume(config, "finetune", rest)) is not None:
         return code
+    if config.eval:
+        refuse_several("finetune --eval")
     return int(import_module(f"maekit.tasks.finetune{'_score' if config.eval else ''}").main(source[0], config))
 
 
@@ -270,6 +274,7 @@ def segment(words: list[str]) -> int:
     other: dict[str, type[Any]] = {"--predict": configs.SegmentPredictConfig, "--eval": configs.SegmentScoreConfig}
     for flag, kind in other.items():
         if flag in given:
+            refuse_several(f"segment {flag}")
             asked = parse(kind, f"maekit segment RUN {flag}", [word for word in rest if word != "--eval"])
             name = "segment_predict" if flag == "--predict" else "segment_score"
             return int(import_module(f"maekit.tasks.{name}").main(source[0], asked))

@@ -187,17 +187,53 @@ def check_processes(expected: int | None, actual: int) -> None:
         )
 
 
-def check_batch(batch_size: int, accum: int, world: int) -> None:
-    """Refuse a batch that the processes and accumulation steps cannot share evenly.
+def out_of_memory(error: Exception) -> bool:
+    """Whether a device or the machine has no memory left: CUDA, its libraries, MPS, torch on a CPU and NumPy each have
+    words of their own for it.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    said = ("ALLOC_FAILED", "MPS backend out of memory", "can't allocate memory", "CUDA error: out of memory")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+
+
+def refuse_several(command: str) -> None:
+    """Refuse a command that one process does where a launcher has started several: each would write the same files.
 
     Raises:
-        UserError: names the numbers.
+        UserError: several were started.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and "LOCAL_RANK" in os.environ:  # some clusters set the former for every job
+        raise UserError(
+            f"maekit {command} runs in one process, and {world} were started: start it without torchrun or accelerate "
+            "launch"
+        )
+
+
+def check_batch(batch_size: int, accum: int, world: int, unit: int = 1, goes_on: bool = False) -> None:
+    """Refuse a batch that the processes and accumulation steps cannot share evenly.
+
+    unit: what each part must be a multiple of, for what is named instead.
+    goes_on: a resumed run keeps its batch.
+
+    Raises:
+        UserError: names the numbers, and batches near to it, or fewer processes.
     """
     if batch_size % (world * accum):
+        fewer = next((n for n in range(world, 1, -1) if batch_size % (n * accum * unit) == 0), 1)
         raise UserError(
             f"--batch-size {batch_size} is not divisible by {world} processes x --accum {accum}: it "
-            "counts the images of one optimiser step over all of them"
-        )
+            "counts the images of one optimiser step over all of them; "
+            + (f"a run that goes on keeps it: start {fewer} process{'es' if fewer > 1 else ''}" if goes_on
+               else f"such as {near_batches(batch_size, world * accum * unit)}")
+        )  # fmt: skip
+
+
+def near_batches(batch_size: int, unit: int) -> str:
+    """The flag with the multiples of a unit that are next to a batch: --batch-size 63 or 66."""
+    lower = batch_size // unit * unit
+    return "--batch-size " + " or ".join(str(one) for one in (lower, lower + unit) if one)
 
 
 def _asked_of_launcher() -> int | None:

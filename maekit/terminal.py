@@ -8,7 +8,7 @@ import select
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
@@ -18,11 +18,31 @@ from rich.table import Table
 
 from maekit.runtime import Choice
 
+FIRST_SPEAKS = 10.0
+"""Seconds for which an error of another process than the first waits: a busy machine takes some to end that one."""
+
 
 def make_console() -> Console:
     """A console that speaks for the first process and is silent in the others; a log file is 120 characters wide."""
     quiet = int(os.environ.get("RANK", "0")) != 0
     return Console(quiet=quiet, highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
+def complain(problems: Sequence[str]) -> int:
+    """Print problems to stderr, one a line.
+
+    Of several processes the first speaks at once; the others, who mostly have the same to say, only if it does not: the
+    launcher ends them when it has ended. They say who they are.
+
+    Returns: the exit code of a user's error.
+    """
+    who = f" [process {os.environ['RANK']}]" if os.environ.get("RANK", "0") != "0" else ""
+    if who:
+        with suppress(KeyboardInterrupt):
+            time.sleep(FIRST_SPEAKS)
+    for problem in problems:
+        print(f"maekit: error{who}: {problem}", file=sys.stderr)
+    return 2
 
 
 def output_is_closed() -> bool:

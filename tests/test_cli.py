@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from maekit import cli, recipes
@@ -202,3 +204,30 @@ def test_a_recipe_tells_published_numbers(capsys: pytest.CaptureFixture[str]) ->
     assert cli.main(["recipes", "--help"]) == 0
     assert cli.main(["probe", "--data", "digits", "runs/a"]) == 2
     assert "a source of weights is missing, which stands before the flags" in capsys.readouterr().err
+
+
+def no_memory(where: str) -> None:
+    """Run out of it, as torch on a CPU and NumPy do, or as others say it."""
+    if where == "torch":
+        torch.empty(2**60, dtype=torch.uint8)
+    elif where == "numpy":
+        np.empty(2**55, np.uint8)
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried ...") if where == "cuda" else RuntimeError(where)
+
+
+@pytest.mark.parametrize(
+    "where", ["torch", "numpy", "cuda", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when ...", "MPS backend out of memory"]
+)
+def test_out_of_memory_names_the_flags(
+    where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "recipes", lambda _: no_memory(where))
+    code, error = run(capsys, "recipes")
+    assert code == 2 and error.startswith("maekit: error: out of memory: lower --batch-size, or keep it with --accum")
+    assert len(error.splitlines()) == 1
+
+
+def test_other_errors_are_not_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "recipes", lambda _: no_memory("a defect"))
+    with pytest.raises(RuntimeError, match="a defect"):
+        cli.main(["recipes"])

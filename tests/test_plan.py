@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from rich.console import Console
 from tiny_runs import SMALLEST, folder_words, make_images
 
 from maekit import cli, recipes
@@ -91,6 +94,31 @@ def test_the_search_finds_what_fits(limit: int) -> None:
     assert found >= 0.93 * min(limit, 4096) - 1
     assert max(tried) <= 4096
     assert len(tried) < 20
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")]
+)
+def test_a_batch_that_leaves_no_memory_to_cudas_libraries_does_not_fit(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuBLAS asks for memory of its own, and says in other words that there is none; other errors are not hidden."""
+    for name, value in {"empty_cache": None, "reset_peak_memory_stats": None, "memory_allocated": 0,
+                        "max_memory_allocated": 1200}.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+
+    def step(batch: int) -> None:
+        if batch > 12:
+            raise error
+
+    trial: Any = SimpleNamespace(
+        device=torch.device("cuda"), saved_bytes=lambda batch: batch, images=lambda batch: (batch,), step=step,
+        wait=lambda: None, optimizer=torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), state_bytes=0,
+    )  # fmt: skip
+    assert capacity.find_limit(trial, 0, Console(quiet=True)) == (12, 100)
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal"):
+        capacity.find_limit(trial, 0, Console(quiet=True))
 
 
 def test_what_a_forward_pass_keeps_grows_with_the_batch(tiny: Trial) -> None:

@@ -186,6 +186,23 @@ def test_another_shape_is_not_replayed() -> None:
     assert float(found[0]) == 2
 
 
+@pytest.mark.usefixtures("fake_cuda")
+def test_another_type_is_not_replayed() -> None:
+    """Of 8-bit images with some of 16 bits among them, a batch may hold bytes, and the next one floats."""
+    seen: list[torch.dtype] = []
+
+    def step(inputs: Tensor) -> tuple[Tensor]:
+        seen.append(inputs.dtype)
+        return (inputs.float().sum(),)
+
+    work = Replayed(step, torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], lr=0.5), pytest.fail)
+    for dtype in (torch.uint8,) * (WARM_UP + 2) + (torch.float32, torch.uint8):
+        found = work(torch.full((2,), 0.5).to(dtype))
+        if dtype == torch.float32:
+            assert float(found[0]) == 1, "not 0, as copied into bytes"
+    assert seen == [torch.uint8] * (WARM_UP + 1) + [torch.float32]
+
+
 def test_successive_shares_of_an_epoch_come_together() -> None:
     shares = [(epoch, np.arange(size)) for epoch, size in ((0, 3), (0, 3), (0, 3), (1, 3), (1, 9), (1, 1))]
     found = [(epoch, [len(ids) for ids in group]) for epoch, group in together(iter(shares), 7)]

@@ -15,7 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_classes
+import tiny_pairs
 import tiny_runs
+from accelerate import Accelerator
+from conftest import tiny_config
 from tiny_runs import DIGITS, assert_same_run, checkpoints, folder_words, make_images, metrics, run, state
 
 from maekit import cli
@@ -24,9 +28,11 @@ from maekit.data.parts import FilePart
 from maekit.models.mae import MaskedAutoencoder
 from maekit.runtime import Choice
 from maekit.stopping import StopRequest
-from maekit.tasks import pretrain
+from maekit.tasks import finetune, pretrain, segment
 from maekit.training import checkpoint, monitor, prepare
 from maekit.training import run as run_module
+from maekit.weights.store import random_model
+from maekit.weights.written import write_weights
 
 PROMISE = "stop signals: the step is finished and saved, and the exit code says so"
 
@@ -121,6 +127,27 @@ def test_before_there_is_anything_to_save(
     assert run(WORDS, tmp_path / "run") == 128 + number
     assert time.monotonic() - when[0] < 20
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+
+
+@pytest.mark.parametrize("task", [pretrain, finetune, segment])
+def test_trackers_are_closed_where_a_run_is_stopped(task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard's keeps two minutes of numbers back until it is closed, and NCCL warns of a group that is not."""
+    closed: list[Any] = []
+    monkeypatch.setattr(Accelerator, "end_training", lambda self: closed.append(self))
+    if task is segment:
+        tiny_pairs.leave_pictures_out(monkeypatch)
+        tiny_pairs.write_pairs(tmp_path / "data")
+        model = random_model(tiny_config(depth=4), seed=5)
+        write_weights(tmp_path / "mae.safetensors", model, model.passport)
+    before_call(monkeypatch, task, "backward", 3)
+    if task is segment:
+        assert tiny_pairs.train(tmp_path, tmp_path / "run") == 143
+    elif task is finetune:
+        source = str(tiny_classes.write_encoder(tmp_path / "source"))
+        assert run(["finetune", source, *tiny_classes.TRAINING, "--epochs", "1"], tmp_path / "run") == 143
+    else:
+        assert run(WORDS, tmp_path / "run") == 143
+    assert len(closed) == 1
 
 
 def test_while_the_first_step_compiles(alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,9 @@ import tiny_runs
 from rich.console import Console
 
 from maekit import cli, demo, recipes
-from maekit.config import PRESETS, DemoConfig, PretrainConfig, UserError
+from maekit.config import PRESETS, DemoConfig, PlanConfig, PretrainConfig, UserError
 from maekit.tasks import finetune, pretrain
-from maekit.training import batch
+from maekit.training import batch, finetuning, prepare
 from maekit.training.advice import few_heldout, few_steps, images_seen, low_skill
 from maekit.viz import confusion
 
@@ -76,6 +77,41 @@ def test_large_sets_keep_the_recipe() -> None:
         assert smaller.batch_size == config.batch_size // 2
         assert f"--batch-size {smaller.batch_size} --lr {smaller.lr:g} for" in said
         assert (said.count("\n"), config.lr) == (1, None)
+
+
+def test_a_batch_that_no_flag_says_is_one_that_all_processes_can_share() -> None:
+    """Three processes cannot share 64 images, nor twice as many parts, of pairs, 128: no flag has asked for those."""
+    found, said = chosen(recipes.get("folder"), 100_000, parts=3)
+    assert (found.batch_size, found.lr) == (63, None)
+    assert "--batch-size 63 for 100,000 images, as no flag says it: 64 is not divisible by 3" in said
+    found, said = chosen(PRESETS["small"], 100_000, parts=6, rate=batch.finetuning_rate)
+    assert (found.batch_size, found.lr) == (126, None)
+    found, said = chosen(recipes.get("folder"), 300, parts=80)
+    assert (found.batch_size, found.lr) == (80, 5e-4) and "64 is not divisible by 80" in said
+    with pytest.raises(UserError, match="12 training images are too few: a batch must be divisible by 16 here"):
+        chosen(recipes.get("folder"), 12, parts=16)
+
+
+def test_a_batch_that_was_typed_is_refused_with_those_next_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is yet to follow the number of images is not looked at."""
+    monkeypatch.setattr(prepare, "start_accelerator", lambda *_: SimpleNamespace(num_processes=3))
+    config = dataclasses.replace(recipes.get("folder"), data="x")
+    assert prepare.open_machine(config, Path())[1].num_processes == 3
+    with pytest.raises(UserError, match=r"64 is not divisible by 3 processes x --accum 1.* --batch-size 63 or 66$"):
+        prepare.open_machine(dataclasses.replace(config, follow_images=()), Path())
+    with pytest.raises(UserError, match=r"such as --batch-size 3$"):
+        prepare.open_machine(dataclasses.replace(config, follow_images=(), batch_size=1), Path())
+    paired = PRESETS["small"]
+    assert finetuning.open_paired_machine(paired, Path())
+    for size, expected in ((128, "not divisible by 3 .* --batch-size 126 or 132$"), (129, "even.* 126 or 132 ")):
+        with pytest.raises(UserError, match=expected):
+            finetuning.open_paired_machine(dataclasses.replace(paired, follow_images=(), batch_size=size), Path())
+
+
+def test_a_plan_takes_the_batch_that_so_many_processes_would_choose() -> None:
+    config = dataclasses.replace(PlanConfig(**vars(recipes.get("folder"))), data="x", processes=3)
+    assert config.problems() == []
+    assert "divisible by --processes 3" in " ".join(dataclasses.replace(config, follow_images=()).problems())
 
 
 def test_only_folder_and_the_presets_follow() -> None:
@@ -234,26 +270,35 @@ def test_plan_chooses_as_the_run_would(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_short_runs_are_told_with_the_flags_that_make_them_longer() -> None:
     config = PretrainConfig(data="x", batch_size=64, epochs=60, blr=5e-4)
-    (line,) = few_steps(config, 240, 4)
+    (line,) = few_steps(config, 240, 4, world=1)
     assert line.startswith("only 240 optimiser steps in all")
     assert "--epochs 250 makes 1,000; --batch-size 8 --lr 0.0005 makes 1,920" in line
-    assert few_steps(config, 1000, 4) == []
+    assert few_steps(config, 1000, 4, world=1) == []
     config = PretrainConfig(data="x", batch_size=64, epochs=None, steps=1)
-    (line,) = few_steps(config, 1, 4)
+    (line,) = few_steps(config, 1, 4, world=1)
     assert line.startswith("only 1 optimiser step in all") and line.endswith("--steps 1000 makes 1,000")
     photos = recipes.get("photos")
-    assert few_steps(photos, 658, 94) == [], "tuned to be so short"
+    assert few_steps(photos, 658, 94, world=1) == [], "tuned to be so short"
 
 
 def test_a_skill_near_zero_is_called_so() -> None:
     config = PretrainConfig(data="x", batch_size=64, blr=5e-4)
-    assert low_skill(config, 0.05, 240, 4, 1e-4) == {}
-    said = low_skill(config, 0.049, 240, 4, 1.25e-4)["that is"]
+    assert low_skill(config, 0.05, 240, 4, 1e-4, 1) == {}
+    said = low_skill(config, 0.049, 240, 4, 1.25e-4, 1)["that is"]
     assert "hardly better than interpolation (below 0.05)" in said
     assert "--epochs; this one made 240 steps" in said and "--batch-size 8 --lr 0.0005" in said
-    said = low_skill(config, -0.1, 240, 400, 1.25e-4)["that is"]
+    said = low_skill(config, -0.1, 240, 400, 1.25e-4, 1)["that is"]
     assert "no better than" in said and "--lr 0.0005; this one's peak was 0.000125" in said
-    assert "--lr" not in low_skill(config, 0.0, 240, 400, 1e-3)["that is"]
+    assert "--lr" not in low_skill(config, 0.0, 240, 400, 1e-3, 1)["that is"]
+
+
+@pytest.mark.parametrize(("world", "accum", "batch_size"), [(1, 1, 8), (2, 1, 8), (3, 1, 6), (4, 4, 16), (3, 4, 12)])
+def test_a_batch_that_is_named_is_one_that_all_processes_can_share(world: int, accum: int, batch_size: int) -> None:
+    """--batch-size counts the images of all processes: of three, 8 would be refused."""
+    config = PretrainConfig(data="x", batch_size=48, epochs=60, blr=5e-4, accum=accum)
+    (line,) = few_steps(config, 300, 5, world)
+    assert f"--batch-size {batch_size} --lr 0.0005 makes {60 * (240 // batch_size):,}" in line
+    assert f"--batch-size {batch_size} --lr 0.0005" in low_skill(config, 0.0, 300, 5, 1e-4, world)["that is"]
 
 
 def test_a_choice_by_few_images_is_called_noisy() -> None:

@@ -217,7 +217,7 @@ class FinetuneConfig(SupervisedConfig):
     def _mixing_problems(self) -> list[str]:
         """Pairs are made within what one process takes at a time, which therefore must be even."""
         part = self.batch_size // max(1, self.accum)
-        if self.mixes and self.batch_size > 0 and part % 2:
+        if self.mixes and self.batch_size > 0 and part % 2 and "batch_size" not in self.follow_images:
             return [
                 f"--batch-size {self.batch_size} with --accum {self.accum}: mixup and CutMix pair the {part} images of "
                 "a part, so it must be even (or --mixup 0 --cutmix 0)"

@@ -36,7 +36,8 @@ class PlanConfig(PretrainConfig):
             if (value := getattr(self, name)) is not None and not value > 0
         ]
         world = self.processes or 1
-        if world > 1 and self.accum > 0 and self.batch_size % (world * self.accum):
+        chosen = "batch_size" in self.follow_images  # one that they can share
+        if world > 1 and self.accum > 0 and self.batch_size % (world * self.accum) and not chosen:
             found.append(
                 f"--batch-size {self.batch_size} is not divisible by --processes {world} x --accum {self.accum}: it "
                 "counts the images of one optimiser step over all of them"

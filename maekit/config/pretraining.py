@@ -275,7 +275,7 @@ class PretrainConfig(ModelConfig, DataConfig):
             found.append(f"--std {spaced(self.std)}: must be above 0")
         if self.decoder_warmup_epochs and self.epochs is not None and self.decoder_warmup_epochs >= self.epochs:
             found.append(f"--decoder-warmup-epochs {self.decoder_warmup_epochs:g} is as long as the run")
-        if self.accum > 0 and self.batch_size % self.accum:
+        if self.accum > 0 and self.batch_size % self.accum and "batch_size" not in self.follow_images:
             found.append(f"--batch-size {self.batch_size} is not divisible by --accum {self.accum}")
         if self.crop == "resize-crop" and self.resize_to is not None and self.resize_to < max(self.img_size):
             found.append(f"--resize-to {self.resize_to} is smaller than --img-size {spaced(self.img_size)}")

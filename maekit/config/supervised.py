@@ -107,7 +107,8 @@ class SupervisedConfig(SourceConfig):
             found.append(f"--heldout-share {self.heldout_share:g}: must lie between 0 and 1")
         if not all(0 <= beta < 1 for beta in self.betas):
             found.append(f"--betas {' '.join(f'{beta:g}' for beta in self.betas)}: each must lie in [0, 1)")
-        if self.accum > 0 and self.batch_size % self.accum:
+        follows = "batch_size" in getattr(self, "follow_images", ())
+        if self.accum > 0 and self.batch_size % self.accum and not follows:
             found.append(f"--batch-size {self.batch_size} is not divisible by --accum {self.accum}")
         if self.device.split(":")[0] not in ("auto", "cpu", "cuda", "mps"):
             found.append(f"--device {self.device}: choose auto, cpu, cuda or mps")

@@ -86,8 +86,8 @@ class SampleOrder:
     def __init__(self, train_ids: Ids, batch_size: int, seed: int) -> None:
         if batch_size > len(train_ids):
             raise UserError(
-                f"--batch-size {batch_size} is larger than the {len(train_ids)} training images: lower it, such as to "
-                f"--batch-size {max(1, min(32, len(train_ids) // 8 * 2))}; an epoch should have dozens of steps"
+                f"--batch-size {batch_size} is larger than the {len(train_ids)} training images: lower it; an epoch "
+                "should have dozens of steps"
             )
         self.train_ids, self.batch_size, self.seed = train_ids, batch_size, seed
         self.steps_per_epoch = len(train_ids) // batch_size

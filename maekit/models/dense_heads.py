@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maekit.models.pooling import average_cells
+
 BINS = (1, 2, 3, 6)
 """Cells a side of the pooling pyramid (PSPNet, arXiv 1612.01105; UperNet, arXiv 1807.10221)."""
 DROPOUT = 0.1
@@ -79,7 +81,7 @@ class PyramidPooling(nn.Module):
         """[B, W, h, w] from [B, D, h, w]."""
         size = map_BDhw.shape[2:]
         pooled = [
-            resized(branch(F.adaptive_avg_pool2d(map_BDhw, bins)), size)
+            resized(branch(average_cells(map_BDhw, (bins, bins))), size)
             for bins, branch in zip(BINS, self.branches, strict=True)
         ]
         mixed: Tensor = self.bottleneck(torch.cat([map_BDhw, *pooled], dim=1))

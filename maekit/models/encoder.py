@@ -209,7 +209,9 @@ def sincos_positions(dim: int, grid_hw: tuple[int, int], num_prefix: int) -> Ten
 def patch_weight(encoder: Any) -> Tensor:
     """The patch embedding as a linear layer's weight [D, P] for patches flattened (row, column, channel)."""
     weight_DCpp = encoder.patch_embed.proj.weight
-    weight_DP: Tensor = weight_DCpp.permute(0, 2, 3, 1).flatten(1)
+    if weight_DCpp.shape[1] > 1:
+        weight_DCpp = weight_DCpp.permute(0, 2, 3, 1)
+    weight_DP: Tensor = weight_DCpp.flatten(1)  # one channel's gradient would be permuted too, of which DDP warns
     return weight_DP
 
 

@@ -122,8 +122,10 @@ def main(source: str, config: FinetuneConfig, resumed: bool = False) -> int:
                     position.loss_sum = float(accelerator.reduce(loss_sum, "mean"))
                     if not run.save(urgent=last or stopping) and (last or stopping):
                         console.print(f"[bold red]the run ends at step {position.step:,} without its checkpoint[/]")
+                        accelerator.end_training()
                         return 1
                 if stopping:
+                    accelerator.end_training()  # trackers keep lines back until then
                     console.print(f"stopped by {stop.name} after step {position.step:,}: maekit resume {out}")
                     return stop.exit_code
                 if last:
@@ -174,6 +176,7 @@ def main(source: str, config: FinetuneConfig, resumed: bool = False) -> int:
             finished = finish(job, first_step, time.monotonic() - began)
         if not finished:
             console.print(f"stopped by {stop.name} while scoring: maekit resume {out}")
+            accelerator.end_training()
             return stop.exit_code
         accelerator.end_training()
         return 0

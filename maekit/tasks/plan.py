@@ -136,7 +136,7 @@ def main(config: PlanConfig, base: PretrainConfig, name: str) -> int:
     title = f"maekit plan {name}"
     print_settings(console, title, {**choices, **describe(config, data, trial, timing, forecast)})
     print_settings(console, "memory", describe_memory(config, trial, free, fits, per_image, accum))
-    remark(console, few_steps(config, forecast.steps, data.train // config.batch_size))
+    remark(console, few_steps(config, forecast.steps, data.train // config.batch_size, config.processes or 1))
     console.print(f"next: {command}", soft_wrap=True, markup=False)
     return 0
 

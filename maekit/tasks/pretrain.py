@@ -135,8 +135,10 @@ def main(config: PretrainConfig, resume_from: Path | None = None, again: bool = 
                     saved = save(job, clock, urgent=last or stopping)
                     if not saved and (last or stopping):
                         job.console.print(f"[bold red]the run ends at step {position.step:,} without its checkpoint[/]")
+                        accelerator.end_training()
                         return 1
                 if stopping:
+                    accelerator.end_training()  # trackers keep lines back until then
                     job.console.print(f"stopped by {stop.name} after step {position.step:,}: maekit resume {job.out}")
                     return stop.exit_code
                 if last:
@@ -250,6 +252,7 @@ def panel_name(step: int, steps_per_epoch: int) -> str:
 def finish(job: Job, first_step: int, seconds: float) -> None:
     """What was done and what to type next."""
     heldout, out, batch = job.heldout, job.out, job.config.batch_size
+    world = job.accelerator.num_processes
     assert heldout is not None
     images, since = job.position.step * batch, (job.position.step - first_step) * batch
     trivial = min(heldout.trivial)
@@ -257,7 +260,7 @@ def finish(job: Job, first_step: int, seconds: float) -> None:
         "images seen": images_seen(images, since, f"{seconds:,.0f} s, evaluation and saving included"),
         "held-out loss": f"{heldout.loss:.4f}; a predictor that learns nothing: {trivial:.4f}",
         "skill": f"{heldout.skill:.3f} (0: no better than that, 1: perfect)",
-        **low_skill(job.config, heldout.skill, job.position.step, job.order.steps_per_epoch, job.peak_lr),
+        **low_skill(job.config, heldout.skill, job.position.step, job.order.steps_per_epoch, job.peak_lr, world),
         "weights": str(out / WEIGHTS_FILE),
         "pictures": f"{out / 'panels'}, {out / 'curves.png'}",
         "next": f"maekit reconstruct {out} --image photo.jpg --out panel.png",

@@ -117,8 +117,10 @@ def main(config: SegmentConfig, resuming: bool = False) -> int:
                     position.loss_sum = float(accelerator.reduce(loss_sum.clone(), "mean"))
                     if not run.save(urgent=last or stopping) and (last or stopping):
                         console.print(f"[bold red]the run ends at step {position.step:,} without its checkpoint[/]")
+                        accelerator.end_training()
                         return 1
                 if stopping:
+                    accelerator.end_training()  # trackers keep lines back until then
                     console.print(f"stopped by {stop.name} after step {position.step:,}: maekit resume {run.out}")
                     return stop.exit_code
                 if last:
@@ -153,6 +155,7 @@ def main(config: SegmentConfig, resuming: bool = False) -> int:
                 position.step, position.loss_count = step + 1, position.loss_count + 1
         if not finish(job, time.monotonic() - began, first_step):
             console.print(f"stopped by {stop.name} while scoring: maekit resume {run.out}")
+            accelerator.end_training()
             return stop.exit_code
         accelerator.end_training()
         return 0

@@ -16,14 +16,17 @@ FEW_HELDOUT = 100
 """Held-out images below which a choice by their accuracy is noisy: +- 10 points and more."""
 
 
-def few_steps(config: PretrainConfig, steps: int, steps_per_epoch: int) -> list[str]:
-    """A line where a pretraining is to make few optimiser steps in all, with the flags that make more of them."""
+def few_steps(config: PretrainConfig, steps: int, steps_per_epoch: int, world: int) -> list[str]:
+    """A line where a pretraining is to make few optimiser steps in all, with the flags that make more of them.
+
+    world: processes of the run, which must be able to share a batch that is named: it counts the images of them all.
+    """
     if steps >= FEW_STEPS or config.data == config.recipe:
         return []
     longer = f"--steps {FEW_STEPS}" if config.epochs is None else f"--epochs {-(-FEW_STEPS // steps_per_epoch)}"
     ways = [f"{longer} makes {FEW_STEPS:,}"]
     images = config.batch_size * steps_per_epoch
-    batch = small_batch(images, config.batch_size)
+    batch = small_batch(images, config.batch_size, world * config.accum)
     if config.epochs is not None and batch < config.batch_size:
         made = round(config.epochs * (images // batch))
         ways.append(f"--batch-size {batch} --lr {short_run_rate(config, batch)[0]:g} makes {made:,}")
@@ -33,15 +36,20 @@ def few_steps(config: PretrainConfig, steps: int, steps_per_epoch: int) -> list[
     ]
 
 
-def low_skill(config: PretrainConfig, skill: float, steps: int, steps_per_epoch: int, peak_lr: float) -> dict[str, str]:
-    """What a skill near 0 means and what to try, as a setting to print; nothing where the skill is better."""
+def low_skill(
+    config: PretrainConfig, skill: float, steps: int, steps_per_epoch: int, peak_lr: float, world: int
+) -> dict[str, str]:
+    """What a skill near 0 means and what to try, as a setting to print; nothing where the skill is better.
+
+    world: processes of the run, as in `few_steps`.
+    """
     if skill >= LOW_SKILL:
         return {}
     ways = [f"a longer run (--epochs; this one made {steps:,} steps)"]
-    batch = small_batch(config.batch_size * steps_per_epoch, config.batch_size)
+    batch = small_batch(config.batch_size * steps_per_epoch, config.batch_size, world * config.accum)
     rate = short_run_rate(config, batch)[0]
     if batch < config.batch_size:
-        ways.append(f"smaller batches (--batch-size {batch} --lr {max(rate, peak_lr):g})")
+        ways.append(f"smaller batches (--batch-size {batch} --lr {max(rate, peak_lr):.3g})")
     elif peak_lr < rate:
         ways.append(f"a higher rate (--lr {rate:g}; this one's peak was {peak_lr:.3g})")
     return {

@@ -31,6 +31,7 @@ square root) 61.0, 8 and 5e-4 72.7, 8 and 1e-3 70.2. 300 images: 128 and its 5e-
 1.8e-4 78.3, 8 and 5e-4 84.1."""
 SMALLEST_BATCH = 8
 """A step of fewer images costs nearly as much time, and its gradient is mostly noise."""
+_SHARED = "(processes, --accum, and pairs that mixup takes)"
 
 
 class Following(Protocol):
@@ -51,12 +52,13 @@ Rate = Callable[[Following, int], tuple[float, str]]
 def small_batch(images: int, most: int, unit: int = 1) -> int:
     """A batch for so many training images: `most`, or the power of two that leaves an epoch LEAST_STEPS steps.
 
+    It counts the images of all processes, as --batch-size does.
     unit: what it must be a multiple of, for processes and accumulation to share it.
     """
-    if images >= LEAST_STEPS * most:
-        return most
-    power = 1 << max(0, (images // LEAST_STEPS).bit_length() - 1)
-    batch = min(most, max(SMALLEST_BATCH, power), images)
+    batch = most
+    if images < LEAST_STEPS * most:
+        power = 1 << max(0, (images // LEAST_STEPS).bit_length() - 1)
+        batch = min(most, max(SMALLEST_BATCH, power), images)
     return max(unit, batch // unit * unit)
 
 
@@ -75,12 +77,17 @@ def short_run_rate(config: Following, batch: int) -> tuple[float, str]:
 def follow_images(config: Config, images: int, parts: int, rate: Rate, console: Console) -> Config:
     """The config with a batch and a rate for so many training images, where they may follow them; says what it chose.
 
-    parts: what a batch must be divisible by, besides accumulation.
+    parts: what a batch must be divisible by, besides accumulation: the number of processes, or twice that for pairs.
 
     Raises:
-        UserError: the batch is larger than the number of images; names one that fits and its rate.
+        UserError: the batch is larger than the number of images; names one that fits and its rate. Or no batch fits.
     """
     unit = parts * config.accum
+    if unit > images > 0:
+        raise UserError(
+            f"{images} training images are too few: a batch must be divisible by {unit} here {_SHARED}: start fewer "
+            "processes, or lower --accum"
+        )
     batch = small_batch(images, config.batch_size, unit)
     lr, why = rate(config, batch)
     if not config.follow_images:
@@ -94,13 +101,17 @@ def follow_images(config: Config, images: int, parts: int, rate: Rate, console: 
             )
         return config
     whole, settled = config.batch_size, dataclasses.replace(config, follow_images=())  # type: ignore[type-var]
-    if batch >= whole:
+    if batch == whole:
         return settled
+    few = images < LEAST_STEPS * whole  # otherwise the batch is hardly another one, and blr says its rate
     settled.batch_size, chosen = batch, f"--batch-size {batch}"
-    if lr_follows := "lr" in config.follow_images:
+    if lr_follows := few and "lr" in config.follow_images:
         settled.lr, chosen = lr, f"{chosen} --lr {lr:g}"
     steps = images // whole
-    said = f"{chosen} for {images:,} images, as no flag says {'them' if lr_follows else 'it'}: {whole:,} would make "
-    said += f"{steps or 'no'} step{'' if steps == 1 else 's'} an epoch" + (f", {why}" if lr_follows else "")
-    remark(console, [said])
+    said = f"{chosen} for {images:,} images, as no flag says {'them' if lr_follows else 'it'}: {whole:,} "
+    if few and batch < whole:
+        said += f"would make {steps or 'no'} step{'' if steps == 1 else 's'} an epoch"
+    else:
+        said += f"is not divisible by {unit}, as it must be here {_SHARED}"
+    remark(console, [said + (f", {why}" if lr_follows else "")])
     return settled

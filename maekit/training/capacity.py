@@ -11,6 +11,7 @@ from rich.console import Console
 
 from maekit.config import PretrainConfig, UserError
 from maekit.models.mae import MaskedAutoencoder
+from maekit.runtime import out_of_memory
 from maekit.terminal import make_progress
 from maekit.training.trial import Trial, state_bytes
 
@@ -63,7 +64,9 @@ def find_limit(trial: Trial, free: int, console: Console) -> tuple[int, int]:
         try:
             trial.step(*trial.images(batch))
             trial.wait()
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             return False
         finally:
             trial.optimizer.zero_grad(set_to_none=True)

@@ -16,12 +16,12 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from maekit.config import UserError
 from maekit.data.loader import Pool, Progress
 from maekit.models.mae import MaskedAutoencoder
+from maekit.models.pooling import average_cells
 from maekit.training.capacity import RAM_SHARE
 
 Pooling = Literal["cls", "mean", "both"]
@@ -87,7 +87,7 @@ def raw_pixels(pool: Pool, ids: npt.NDArray[np.int64], batch_size: int) -> Tenso
         pixels = batch.images.float() / 255 if batch.images.dtype == torch.uint8 else batch.images
         if max(pixels.shape[2:]) > PIXEL_SIDE:
             height, width = (min(side, PIXEL_SIDE) for side in pixels.shape[2:])
-            pixels = F.adaptive_avg_pool2d(pixels, (height, width))
+            pixels = average_cells(pixels, (height, width))
         rows.append(pixels.flatten(1))
     return torch.cat(rows)
 

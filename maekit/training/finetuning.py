@@ -24,11 +24,7 @@ from maekit.data.loader import Ids, Pool, Quarantine, SampleOrder
 from maekit.data.sources import Source, lasting, open_source, short_name
 from maekit.models.classifier import Classifier
 from maekit.models.encoder import EPS, set_eps, use_fused_attention
-from maekit.runtime import (
-    Choice,
-    package_versions,
-    seed_everything,
-)
+from maekit.runtime import Choice, near_batches, package_versions, seed_everything
 from maekit.seeding import seed_step
 from maekit.stopping import StopRequest
 from maekit.terminal import counting, remark
@@ -188,13 +184,15 @@ def open_paired_machine(config: FinetuneConfig, out: Path) -> tuple[dict[str, Ch
     Raises:
         UserError: another number of processes than was asked for, or a batch that they cannot share.
     """
-    choices, accelerator = open_machine(config, out)
+    unit = 2 if config.mixes else 1
+    choices, accelerator = open_machine(config, out, unit)
     world = accelerator.num_processes
     part = config.batch_size // (world * config.accum)
-    if config.mixes and part % 2:
+    if part % unit and "batch_size" not in config.follow_images:
         raise UserError(
             f"--batch-size {config.batch_size}: {world} processes x --accum {config.accum} take {part} images at a "
-            "time, and mixup and CutMix pair them: it must be even (or --mixup 0 --cutmix 0)"
+            f"time, and mixup and CutMix pair them: it must be even, as of "
+            f"{near_batches(config.batch_size, unit * world * config.accum)} (or --mixup 0 --cutmix 0)"
         )
     return choices, accelerator
 

@@ -56,7 +56,7 @@ def prepare(config: PretrainConfig, resume_from: Path | None, console: Console, 
     into_new = resume_from is None and not again
     out = check(config, into_new)
     lock.take(out, fresh=into_new)
-    choices, accelerator = open_machine(config, out)
+    choices, accelerator = open_machine(config, out, goes_on=not into_new)
     start = load_start(config) if config.init and resume_from is None else None
     source = open_source(
         config.data, in_chans=config.in_chans, image_column=config.image_column, label_column=config.label_column
@@ -107,7 +107,7 @@ def prepare(config: PretrainConfig, resume_from: Path | None, console: Console, 
         restore(job, resume_from)
     print_settings(console, f"maekit pretrain {config.recipe}", {**describe(job, peak_reason), **choices})
     if resume_from is None:
-        remark(console, few_steps(config, total, order.steps_per_epoch))
+        remark(console, few_steps(config, total, order.steps_per_epoch, accelerator.num_processes))
     return job
 
 
@@ -146,6 +146,7 @@ class MachineConfig(Protocol):
     batch_size: int
     accum: int
     trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...]
+    follow_images: tuple[Any, ...]
 
 
 def choose_machine(config: MachineConfig, local_processes: int, world: int = 1) -> dict[str, Choice[Any]]:
@@ -164,13 +165,21 @@ def choose_machine(config: MachineConfig, local_processes: int, world: int = 1) 
     }
 
 
-def open_machine(config: MachineConfig, out: Path) -> tuple[dict[str, Choice[Any]], Accelerator]:
-    """What was chosen of this machine, and Accelerate's handle on the processes of the run."""
+def open_machine(
+    config: MachineConfig, out: Path, unit: int = 1, goes_on: bool = False
+) -> tuple[dict[str, Choice[Any]], Accelerator]:
+    """What was chosen of this machine, and Accelerate's handle on the processes of the run.
+
+    unit: what the images that a process takes at a time must be a multiple of. A batch that is yet to follow the number
+    of images is left to `follow_images`.
+    goes_on: the run is resumed, and so keeps its batch.
+    """
     local, world = (int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     choices = choose_machine(config, local, world)
     accelerator = start_accelerator(choices["device"].value, config.trackers, out)
     check_processes(config.processes, accelerator.num_processes)
-    check_batch(config.batch_size, config.accum, accelerator.num_processes)
+    if "batch_size" not in config.follow_images:
+        check_batch(config.batch_size, config.accum, accelerator.num_processes, unit, goes_on)
     return choices, accelerator
 
 

@@ -21,8 +21,8 @@ recorded."""
 class Replayed:
     """A step, as a function of tensors on a CUDA device, that updates weights by a fused optimiser.
 
-    The first calls run it as it is; then it is recorded for their shapes, and from then on replayed. Calls of other
-    shapes run it as it is. What it returns holds until the next call.
+    The first calls run it as it is; then it is recorded for their shapes and types, and from then on replayed. Calls of
+    others run it as it is. What it returns holds until the next call.
     """
 
     def __init__(
@@ -47,7 +47,8 @@ class Replayed:
         self._rates.copy_(rates, non_blocking=True)
         if self.calls == WARM_UP + 1:
             self._record(inputs)
-        if self._graph is None or any(a.shape != b.shape for a, b in zip(inputs, self._inputs, strict=True)):
+        # A batch with one 16-bit image is of floats: copied into the bytes that were recorded, it would be black.
+        if self._graph is None or list(map(_form, inputs)) != list(map(_form, self._inputs)):
             with self._rates_on_device(self._rates):
                 return self.step(*inputs)
         torch._foreach_copy_(list(self._inputs), list(inputs))
@@ -87,3 +88,7 @@ class Replayed:
         finally:
             for group, old in zip(groups, before, strict=True):
                 group.update(old)
+
+
+def _form(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype

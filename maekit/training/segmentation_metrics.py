@@ -24,7 +24,7 @@ from maekit.terminal import make_table
 
 
 class Confusion:
-    """A confusion matrix that grows image by image, int64 on the device; nothing waits for the device."""
+    """A confusion matrix that grows image by image, int64 on the device."""
 
     def __init__(self, num_classes: int, void: int, device: torch.device | str = "cpu") -> None:
         self.num_classes, self.void = num_classes, void
@@ -33,7 +33,7 @@ class Confusion:
     def add(self, predicted: Tensor, truth: Tensor) -> None:
         """Count the pixels of equally shaped class maps; a prediction is a class everywhere, the truth may be void."""
         assert predicted.shape == truth.shape, (predicted.shape, truth.shape)
-        # Void goes to a cell of its own behind the matrix, as selecting pixels would wait for the device.
+        # Void goes to a cell of its own behind the matrix, as selecting pixels would wait for the device once more.
         cells = truth.long() * self.num_classes + predicted.long()
         cells = torch.where(truth == self.void, self.num_classes**2, cells)
         counts = torch.bincount(cells.flatten(), minlength=self.num_classes**2 + 1)
