@@ -19,8 +19,7 @@ from maekit.training.scoring import Answers, score
 def test_the_mean_over_the_classes_is_scikit_learns() -> None:
     random = np.random.default_rng(0)
     labels = random.choice(6, 500, p=[0.6, 0.2, 0.1, 0.05, 0.05, 0.0])
-    said = np.where(random.random(500) < 0.5, labels, random.integers(0, 6, 500))
-    said[said == 5] = 0  # scikit-learn warns of a class that no image has
+    said = np.where(random.random(500) < 0.5, labels, random.integers(0, 2, 500))
     expected = balanced_accuracy_score(labels, said)
     assert balanced_accuracy(said, labels) == pytest.approx(expected)
     answers = Answers(labels, said, (said != labels).astype(np.int64), np.zeros(500))
