@@ -27,16 +27,9 @@ from maekit.training import evaluation, probes
 from maekit.training.attentive import LEAST_STEPS, AttentivePool, batch_for, choose_attentive, train_attentive
 from maekit.training.card import Row, line_of, seconds_of
 from maekit.training.evaluation import TestImages as Images
-from maekit.training.evaluation import (
-    TrainSet,
-    choose_few,
-    choose_linear,
-    divide,
-    draw_balanced,
-    labels_per_class,
-    search_blocks,
-)
+from maekit.training.evaluation import TrainSet, choose_few, choose_linear, divide, search_blocks
 from maekit.training.features import BlockFeatures, Plan, extract_blocks, of_pixels, plan_features, raw_pixels
+from maekit.training.few_labels import draw_labels, labels_to_draw
 from maekit.training.interval import wilson
 from maekit.training.probe_choices import encoder_kind, untrained
 from maekit.training.probes import knn_predict, ridge_predict
@@ -260,29 +253,13 @@ def test_a_classifiers_floor_has_the_positions_that_it_began_with() -> None:
 # ---- what is chosen on ----
 
 
-def test_draws_are_balanced_and_fixed() -> None:
-    """The same number of each class, the same in every call, others in another draw; a rare class gives all it has."""
-    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 3)
-    images = torch.arange(0, 83, 1)
-    draws = [draw_balanced(labels, images, 5, draw) for draw in (0, 1, 0)]
-    assert torch.bincount(labels[draws[0]]).tolist() == [5, 5, 3]
-    assert torch.equal(draws[0], draws[2])
-    assert not torch.equal(draws[0], draws[1])
-    fewer = draw_balanced(labels, images, 2, 0)
-    assert set(fewer.tolist()) <= set(draws[0].tolist())
-    some = images[::2]
-    assert set(draw_balanced(labels, some, 5, 0).tolist()) <= set(some.tolist())
-    assert [labels_per_class(50_000, 10, share) for share in (0.01, 0.1)] == [50, 500]
-    assert labels_per_class(100, 30, 0.01) == 0
-
-
 def test_few_labels_are_all_that_is_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scrambled labels of all other images change no probe; held-out images are never drawn."""
     _, _, train = bright_set()
     monkeypatch.setattr(evaluation, "FEW_DECAYS", (1e-3, 1e-1))
     found = choose_few(train, 2, "mean", 1, 0.1)
     assert [one.setting["labels"] for one in found] == [16, 16, 16]
-    drawn = draw_balanced(train.labels_S, train.fit_S, 8, 1)
+    drawn = draw_labels(train.labels_S, train.fit_S, labels_to_draw(train.labels_S, 0.1), 1)
     assert not set(drawn.tolist()) & set(train.held_S.tolist())
     other = train.labels_S.clone()
     rest = torch.ones(160, dtype=torch.bool)
@@ -291,7 +268,7 @@ def test_few_labels_are_all_that_is_fitted(monkeypatch: pytest.MonkeyPatch) -> N
     other[rest] = 1 - other[rest]
     images = Images(train.features, list)
     again = TrainSet(train.features, other, 2, train.fit_S, train.held_S, train.search_S, train.queries_S)
-    monkeypatch.setattr(evaluation, "draw_balanced", lambda *_: drawn)
+    monkeypatch.setattr(evaluation, "draw_labels", lambda *_: drawn)
     monkeypatch.setattr(evaluation, "DRAWS", 1)
     one, two = (choose_few(data, 2, "mean", 1, 0.1)[0] for data in (train, again))
     assert torch.equal(one.predict(images), two.predict(images))

@@ -61,10 +61,10 @@ def test_the_note_speaks_of_what_was_measured() -> None:
 
 
 def test_the_note_says_how_many_labels_there_were() -> None:
-    """Equal numbers of each class: where one is rare, 10 % are fewer in all."""
+    """Where the draws differ, from the fewest to the most."""
     rows = [row("1 % labels", labels=(3, 3, 3)), row("10 % labels", labels=(1_024, 1_030, 1_024))]
     assert labels_of(rows) == "3 images under 1 % labels, 1,024 to 1,030 images under 10 % labels"
-    assert "few labels: as many of every class, 3 images under 1 %" in note_of(rows, 500)
+    assert "few labels: in proportion to the classes, one of each at least: 3 images under 1 %" in note_of(rows, 500)
 
 
 def test_the_note_of_a_small_test_says_what_it_cannot_tell() -> None:

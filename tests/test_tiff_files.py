@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,17 @@ def test_overviews_are_no_channels_by_any_decompressor(compression: str | None) 
     full = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
     data = by_pillow([full, full[::2, ::2].copy(), full[::4, ::4].copy()], compression=compression)
     np.testing.assert_array_equal(decode(data, 3), np.repeat(unit(full)[..., None], 3, axis=2))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("imagecodecs") is not None, reason="imagecodecs undoes LZW of any samples")
+def test_compressed_samples_that_nobody_can_read_are_named() -> None:
+    """One page of five samples in LZW: tifffile lacks the decompressor, and Pillow takes no more than four samples."""
+    data = bytearray(tiff(np.zeros((8, 8, 5), np.uint8), photometric="minisblack", planarconfig="contig"))
+    place = data.index(struct.pack("<HHI", 259, 3, 1))  # the tag of the compression
+    data[place + 8 : place + 10] = struct.pack("<H", 5)
+    said = reason(bytes(data), 5)
+    assert "LZW" in said
+    assert said.endswith("pip install imagecodecs")
 
 
 def test_floats_without_data_are_named() -> None:

@@ -133,6 +133,21 @@ def test_a_score_says_that_it_is_no_test(parted: tuple[Path, Path], capsys: pyte
         assert low < card["top5"] <= high
 
 
+def test_a_score_on_changed_data_says_so(
+    flat: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A copy of the data with one file more, of which the run knows nothing: the kept fifth is another one there."""
+    run, data = flat
+    changed = tmp_path / "changed"
+    shutil.copytree(data, changed)
+    shutil.copy(changed / "cat" / "0.png", changed / "cat" / "new.png")
+    for folder, warned in ((changed, True), (data, False)):
+        words = ["finetune", str(run), "--data", str(folder), "--eval", "--device", "cpu", "--workers", "0"]
+        assert cli.main([*words, "--out", str(tmp_path / f"eval-{warned}")]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert ("no test split, and not the data that the run saw" in said) == warned
+
+
 def test_a_fine_tuning_does_not_train_where_a_score_was_asked_for() -> None:
     with pytest.raises(UserError, match="finetune_score"):
         finetune.main("run", FinetuneConfig(data="digits", eval=True))

@@ -47,8 +47,8 @@ class ProbeConfig(SourceConfig):
     whether linear probes use them. auto: yes, but on a CPU only where that costs under 5 TFLOP. no: nothing is
     mirrored in --protocol paper and --scratch either."""
     few_labels: tuple[float, ...] | None = None
-    """Shares of the labels for the probe with few labels, each class alike. Default: 0.01 and 0.1, as far as they give
-    every class a label."""
+    """Shares of the labels for the probe with few labels: drawn in proportion to the classes, one of each at least.
+    Default: 0.01 and 0.1, as far as they give every class a label."""
     attentive_epochs: int = 10
     """Epochs of the attentive probe, in batches of 256, or down to 32 where there would be less than 500 steps."""
     scratch: bool = False

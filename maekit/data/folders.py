@@ -12,7 +12,7 @@ import numpy as np
 
 from maekit.config import UserError
 from maekit.data.images import IMAGE_SUFFIXES
-from maekit.data.parts import PART_WORDS, SPLITS, FilePart, Source, is_folder, printable
+from maekit.data.parts import PART_WORDS, SPLITS, FilePart, Source, class_order, is_folder, printable
 
 _SUFFIXES = frozenset(suffix.encode() for suffix in IMAGE_SUFFIXES)
 ANNOTATION_FOLDERS = ("annotations", "masks", "labels")
@@ -162,11 +162,11 @@ def _parts(base: bytes, subfolders: list[bytes], spec: str) -> dict[str, bytes]:
 
 
 def _classes(names: dict[str, list[bytes]]) -> list[bytes]:
-    """The class folders over all parts in byte order; empty where the training images are not in class folders."""
+    """The class folders over all parts, in their order; empty where the training images are not in class folders."""
     if any(b"/" not in name for name in names["train"]):
         return []
     tops = {name.partition(b"/")[0] for found in names.values() for name in found if b"/" in name}
-    return sorted(tops) if len(tops) > 1 else []
+    return [os.fsencode(name) for name in class_order(map(os.fsdecode, tops))] if len(tops) > 1 else []
 
 
 def _labelled(root: bytes, prefix: bytes, names: list[bytes], classes: list[bytes], in_chans: int) -> FilePart:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from maekit.config import UserError, did_you_mean
-from maekit.data.parts import PART_WORDS, FilePart, Labels, Source, evenly_spaced, printable
+from maekit.data.parts import PART_WORDS, FilePart, Labels, Source, class_order, evenly_spaced, printable
 
 PATH_COLUMNS = ("file_name", "filename", "path", "image", "image_path", "file")
 LABEL_COLUMNS = ("label", "class", "category", "target")
@@ -59,9 +59,15 @@ def open_table(
     heading = next(rows, [])
     paths = _column(heading, image_column, PATH_COLUMNS, "--image-column", spec)
     if paths is None:
+        several = len(heading) == 1 and re.search("[;\t|]", heading[0])
+        hint = (
+            f"; values are separated by commas in a .csv, by tabs in a .tsv, and not by {several[0]!r}"
+            if several
+            else ""
+        )
         raise UserError(
             f"--data {spec}: no column of paths in its first line ({', '.join(map(printable, heading))}): call it "
-            "file_name, or give --image-column"
+            "file_name, or give --image-column" + hint
         )
     labels = _column(heading, label_column, LABEL_COLUMNS, "--label-column", spec)
     parts = _column(heading, None, PART_COLUMNS, "", spec)
@@ -113,7 +119,7 @@ def _column(heading: list[str], asked: str | None, names: Sequence[str], flag: s
 
 
 def _opened(found: dict[bytes, tuple[str, str]], path: bytes, spec: str, name: str, in_chans: int) -> Source:
-    classes = _in_order({label for _, label in found.values() if label})
+    classes = class_order({label for _, label in found.values() if label})
     ids = {label: index for index, label in enumerate(classes)} | {"": -1}
     opened: dict[str, FilePart] = {}
     for part in {part for part, _ in found.values()}:
@@ -127,12 +133,6 @@ def _opened(found: dict[bytes, tuple[str, str]], path: bytes, spec: str, name: s
         raise UserError(f"--data {spec}: no row of a train part; its parts: {', '.join(sorted(opened))}")
     _look(opened["train"], spec)
     return Source(name, opened["train"], opened.get("val"), opened.get("test"))
-
-
-def _in_order(labels: Iterable[str]) -> list[str]:
-    """By number where all are numbers: 10 comes after 9."""
-    labels = sorted(labels)
-    return sorted(labels, key=int) if all(re.fullmatch(r"[0-9]{1,18}", label) for label in labels) else labels
 
 
 def _look(part: FilePart, spec: str) -> None:

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from maekit.config import UserError, did_you_mean
 from maekit.data.folders import holds_images
 from maekit.data.images import BadImage, decode, frames_left_out, probe_size
-from maekit.data.parts import PART_WORDS, Labels, Source, evenly_spaced, is_folder, printable
+from maekit.data.parts import PART_WORDS, Labels, Source, class_order, evenly_spaced, is_folder, printable
 from maekit.data.pixels import Look, Pixels
 from maekit.data.rows import Rows, open_rows
 
@@ -316,7 +316,7 @@ def _read_labels(
         ids = {part: pc.fill_null(value.cast(pa.int64()), -1).to_numpy() for part, value in values.items()}
     elif all(pa.types.is_string(kind) or pa.types.is_large_string(kind) for kind in kinds.values()):
         strings = {part: value.to_pylist() for part, value in values.items()}
-        names = sorted({s for found in strings.values() for s in found if s is not None}, key=lambda s: s.encode())
+        names = class_order({s for found in strings.values() for s in found if s is not None})
         rank: dict[str | None, int] = {**{s: index for index, s in enumerate(names)}, None: -1}
         ids = {part: np.array([rank[s] for s in found], np.int64) for part, found in strings.items()}
     else:

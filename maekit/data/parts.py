@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import io
 import os
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ SPLITS = {"train": "train", "training": "train", "val": "val", "validation": "va
 PART_WORDS = {**SPLITS, "valid": "val", "dev": "val"}
 """The same where a name cannot be a class's, as in a table's files or beside annotations."""
 
+_NUMBER = re.compile(r"-?[0-9]{1,15}(\.[0-9]{1,15})?")
 LOOKED_AT = 16
 """Files of a part whose headers are looked at for pages that nothing reads."""
 LOOKED_SECONDS = 0.5
@@ -126,6 +128,12 @@ def printable(name: bytes | str) -> str:
         raw = str(name).encode("utf-8", "backslashreplace")
     text = raw.decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def class_order(names: Iterable[str]) -> list[str]:
+    """Names of classes as people order them: by number where all are numbers (10 comes after 9), else by bytes."""
+    ordered = sorted(names, key=os.fsencode)
+    return sorted(ordered, key=float) if all(map(_NUMBER.fullmatch, ordered)) else ordered
 
 
 def is_folder(entry: os.DirEntry[AnyStr]) -> bool:

@@ -74,7 +74,7 @@ def open_splits(
             which = "" if data.train.labels is None else f"its {what} split "
             raise UserError(
                 f"--data {reading.data}: {which}has no labels, and a probe needs them: one folder per class, or a "
-                "Parquet label column (--label-column)"
+                "column of labels in Parquet or a table (--label-column)"
             )
         ids = ids[part.labels[ids] >= 0]
         if not len(ids):

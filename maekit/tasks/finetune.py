@@ -36,6 +36,7 @@ from maekit.training import lock
 from maekit.training.advice import few_heldout, images_seen
 from maekit.training.finetuning import FinetuneJob, default_out, describe, prepare, reading_config
 from maekit.training.guard import Guard, backward, guarded_update, update_if_finite
+from maekit.training.imbalance import TestClasses
 from maekit.training.interval import in_words
 from maekit.training.mixing import soft_loss
 from maekit.training.optim import learning_rate
@@ -310,9 +311,11 @@ def finish(job: FinetuneJob, first_step: int, seconds: float) -> bool:
     }  # fmt: skip
     unreadable = len(splits.test_ids) - found.images
     title = f"{run.out.name}: {splits.test_what}, top-1 {found.top1:.1%}"
-    print_score(run.console, found, model.classes, title)
+    assert splits.train.labels is not None
+    classes = TestClasses.of(splits.train.labels[splits.train_ids], answers.labels, splits.classes)
+    print_score(run.console, found, classes, title)
     with keeping(run.out / CARD, run.console, CONFUSION):  # of the run before it was lengthened
-        write_card(run.out, facts, found, model.classes, splits.test_what, unreadable, run.accelerator.device)
+        write_card(run.out, facts, found, classes, splits.test_what, unreadable, run.accelerator.device)
         picture_confusion(found.confusion_KK, model.classes, run.out / CONFUSION, title, run.console.print)
     batch, steps = config.batch_size, run.position.step
     heldout: dict[str, Any] = next(

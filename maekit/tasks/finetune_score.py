@@ -20,6 +20,7 @@ from maekit.models.encoder import use_fused_attention
 from maekit.runtime import choose_attention, choose_device, choose_precision
 from maekit.terminal import counting, make_console, remark
 from maekit.training.finetuning import default_out, labels_in, reading_config
+from maekit.training.imbalance import TestClasses
 from maekit.training.interval import in_words
 from maekit.training.scorecard import CARD, CONFUSION, print_score, with_interval, write_card
 from maekit.training.scoring import EVAL_BATCH, answer, score
@@ -78,9 +79,10 @@ def main(source: str, config: FinetuneConfig) -> int:
         "size": list(reading.size_hw), "crop_pct": reading.crop_pct,
     }  # fmt: skip
     title = f"{source}: {data.name}, {what}, top-1 {found.top1:.1%}"
-    print_score(console, found, model.classes, title)
+    classes = TestClasses.of(None, answers.labels, model.classes)
+    print_score(console, found, classes, title)
     with keeping(folder / CARD, console, CONFUSION):
-        write_card(folder, facts, found, model.classes, what, len(ids) - found.images, device)
+        write_card(folder, facts, found, classes, what, len(ids) - found.images, device)
         picture_confusion(found.confusion_KK, model.classes, folder / CONFUSION, title, console.print)
     top5 = f"; top-5 {in_words(found.top5, found.images)}" if len(model.classes) > 5 else ""
     console.print(f"top-1 {with_interval(found)}{top5}")

@@ -32,7 +32,7 @@ from maekit.keeping import keeping
 from maekit.models.encoder import use_fused_attention
 from maekit.models.mae import MaskedAutoencoder
 from maekit.runtime import choose_attention, choose_device, choose_precision, environment
-from maekit.terminal import counting, make_console, make_table, remark
+from maekit.terminal import counting, make_console, remark
 from maekit.training import evaluation, keras_probe
 from maekit.training.anew import choose_paper, fitting_pool, train_supervised
 from maekit.training.attentive import choose_attentive, tokens_bytes, tokens_of
@@ -44,12 +44,11 @@ from maekit.training.card import (
     Card,
     Row,
     card_folder,
-    columns_of,
-    line_of,
-    note_of,
+    classes_of,
     say_left_out,
     say_what_is_doubtful,
     seconds_of,
+    show_card,
 )
 from maekit.training.evaluation import Chosen, TestImages, TrainSet
 from maekit.training.features import (
@@ -62,6 +61,8 @@ from maekit.training.features import (
     plan_features,
     raw_pixels,
 )
+from maekit.training.few_labels import label_shares
+from maekit.training.imbalance import balanced_accuracy
 from maekit.training.probe_choices import (
     blocks_of,
     encoder_kind,
@@ -77,8 +78,6 @@ from maekit.weights.store import load_each, random_model
 
 ATTENTIVE_BYTES = 2**28
 """The attentive probe reads every token; it is run by default where they take no more."""
-HEADINGS = {"linear": "linear %", "lars": "LARS %", "knn": "k-NN %", "attentive": "attentive %", "paper": "paper's %",
-            "keras": "tutorial's %"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -129,6 +128,8 @@ def main(sources: list[str], config: ProbeConfig) -> int:
                 opened[shape] = open_splits(data, reading, device, progress)
         train, test = opened[shape]
         evaluation.check_labels(train.labels, config.few_labels)
+        if not card.rows:
+            classes_of(train, test).warn(console)
         say_what_is_doubtful(console, name, model.passport, data, len(train.ids))
         card.open(card_folder(config, sources, data.name))
 
@@ -171,13 +172,10 @@ def main(sources: list[str], config: ProbeConfig) -> int:
             left_out |= split.unreadable()
     say_left_out(console, list(left_out.values()))
     rows = card.rows
-    count = len(test.ids)
+    count, told = len(test.ids), classes_of(train, test)
     classes = len(torch.unique(train.labels))
     title = f"{data.name}: {classes} classes, {len(train.ids):,} training and {count:,} test images ({test.what})"
-    columns = columns_of(rows)
-    headings = ["features", "block", *(HEADINGS.get(column, column) for column in columns)]
-    console.print(make_table(title, headings, [line_of(row, columns, count) for row in rows]))
-    console.print(note_of(rows, count), style="dim", highlight=False)
+    show_card(console, title, rows, count, told)
     facts = {
         "data": data.name,
         "fingerprint": data.train.fingerprint,
@@ -187,7 +185,7 @@ def main(sources: list[str], config: ProbeConfig) -> int:
         "heldout_images": evaluation.heldout_count(len(train.ids)),
         "unreadable": len(left_out),
         "classes": classes,
-        "most_frequent_class": float(torch.bincount(test.labels).max()) / len(test.labels),
+        **told.facts(),
         "protocol": config.protocol,
         "interval": "Wilson's score interval at 95 %, of the test sample",
         "search": f"blocks and poolings in closed form on up to {evaluation.SEARCH_IMAGES:,} images, for k-NN by votes "
@@ -256,9 +254,10 @@ def measure_encoder(
         with torch.no_grad(), job.arithmetic():
             yield from (tokens_BND for tokens_BND, _ in tokens_of(model, test.pool, ids, config.batch_size))
 
-    reached = score_test(probes, TestImages(found, tokens), test)
+    reached, balanced = score_test(probes, TestImages(found, tokens), test)
     seconds["test"] = time.perf_counter() - begun
-    return Row(label, int(model.encoder.embed_dim), told, search, views, probes, reached, seconds), train, test
+    width = int(model.encoder.embed_dim)
+    return Row(label, width, told, search, views, probes, reached, seconds, balanced), train, test
 
 
 def training_features(job: Job, label: str, model: MaskedAutoencoder, train: Split) -> tuple[BlockFeatures, Split, str]:
@@ -334,7 +333,7 @@ def choose(
         seconds["lars"], begun = clock() - begun, clock()
     probes["knn"] = [evaluation.choose_knn(train, nearest["block"], nearest["pooling"])]
     seconds["knn"], begun = clock() - begun, clock()
-    shares = evaluation.label_shares(train.labels_S, job.config.few_labels)
+    shares = label_shares(train.labels_S, job.config.few_labels)
     for share in shares if "few-labels" in wanted(job.config) else ():
         probes[f"{100 * share:g} {FEW}"] = evaluation.choose_few(train, *place, views, share)
     seconds["few labels"] = clock() - begun
@@ -351,10 +350,10 @@ def measure_pixels(job: Job, train: Split, test: Split) -> Row:
     search, views, probes = choose(job, "raw pixels", divided, divided.features.blocks, seconds)
     begun = time.perf_counter()
     found = TestImages(of_pixels(raw_pixels(test.pool, test.ids, job.config.batch_size)), tuple)
-    reached = score_test(probes, found, test)
+    reached, balanced = score_test(probes, found, test)
     seconds["test"] = time.perf_counter() - begun
     told = f"pixels at up to {PIXEL_SIDE} x {PIXEL_SIDE}"
-    return Row("raw pixels", rows_SD.shape[1], told, search, views, probes, reached, seconds)
+    return Row("raw pixels", rows_SD.shape[1], told, search, views, probes, reached, seconds, balanced)
 
 
 def pixels_fit(job: Job, train: Split, size_hw: tuple[int, int]) -> bool:
@@ -367,13 +366,20 @@ def pixels_fit(job: Job, train: Split, size_hw: tuple[int, int]) -> bool:
     return fits
 
 
-def score_test(probes: dict[str, list[Chosen]], images: TestImages, test: Split) -> dict[str, list[float]]:
-    """Accuracy of every fitted probe on the test split: the one place where test labels are read. They are used up."""
+def score_test(
+    probes: dict[str, list[Chosen]], images: TestImages, test: Split
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Accuracy of every fitted probe on the test split, of all images and as the mean over the classes: the one place
+    where test labels are read. The probes are used up.
+    """
     reached: dict[str, list[float]] = {}
+    balanced: dict[str, list[float]] = {}
     for name, chosen in probes.items():
-        reached[name] = [evaluation.share_right(one.predict(images), test.labels) for one in chosen]
+        said = [one.predict(images) for one in chosen]
+        reached[name] = [evaluation.share_right(predicted, test.labels) for predicted in said]
+        balanced[name] = [balanced_accuracy(predicted.cpu().numpy(), test.labels.cpu().numpy()) for predicted in said]
         probes[name] = [one.scored() for one in chosen]
-    return reached
+    return reached, balanced
 
 
 def wants_attentive(job: Job, model: MaskedAutoencoder, images: int) -> bool:

@@ -14,7 +14,10 @@ from rich.markup import escape
 
 from maekit.config import ProbeConfig, UserError
 from maekit.data.sources import Source
+from maekit.data.splits import Split
+from maekit.terminal import make_table
 from maekit.training.evaluation import DRAWS, Chosen, heldout_count
+from maekit.training.imbalance import TestClasses
 from maekit.training.interval import FEW_TEST, percent, wilson
 from maekit.training.saving import write_whole
 from maekit.weights.passport import Passport
@@ -22,6 +25,8 @@ from maekit.weights.passport import Passport
 CARD, CONFIG = "card.json", "config.json"
 FEW = "% labels"
 """How the columns of few-label probes end."""
+HEADINGS = {"linear": "linear %", "lars": "LARS %", "knn": "k-NN %", "attentive": "attentive %", "paper": "paper's %",
+            "keras": "tutorial's %"}  # fmt: skip
 NAMED = 5
 """Unreadable images that are named."""
 FEW_HELD_OUT = 100
@@ -42,8 +47,26 @@ class Row:
     probes: dict[str, list[Chosen]]
     test: dict[str, list[float]]
     seconds: dict[str, float]
+    balanced: dict[str, list[float]] = field(default_factory=dict)
+    """What each probe reached there as the mean over the classes."""
     keras: dict[str, float] = field(default_factory=dict)
     """Accuracy of the Keras tutorial's own probe, where it was asked for: on test and on training images."""
+
+
+def show_card(console: Console, title: str, rows: Sequence[Row], count: int, classes: TestClasses) -> None:
+    """The table of all rows, of so many test images, and what its numbers are; where a class is much larger than
+    others, also a table in which each class counts alike.
+    """
+    columns = columns_of(rows)
+    headings = ["features", "block", *(HEADINGS.get(column, column) for column in columns)]
+    console.print(make_table(title, headings, [line_of(row, columns, count) for row in rows]))
+    if classes.is_uneven:
+        even = [column for column in columns if any(column in row.balanced for row in rows)]
+        lines = [[escape(row.source), *(even_cell(row.balanced.get(column, [])) for column in even)] for row in rows]
+        headings = ["features", *(HEADINGS.get(column, column) for column in even)]
+        console.print(make_table("the same as the mean over the classes (balanced accuracy)", headings, lines))
+    console.print(classes.largest_said(), style="dim", markup=False, highlight=False)
+    console.print(note_of(rows, count), style="dim", highlight=False)
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:
@@ -64,7 +87,7 @@ def note_of(rows: Sequence[Row], count: int) -> str:
     small = [f"{count} test images: rows that differ by less than their intervals are not told apart by so few"]
     return "\n".join([
         interval + (f"; few labels: mean +- deviation of {DRAWS} draws of labels, beside that interval" if few else ""),
-        *([f"few labels: as many of every class, {labels_of(rows)}"] if few else []),
+        *([f"few labels: in proportion to the classes, one of each at least: {labels_of(rows)}"] if few else []),
         *(small if count < FEW_TEST else []),
         "linear: by L-BFGS" + ("; LARS: the paper's linear probe, on kept features" if lars else ""),
         chosen + (", also for few labels" if few else ""),
@@ -73,7 +96,9 @@ def note_of(rows: Sequence[Row], count: int) -> str:
 
 
 def labels_of(rows: Sequence[Row]) -> str:
-    """How many images the probes with few labels were given, by their columns: of a rare class there may be fewer."""
+    """How many images the probes with few labels were given, by their columns; where a class has hardly any, draws may
+    differ.
+    """
     given: dict[str, list[int]] = {}
     for row in rows:
         for name, chosen in row.probes.items():
@@ -112,14 +137,19 @@ def cell(shares: Sequence[float], count: int) -> str:
     return percent(shares[0], count, gap="\n")  # a table of eight such columns would be too wide
 
 
+def even_cell(shares: Sequence[float]) -> str:
+    """Percent of a mean over classes, which has no interval of this kind; of several draws mean and deviation."""
+    return cell(shares, 1) if len(shares) != 1 else f"{100 * shares[0]:.1f}"
+
+
 def score_of(row: Row, count: int) -> dict[str, Any]:
     """A row as card.json has it: the table's numbers by name, then everything that led to them."""
     linear = row.probes["linear"][0]
     probes = {
         name: [
-            {"test": share, "interval": wilson(share, count), "heldout": one.heldout}
+            {"test": share, "interval": wilson(share, count), "balanced": balanced, "heldout": one.heldout}
             | {"setting": one.setting, "sweep": one.sweep}
-            for share, one in zip(row.test[name], chosen, strict=True)
+            for share, balanced, one in zip(row.test[name], row.balanced[name], chosen, strict=True)
         ]
         for name, chosen in row.probes.items()
     }
@@ -196,6 +226,13 @@ def say_left_out(console: Console, lines: list[str]) -> None:
         console.print(f"[yellow]unreadable, left out:[/yellow] {escape(line)}", soft_wrap=True)
     if len(lines) > NAMED:
         console.print(f"[yellow]{len(lines)} in all are left out:[/yellow] maekit check-data names them")
+
+
+def classes_of(train: Split, test: Split) -> TestClasses:
+    """The classes of the test images, beside those of the training images."""
+    numbers = int(max(train.labels.max(), test.labels.max())) + 1
+    names = train.part.class_names or [str(number) for number in range(numbers)]
+    return TestClasses.of(train.labels.cpu().numpy(), test.labels.cpu().numpy(), names)
 
 
 def say_what_is_doubtful(console: Console, name: str, passport: Passport, data: Source, images: int) -> None:

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from maekit.config import UserError
 from maekit.data.loader import lowest_hash
-from maekit.rng import Purpose, random_bits
+from maekit.rng import Purpose
 from maekit.training.features import BlockFeatures, Pooling
+from maekit.training.few_labels import draw_labels, labels_to_draw
 from maekit.training.linear_probe import RATES, LarsSweep, scaled_batch, train_sweep
 from maekit.training.probes import (
     Axes,
@@ -45,8 +46,8 @@ FEW_DECAYS = (1e-1, 1e-2, 1e-3, 1e-4)
 NEIGHBOURS, TEMPERATURES = (5, 10, 20, 50, 200), (0.02, 0.07, 0.2)
 KNN_QUERIES = 2000
 """Held-out images, at most, that choose for k-NN: those of lowest hash, as the first ones may be of few classes."""
-FEW_LABELS, DRAWS = (0.01, 0.1), 3
-"""Shares of the labels for the probes with few, and draws of each."""
+DRAWS = 3
+"""Draws of labels for each share of them."""
 
 Progress = Callable[[int, int], None]
 
@@ -269,11 +270,6 @@ def choose_knn(train: TrainSet, block: int, pooling: Pooling) -> Chosen:
     )
 
 
-def labels_per_class(images: int, classes: int, share: float) -> int:
-    """How many labels of each class a share of a split's labels gives, rounded; 0 where it is none."""
-    return round(share * images / classes)
-
-
 def check_labels(labels_S: Tensor, few: Sequence[float] | None) -> None:
     """Refuse labels that nothing can be learnt from, and shares of them that leave a class out.
 
@@ -289,27 +285,11 @@ def check_labels(labels_S: Tensor, few: Sequence[float] | None) -> None:
     if images < LEAST_IMAGES:
         raise UserError(f"--data: {images} labelled training images are too few: {LEAST_IMAGES} at least are needed")
     for share in few or ():
-        if not labels_per_class(images, classes, share):
+        if not labels_to_draw(labels_S, share).any():
             raise UserError(
                 f"--few-labels {share:g}: {100 * share:g} % of {images:,} labels is less than one for each of "
                 f"{classes} classes: take at least {classes / images:.2g}"
             )
-
-
-def label_shares(labels_S: Tensor, asked: Sequence[float] | None) -> list[float]:
-    """The shares of labels that were asked for, or those of FEW_LABELS, that give every class one."""
-    images, classes = len(labels_S), len(labels_S.unique())
-    return [share for share in asked or FEW_LABELS if labels_per_class(images, classes, share)]
-
-
-def draw_balanced(labels_S: Tensor, images_S: Tensor, per_class: int, draw: int) -> Tensor:
-    """As many images of each class, at random, the same in every run; a class with fewer gives all it has."""
-    images, labels = images_S.cpu().numpy(), labels_S[images_S].cpu().numpy()
-    keys = random_bits(images, 1, seed=draw + 1, purpose=Purpose.SUBSET)[:, 0]
-    order = np.lexsort((images, keys, labels))
-    first = np.searchsorted(labels[order], labels[order])  # where each one's class begins
-    chosen = images[order][np.arange(len(order)) - first < per_class]
-    return torch.from_numpy(np.sort(chosen)).to(images_S.device)
 
 
 def choose_few(train: TrainSet, block: int, pooling: Pooling, views: int, share: float) -> list[Chosen]:
@@ -318,10 +298,10 @@ def choose_few(train: TrainSet, block: int, pooling: Pooling, views: int, share:
     The decay is chosen on the same held-out images as everything: more labels than the probe itself has, for all
     encoders alike.
     """
-    per_class = labels_per_class(len(train.labels_S), len(train.labels_S.unique()), share)
+    wanted_C = labels_to_draw(train.labels_S, share)
     found = []
     for draw in range(DRAWS):
-        images = draw_balanced(train.labels_S, train.fit_S, per_class, draw)
+        images = draw_labels(train.labels_S, train.fit_S, wanted_C, draw)
         rows = train.rows(block, pooling, images, views)
         probes, sweep = _sweep_decays(train, block, pooling, rows, FEW_DECAYS)
         best = best_of(sweep)

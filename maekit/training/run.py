@@ -378,7 +378,7 @@ def probe(job: Job) -> bool:
     if found:
         log(job, {"kind": "probe", **found})
         if "knn" in found:
-            accuracies = f"k-NN {found['knn']:.1%}, linear {found['linear']:.1%}"
+            accuracies = f"k-NN {found['knn']:.1%}, linear {found['linear']:.1%} of {found['images']:,} images"
             job.console.print(f"  held-out {accuracies}, rank {found['rankme']:.0f}")
     return True
 

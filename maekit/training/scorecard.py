@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from maekit.runtime import environment
 from maekit.terminal import make_table
+from maekit.training.imbalance import TestClasses
 from maekit.training.interval import in_words, percent, wilson
 from maekit.training.saving import write_whole
 from maekit.training.scoring import Score, worst_confusions
@@ -42,17 +43,18 @@ def write_card(
     folder: Path,
     facts: dict[str, Any],
     found: Score,
-    classes: tuple[str, ...],
+    told: TestClasses,
     what: str,
     unreadable: int,
     device: torch.device,
 ) -> None:
     """card.json: every number of the score."""
+    classes = told.names
     card = facts | {
         "classes": list(classes), "test": what, "test_images": found.images, "unreadable": unreadable,
         "top1": found.top1, "top1_interval_95": list(found.interval), "top5": found.top5,
         "top5_interval_95": list(wilson(found.top5, found.images)), "loss": found.loss,
-        "most_frequent_class": max(found.class_images) / found.images,
+        "balanced": found.balanced, **told.facts(),
         "per_class": dict(zip(classes, found.per_class, strict=True)),
         "class_images": dict(zip(classes, found.class_images, strict=True)),
         "confusion": None if found.confusion_KK is None else found.confusion_KK.tolist(),
@@ -62,8 +64,9 @@ def write_card(
     write_whole(folder / CARD, json.dumps(card, indent=2) + "\n")
 
 
-def print_score(console: Console, found: Score, classes: tuple[str, ...], title: str) -> None:
-    """Accuracy of each class, and the commonest confusions."""
+def print_score(console: Console, found: Score, told: TestClasses, title: str) -> None:
+    """Accuracy of each class, what classes of different sizes make of the whole, and the commonest confusions."""
+    classes = told.names
     order = [k for k in range(len(classes)) if found.per_class[k] is not None]
     worst = len(order) > SHOWN
     if worst:
@@ -75,6 +78,9 @@ def print_score(console: Console, found: Score, classes: tuple[str, ...], title:
     heading = escape(title) + (f"; the {SHOWN} worst of {len(classes)} classes" if worst else "")
     console.print(f"[bold]{heading}[/bold]")  # a table's own title is folded to its width
     console.print(make_table("", ["class", "images", "top-1 % (95 % interval)"], rows))
+    told.warn(console)
+    console.print(f"{told.largest_said()}; mean over the classes (balanced accuracy) {100 * found.balanced:.1f} %",
+                  markup=False, highlight=False)  # fmt: skip
     pairs = [] if found.confusion_KK is None else worst_confusions(found.confusion_KK, SHOWN // 2)
     if pairs:
         said = ", ".join(f"{classes[a]} as {classes[b]} ({count:,})" for a, b, count in pairs)

@@ -103,6 +103,12 @@ class Score:
     """Images by true class (row) and likeliest one (column)."""
 
     @property
+    def balanced(self) -> float:
+        """The mean of the accuracies of the classes that have images: each class counts alike, however rare."""
+        there = [share for share in self.per_class if share is not None]
+        return sum(there) / len(there)
+
+    @property
     def rank(self) -> float:
         """One number in [-1, 1] that orders scores by top-1, and equal ones by their loss: one right answer more
         outweighs any loss.

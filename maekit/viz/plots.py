@@ -55,8 +55,9 @@ def draw_curves(metrics: Iterable[Mapping[str, object]], path: Path, *, title: s
     """Write curves.png with four axes over epochs; it appears whole or not at all.
 
     Records are those of metrics.jsonl: `kind` is step, heldout or probe; `epoch` places the point; `loss`, `skill`
-    (1 - loss / trivial loss), `lr`, `knn` and `linear` (accuracies in 0..1) and `rankme` (effective rank) are drawn
-    where present. Other kinds and records without an epoch are passed over, values that are not finite are counted.
+    (1 - loss / trivial loss), `lr`, `knn` and `linear` (accuracies in 0..1), of how many `images`, and `rankme`
+    (effective rank) are drawn where present. Other kinds and records without an epoch are passed over, values that are
+    not finite are counted.
 
     Raises:
         OSError: the file cannot be written; nothing is left behind.
@@ -87,7 +88,11 @@ def figure_of(curves: Curves, *, title: str) -> Figure:
 
 def collect(metrics: Iterable[Mapping[str, object]]) -> Curves:
     """The curves by (kind of record, quantity)."""
-    wanted = {"step": ("loss", "skill", "lr"), "heldout": ("loss", "skill"), "probe": ("knn", "linear", "rankme")}
+    wanted = {
+        "step": ("loss", "skill", "lr"),
+        "heldout": ("loss", "skill"),
+        "probe": ("knn", "linear", "rankme", "images"),
+    }
     curves = {(kind, name): Curve() for kind, names in wanted.items() for name in names}
     for record in metrics:
         kind, epoch = record.get("kind"), record.get("epoch")
@@ -137,7 +142,8 @@ def _draw_rate(axes: Axes, curves: Curves) -> None:
 
 def _draw_probes(axes: Axes, curves: Curves) -> None:
     """Accuracies in % at the left; the rank of the features, which has another unit, at the right."""
-    axes.set_title("Probes")
+    images = curves["probe", "images"].values
+    axes.set_title("Probes" + (f", {images[-1]:,.0f} held-out images" if images else ""))
     knn, linear, rank = (curves["probe", name] for name in ("knn", "linear", "rankme"))
     for curve, name, color, marker in ((linear, "linear", _LINEAR, "o"), (knn, "k-NN", _KNN, "s")):
         percent = Curve(curve.epochs, [100.0 * value for value in curve.values])
