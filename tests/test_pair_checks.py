@@ -170,7 +170,11 @@ def rename(root: Path, old: str, new: str) -> None:
         (lambda r: rename(r, "annotations/training", "annotations/other"), {}, "no annotations for images/training"),
         (lambda r: rename(r, "images/training", "images/test"), {}, "no training/"),
         (lambda r: rename(r, "images/validation", "images/train"), {}, "both the train part"),
-        (lambda r: rename(r, "annotations", "truth"), {}, "neither images/ and masks/ (or annotations/, labels/), also below"),
+        (
+            lambda r: rename(r, "annotations", "truth"),
+            {},
+            "neither images/ and masks/ (or annotations/, labels/), also below",
+        ),
         (lambda r: picture(r / "images/training/1.png"), {}, "have one name"),
         (lambda r: (r / "classes.txt").write_text("a\n\nb"), {}, "line 2 is blank"),
         (lambda r: (r / "classes.txt").write_text("\n"), {}, "no class names in it"),

@@ -35,7 +35,7 @@ def read_colours(data: bytes | str) -> npt.NDArray[np.uint32]:
         pixels = np.asarray(image.convert("RGBA"), np.uint32)
     if (pixels[..., 3] != 255).any():
         raise BadImage(f"mode {image.mode} with transparent pixels where colours stand for classes")
-    return pixels[..., 0] << 16 | pixels[..., 1] << 8 | pixels[..., 2]
+    return (pixels[..., 0] << 16 | pixels[..., 1] << 8 | pixels[..., 2]).astype(np.uint32)
 
 
 def unpacked(colour: int) -> Colour:

@@ -27,6 +27,8 @@ _OF_PART = re.compile(r"(.+?)[_-]?(?:annot|annotations?|masks?|labels?|gt|segmen
 """train_masks/ beside train/ (Carvana), trainannot/ (CamVid as SegNet has it), train_labels/."""
 _MASK = re.compile(rb"(.+)[_-](?:masks?|labels?|seg|segmentation|gt|annotations?)(?:_\d+)?\.\w+", re.IGNORECASE)
 """a_mask.png beside a.jpg, or beside a_sat.jpg."""
+_WORD = re.compile(rb"[_-](?:mask|label|seg|gt|annot)", re.IGNORECASE)
+"""What every such name holds: tells most names of millions apart in half the time."""
 _IMAGE = re.compile(rb"(.+)[_-](?:sat|images?|img|rgb)", re.IGNORECASE)
 
 
@@ -59,7 +61,7 @@ def annotated_part(folder: str, others: Iterable[str]) -> str | None:
 def masks_beside(names: Iterable[bytes]) -> dict[bytes, bytes]:
     """The files that are masks of others in their folder, as a_mask.png of a.jpg: each with its image."""
     names = list(names)
-    masks = {name: match[1] for name in names if (match := _MASK.fullmatch(name)) is not None}
+    masks = {name: match[1] for name in names if _WORD.search(name) and (match := _MASK.fullmatch(name)) is not None}
     if not masks:
         return {}
     images = {os.path.splitext(name)[0]: name for name in names if name not in masks}

@@ -13,11 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from maekit.config import UserError, did_you_mean
+from maekit.data.images import IMAGE_SUFFIXES
 from maekit.data.lists import PART_COLUMNS, PATH_COLUMNS, find_column, read_rows
 from maekit.data.pair_files import PATTERNS_HELP, pair_part
 from maekit.data.pair_parts import PairPart
 from maekit.data.parquet import TablePart, by_part, described, find_files, holds_encoded, image_columns
-from maekit.data.parts import part_of, printable
+from maekit.data.parts import FilePart, part_of, printable
 
 _ANNOTATION_COLUMNS = ("annotation", "annotations", "label", "labels", "mask", "masks", "segmentation", "semantic_mask")
 _PATH_COLUMNS = (*_ANNOTATION_COLUMNS, "mask_path", "annotation_path", "label_path")
@@ -50,6 +51,20 @@ def open_tables(root: str, shown: str, columns: tuple[str | None, str | None], i
     if not len(opened["train"]):
         raise UserError(f"--data {shown}: the training part has no rows")
     return {part: pairs for part, pairs in opened.items() if len(pairs)}
+
+
+def names_annotations(path: str, shown: str) -> bool:
+    """Whether a table or Parquet seems to have a column of annotations: by its heading and first row, or its schema."""
+    if path.lower().endswith((".csv", ".tsv")):
+        rows = read_rows(os.fsencode(path), shown)
+        column = find_column(next(rows, []), None, _PATH_COLUMNS, "", shown)
+        first = next(rows, [])
+        return column is not None and len(first) > column and first[column].lower().endswith(tuple(IMAGE_SUFFIXES))
+    files = find_files(path, shown) if os.path.isdir(path) else [path] if path.lower().endswith(".parquet") else []
+    try:
+        return bool(files) and len(image_columns(pq.ParquetFile(files[0]).schema_arrow)) > 1
+    except (OSError, pa.ArrowException):
+        return False  # whoever reads it says why
 
 
 def open_paths(file: str, shown: str, columns: tuple[str | None, str | None], in_chans: int) -> dict[str, PairPart]:
@@ -97,8 +112,9 @@ def open_paths(file: str, shown: str, columns: tuple[str | None, str | None], in
 
 def _look(part: PairPart, shown: str) -> None:
     """Raises UserError where an image or an annotation is not there, naming the first."""
-    for index in range(len(part)):
-        for path in (part.images.path(index), part.annotations.path(index)):
+    for side in (part.images, part.annotations):
+        assert isinstance(side, FilePart)
+        for path in map(side.path, range(len(side))):
             if not os.path.isfile(path):
                 raise UserError(f"--data {shown}: no such file as {printable(path)}")
 

@@ -21,6 +21,7 @@ from rich.markup import escape
 
 from maekit.config import CheckDataConfig, UserError
 from maekit.data.pair_layouts import find_sides
+from maekit.data.pair_tables import names_annotations
 from maekit.data.pairs import open_checked, refuse_one_class
 from maekit.data.parts import Part
 from maekit.data.sources import open_source
@@ -192,7 +193,9 @@ def has_annotations(config: CheckDataConfig) -> bool:
     """Whether the data look like images with annotations, or the flags say so."""
     named = (config.image_pattern, config.annotation_pattern, config.annotation_column)
     root = os.path.expanduser(config.data)
-    return any(named) or (os.path.isdir(root) and bool(find_sides(root, config.data)))
+    if any(named) or not os.path.exists(root):
+        return any(named)
+    return (os.path.isdir(root) and bool(find_sides(root, config.data))) or names_annotations(root, config.data)
 
 
 def show_annotations(console: Console, config: CheckDataConfig, workers: int) -> None:
