@@ -162,7 +162,7 @@ def test_patterns_with_the_word_of_a_part(tmp_path: Path) -> None:
             annotation(tmp_path / f"truth/{part.lower()}/x/1.png")
     pairs = open_pairs(str(tmp_path), image_pattern="{part}_photos/{}.jpg", annotation_pattern="truth/{part}/{}.png")
     assert [of.name(0) for of in pairs.parts.values()] == ["Train_photos/x/1.jpg", "val_photos/x/1.jpg"]
-    wrong = {"image_pattern": "{part}/{part}/{}.jpg", "annotation_pattern": "{}.png"}
+    wrong: dict[str, Any] = {"image_pattern": "{part}/{part}/{}.jpg", "annotation_pattern": "{}.png"}
     assert "may have one {part}" in refusal(lambda: open_pairs(str(tmp_path), **wrong))
 
 
