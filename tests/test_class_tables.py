@@ -40,6 +40,10 @@ def test_a_table_of_colours(tmp_path: Path, kind: str) -> None:
     assert check.void_pixels > 0 and check.class_pixels.sum() + check.void_pixels == 2 * places.size
     again = open_pairs(str(tmp_path), void=3, void_is_asked=True)  # as a run's config says it
     assert again.train.fingerprint == pairs.train.fingerprint
+    table = tmp_path / "class_dict.csv"
+    heading, sky, road, *rest = table.read_text().splitlines()
+    table.write_text("\n".join([heading, road, sky, *rest]))
+    assert open_pairs(str(tmp_path)).train.fingerprint != pairs.train.fingerprint, "other classes are other data"
     assert "--void and --class-values are for numbers" in refusal(
         lambda: open_pairs(str(tmp_path), void=0, void_is_asked=True)
     )

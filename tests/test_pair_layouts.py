@@ -140,6 +140,16 @@ def test_what_is_paired_by_more_than_the_name_is_said(tmp_path: Path) -> None:
     )
 
 
+def test_the_first_of_several_masks_is_read_and_the_others_told(tmp_path: Path) -> None:
+    """As in BUSI, whose a_mask_1.png is a second tumour."""
+    wanted = write(tmp_path, "one folder")["train"]["01.jpg"]
+    annotation(tmp_path / "01_mask_1.png", (wanted + 1) % 4)
+    pairs = open_pairs(str(tmp_path))
+    assert np.array_equal(pairs.train.values(0), wanted)
+    assert "1 masks beside the first of an image are left out" in pairs.notes[0]
+    assert len(open_source(str(tmp_path)).train) == 3
+
+
 def test_cityscapes_without_the_numbers_to_train_on(tmp_path: Path) -> None:
     write(tmp_path, "Cityscapes")
     for path in tmp_path.rglob("*_labelTrainIds.png"):

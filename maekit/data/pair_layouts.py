@@ -163,7 +163,8 @@ def _together(root: str, folder: str, shown: str, in_chans: int, notes: list[str
     for mask in sorted(masks, reverse=True):  # of a_mask and a_mask_1 the first one counts
         annotations.files[masks[mask]] = prefix + mask
     if len(masks) > len(annotations.files):
-        notes.append(f"{len(masks) - len(annotations.files):,} images have several masks; the first by name is read")
+        more = sorted(prefix + mask for mask in masks if prefix + mask not in annotations.files.values())
+        notes.append(f"{len(more):,} masks beside the first of an image are left out, such as {printable(more[0])}")
     return match_pairs(root, shown, images, annotations, in_chans, notes)
 
 
