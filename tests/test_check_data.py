@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tifffile
 from image_files import PLAIN, encoded, good_files, make_corpus, photograph, png16
+from pair_files import annotation, picture
 from PIL import Image
 from test_cli import run
 from test_parquet import class_label, parquet
 
+from maekit import cli
 from maekit.config import UserError
 from maekit.data.sources import open_source
 from maekit.data.survey import summary, survey
@@ -156,3 +160,24 @@ def test_a_median_of_counts() -> None:
     values = [3, 3, 9, 1, 100, 7]
     assert summary(Counter(values)) == {"min": 1, "median": sorted(values)[2], "max": 100}
     assert summary(Counter()) == {}
+
+
+@pytest.mark.parametrize("form", ["train/images", "one folder", "csv", "parquet"])
+def test_annotations_are_found_as_segment_finds_them(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, mask = ("train/images/a.png", "train/masks/a.png") if form != "one folder" else ("a.png", "a_mask.png")
+    data = tmp_path / "data"
+    picture(data / image)
+    annotation(data / mask, np.tile([1, 2, 2], (6, 3)))
+    if form == "csv":
+        data = tmp_path / "pairs.csv"
+        data.write_text(f"image,mask\ndata/{image},data/{mask}\n")
+    elif form == "parquet":
+        columns = {name: [{"bytes": (data / path).read_bytes()}] for name, path in (("image", image), ("label", mask))}
+        data = tmp_path / "pairs.parquet"
+        pq.write_table(pa.table(columns), data)
+    assert cli.main(["check-data", "--data", str(data), "--workers", "0"]) == 0
+    said = capsys.readouterr().out
+    assert "annotations of train, 1, shares of the pixels: class 1 (value 1) 33.3%, class 2 (value 2) 66.7%" in said
+    assert "train: " not in said.replace("of train, ", ""), "no classes of whole images"

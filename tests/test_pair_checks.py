@@ -153,11 +153,6 @@ def rename(root: Path, old: str, new: str) -> None:
     (root / old).rename(root / new)
 
 
-def rename_all(folder: Path, end: str) -> None:
-    for path in list(folder.iterdir()):
-        path.rename(path.with_name(f"{path.stem}{end}{path.suffix}"))
-
-
 @pytest.mark.parametrize(
     ("change", "options", "words"),
     [
@@ -168,14 +163,18 @@ def rename_all(folder: Path, end: str) -> None:
         ),
         (lambda r: (r / "annotations/training/1.png").unlink(), {}, "such as images/training/1.jpg"),
         (
-            lambda r: rename_all(r / "annotations" / "training", "_seg"),
+            lambda r: [p.rename(p.with_stem(f"x{p.stem}y")) for p in [*(r / "annotations/training").iterdir()]],
             {},
             "no common names: images/training has images/training/0.jpg, annotations/training has annotat",
         ),
         (lambda r: rename(r, "annotations/training", "annotations/other"), {}, "no annotations for images/training"),
         (lambda r: rename(r, "images/training", "images/test"), {}, "no training/"),
         (lambda r: rename(r, "images/validation", "images/train"), {}, "both the train part"),
-        (lambda r: rename(r, "annotations", "truth"), {}, r"neither images/ and annotations/ (or masks/, labels/) nor"),
+        (
+            lambda r: rename(r, "annotations", "truth"),
+            {},
+            "neither images/ and masks/ (or annotations/, labels/), also below",
+        ),
         (lambda r: picture(r / "images/training/1.png"), {}, "have one name"),
         (lambda r: (r / "classes.txt").write_text("a\n\nb"), {}, "line 2 is blank"),
         (lambda r: (r / "classes.txt").write_text("\n"), {}, "no class names in it"),

@@ -144,9 +144,11 @@ def test_what_belongs_to_no_part_is_said(tmp_path: Path) -> None:
     shutil.rmtree(root / "images" / "extra")
     assert set(open_pairs(str(root), **patterns).parts) == {"train", "val"}
 
-    flat = ade(tmp_path / "b", ("train2017", "val2017"))
+    flat = ade(tmp_path / "b", ("first", "second"))
     pairs = open_pairs(str(flat))
     assert len(pairs.train) == 6 and any("no part is called so" in note for note in pairs.notes)
+    years = open_pairs(str(ade(tmp_path / "d", ("train2017", "val2017"))))
+    assert {part: len(pairs) for part, pairs in years.parts.items()} == {"train": 3, "val": 3}
     picture(tmp_path / "c" / "train.jpg")  # a file, not a folder, of a part's name
     picture(tmp_path / "c" / "other.jpg")
     for name in ("train", "other"):

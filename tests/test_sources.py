@@ -130,7 +130,7 @@ def test_masks_beside_images_are_left_out_and_named(annotated: str, tree: Callab
     source = open_source(str(root))
     assert listed(source.train) == ["images/a.jpg", "images/b.jpg"]
     (note,) = source.notes
-    assert note == f"left out, as annotations of images/: {annotated}/"
+    assert note == f"left out, as annotations of the images beside them: {annotated}/"
     assert source.train.labels is None
 
 

@@ -12,7 +12,7 @@ from maekit.config.segmentation import PairsConfig
 class CheckDataConfig(PairsConfig):
     """Read every image without training: counts, sizes, labels, and the files that cannot be read with the reasons.
 
-    Where there are annotations, images/ beside annotations/, masks/ or labels/, or what the flags for pairs name, these
+    Where there are annotations of pixels, masks/ beside images/ and the like, or what the flags for pairs name, these
     are read as maekit segment reads them.
     """
 

@@ -64,7 +64,9 @@ class PairsConfig:
     """Which pairs of image and annotation, and how they are read."""
 
     classes: str | None = None
-    """File of class names, one a line. Default: classes.txt in the folder of the data, else the numbers themselves."""
+    """File of class names, one a line; or a table (CSV) with the columns name and value, or name, r, g and b for
+    annotations that are pictures of colours. Default: classes.txt, class_dict.csv or _classes.csv beside the data, else
+    the numbers themselves."""
     void: str | None = None
     """The value of pixels that belong to no class, in annotations as they are on disk. 0: values 1, 2, ... are the
     classes (ADE20K); 255: values 0, 1, ... are; none: every pixel has a class. Void counts in no loss and no score.
@@ -75,14 +77,14 @@ class PairsConfig:
     up by one: --class-values 0 128 255. Any other value but --void (here none by default) is a mistake. Default: as
     --void says; 0 and 255 for masks that are black and white."""
     image_pattern: str | None = None
-    """Pairs by pattern: images relative to the data's folder, {} standing for the name that both files share, such as
-    leftImg8bit/{}_leftImg8bit.png."""
+    """Pairs by pattern: images relative to the data's folder, {} standing for the name that both files share, {part}
+    for train, val or test, such as {part}/photos/{}.jpg."""
     annotation_pattern: str | None = None
-    """Pairs by pattern: annotations, such as gtFine/{}_gtFine_labelIds.png."""
+    """Pairs by pattern: annotations, such as {part}/truth/{}_ids.png."""
     image_column: str | None = None
-    """Parquet: the column with the images."""
+    """Parquet and tables: the column with the images."""
     annotation_column: str | None = None
-    """Parquet: the column with the annotations."""
+    """Parquet and tables: the column with the annotations."""
 
     def pair_problems(self) -> list[str]:
         """What is wrong with these values, each naming the value, the rule and the flag."""

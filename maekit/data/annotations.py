@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from maekit.config import UserError
 from maekit.data.images import open_pillow, orientation_of, quiet, raw_mode_of, reading
-from maekit.data.parts import printable
+from maekit.data.parts import part_of, printable
 from maekit.data.pixels import BadImage, upright
 
 VOID = -1
@@ -35,34 +35,33 @@ MOST_LISTED = 8
 """Values that a message lists."""
 
 Labels2D = npt.NDArray[np.int16]
-_VOID_NAMES = ("void", "unlabelled", "unlabeled", "ignore", "ignored")
+Colour = tuple[int, int, int]
+"""Red, green and blue, 0 to 255."""
+TABLES = ("class_dict.csv", "_classes.csv")
+"""What a table of classes beside the data is called; also in the folder of the training part (class_tables.py)."""
+VOID_NAMES = ("void", "unlabelled", "unlabeled", "ignore", "ignored")
 _DIVISORS = {"L;2": 85, "L;4": 17}
 """Raw modes whose numbers Pillow stretches to 0..255 -> the factor by which it does so."""
 _EXACT = ("1", "L", "P", "P;1", "P;2", "P;4", "I;16", "I;16B", "I;16N", "I;16L")
 _NUMBERS = " where one number to a pixel is expected, as if it showed classes by colours"
-HOW_TO_CONVERT = (
-    "to convert an annotation from colours to numbers, with colours = {(128, 64, 128): 1, (70, 70, 70): 2, ...}:",
-    "    rgb = numpy.array(Image.open(file).convert('RGB')); ids = numpy.zeros(rgb.shape[:2], 'uint8')",
-    "    for colour, number in colours.items(): ids[(rgb == colour).all(axis=2)] = number",
-    "    Image.fromarray(ids).save(new_file)  # a PNG; pixels of any other colour stay 0",
-)
-"""Lines for the user whose annotations are pictures of colours."""
 
 
 class ColourCoded(BadImage):
-    """An annotation with colours where numbers are expected; HOW_TO_CONVERT helps."""
+    """An annotation with colours where numbers are expected; annotation_colours.py helps."""
 
 
 @dataclass(frozen=True)
 class Numbering:
     """How the values on disk stand for class ids: `void` 0: value v is class v - 1; otherwise value v is class v.
 
-    With `values`, these stand for the classes, in their order.
+    With `values`, these stand for the classes, in their order. With `colours`, annotations are pictures of these
+    colours, and the value of a pixel is the place of its colour.
     """
 
     void: int | None
     num_classes: int
     values: tuple[int, ...] | None = field(default=None, repr=False)
+    colours: tuple[Colour, ...] | None = field(default=None, repr=False)
 
     def ids(self, values_HW: npt.NDArray[Any]) -> Labels2D:
         """Class ids [H, W].
@@ -92,6 +91,8 @@ class Numbering:
 
     def rule(self) -> str:
         """Such as '1..11 are classes, 0 is void (--void 0)'."""
+        if self.colours is not None:
+            return f"{self.num_classes} colours of the table are classes{'' if self.void is None else ', one is void'}"
         void = "no value is void (--void none)" if self.void is None else f"{self.void} is void (--void {self.void})"
         if self.values is not None:
             return f"{listed(self.values)} are classes (--class-values), {void}"
@@ -195,9 +196,9 @@ def read_class_names(path: Path, void: int | None, told: str) -> list[str]:
         raise UserError(
             f"{told} {printable(str(path))}: line {lines.index('') + 1} is blank; a line's place is its class's number"
         )
-    if lines and void == 0 and lines[0].lower() in _VOID_NAMES:
+    if lines and void == 0 and lines[0].lower() in VOID_NAMES:
         lines = lines[1:]
-    elif lines and void == len(lines) - 1 and lines[-1].lower() in _VOID_NAMES:
+    elif lines and void == len(lines) - 1 and lines[-1].lower() in VOID_NAMES:
         lines = lines[:-1]
     if not lines:
         raise UserError(f"{told} {printable(str(path))}: no class names in it; write one to a line")
@@ -224,8 +225,7 @@ def counted_class_names(values: npt.NDArray[np.int64], void: int | None, told: s
     occurring = [int(value) for value in np.flatnonzero(values) if value != void]
     if not occurring and values.any():
         raise UserError(f"{told}: every annotated pixel is void (value {void}); is --void {void} right?")
-    if not occurring:
-        raise UserError(f"{told}: no annotation can be read as numbers; maekit check-data names them with the reasons")
+    assert occurring, "annotations of which none can be read"
     first = 1 if void == 0 else 0
     highest, below = occurring[-1], occurring[-2] if len(occurring) > 1 else -1
     everything = [int(value) for value in np.flatnonzero(values)]
@@ -247,6 +247,15 @@ def counted_class_names(values: npt.NDArray[np.int64], void: int | None, told: s
             f"{told}: the value {highest} ({values[highest]:,} pixels) occurs, but none between {max(below, 0)} and "
             f"it: if it is void, give --void {highest}; if it is a class, {is_class}"
         )
+    if 1 < len(occurring) <= (highest - first + 1) / 4:
+        few = " ".join(map(str, occurring[:32])) + (" ..." if len(occurring) > 32 else "")
+        rest = f" --void {void}" if void is not None and values[void] else ""
+        raise UserError(
+            f"{told}: {len(occurring):,} values between {occurring[0]} and {highest} occur ({few}), so they do not "
+            f"count the classes: give --class-values {few}{rest} where they stand for classes, or --classes FILE with "
+            f"a line for each number from {first} to {highest} where these few images lack classes; numbers of single "
+            "objects are no classes"
+        )
     if highest - first >= MAX_CLASSES:
         raise UserError(f"{told}: the value {highest} occurs; at most {MAX_CLASSES:,} classes")
     return [f"class {value}" for value in range(first, highest + 1)]
@@ -258,11 +267,13 @@ def listed(values: Sequence[int]) -> str:
 
 
 def find_class_file(root: str, classes: str | None) -> tuple[Path, str] | None:
-    """The file of class names and how to speak of it: the one given, or classes.txt in the folder of the data."""
+    """The file of class names and how to speak of it: the one given, or classes.txt or a table beside the data."""
     if classes is not None:
         return Path(os.path.expanduser(classes)), "--classes"
-    beside = Path(root) / "classes.txt"
-    return (beside, "--data: the file") if beside.is_file() else None
+    folder = Path(root)
+    trained = sorted(place for place in folder.iterdir() if part_of(place.name) == "train") if folder.is_dir() else []
+    beside = [folder / "classes.txt", *(place / name for place in (folder, *trained) for name in TABLES)]
+    return next(((file, "--data: the file") for file in beside if file.is_file()), None)
 
 
 def check_numbering(void: int | None, class_names: Iterable[str], values: tuple[int, ...] | None = None) -> Numbering:

@@ -11,22 +11,22 @@ from collections.abc import Iterator
 import numpy as np
 
 from maekit.config import UserError
+from maekit.data.beside import annotations_among, masks_beside
 from maekit.data.images import IMAGE_SUFFIXES
-from maekit.data.parts import PART_WORDS, SPLITS, FilePart, Source, class_order, is_folder, printable
+from maekit.data.parts import SPLITS, FilePart, Source, class_order, is_folder, part_of, printable
 
 _SUFFIXES = frozenset(suffix.encode() for suffix in IMAGE_SUFFIXES)
-ANNOTATION_FOLDERS = ("annotations", "masks", "labels")
-"""What a folder of annotations beside images/ may be called; the first of these that is there."""
 METADATA = b"metadata.csv"
 """Where the hub's folders of images keep labels and captions."""
 _SKIPPED = (b"lost+found",)  # on every ext4 disk, readable by root only
 
 
-def walk(root: bytes) -> Iterator[tuple[bytes, bool]]:
+def walk(root: bytes, annotations: list[bytes] | None = None) -> Iterator[tuple[bytes, bool]]:
     """Each file below a folder: its path relative to it, and whether its suffix is an image's. In no order.
 
     Hidden names are skipped. Links to folders are followed, but not into a folder that they lie in. No file is
-    stat'ed: a name with an image's suffix that is not an image is found out when it is read.
+    stat'ed: a name with an image's suffix that is not an image is found out when it is read. With a list
+    `annotations`, folders of annotations beside those of images are added to it and not gone into.
 
     Raises:
         UserError: a folder that cannot be read.
@@ -40,15 +40,21 @@ def walk(root: bytes) -> Iterator[tuple[bytes, bool]]:
             here = (status.st_dev, status.st_ino)
             if here in above:
                 continue
+            folders: list[bytes] = []
             with os.scandir(folder) as entries:
                 for entry in entries:
                     name = entry.name
                     if name.startswith(b".") or name in _SKIPPED:
                         continue
                     if is_folder(entry):
-                        pending.append((prefix + name + b"/", (*above, here)))
+                        folders.append(name)
                     else:
                         yield prefix + name, name[name.rfind(b".") :].lower() in _SUFFIXES
+            if annotations is not None:
+                beside = list(map(os.fsencode, annotations_among(map(os.fsdecode, folders)).annotations))
+                annotations += [prefix + name + b"/" for name in beside]
+                folders = [name for name in folders if name not in beside]
+            pending += [(prefix + name + b"/", (*above, here)) for name in folders]
         except OSError as error:
             raise UserError(f"--data: cannot read the folder {printable(folder)} ({error.strerror})") from None
 
@@ -58,32 +64,61 @@ def holds_images(root: bytes) -> bool:
     return any(is_image for _, is_image in walk(root))
 
 
+def list_images(root: bytes) -> tuple[list[bytes], int, list[bytes]]:
+    """The images below a folder in byte order, the number of files that were seen, and what was left out of them.
+
+    Left out are folders (their names end with a slash) and single files that are annotations of images beside them.
+    """
+    left: list[bytes] = []
+    seen, names = 0, []
+    for path, is_image in walk(root, left):
+        seen += 1
+        if is_image:
+            names.append(path)
+    masks = masks_beside(names)
+    return sorted(name for name in names if name not in masks), seen, sorted(left) + sorted(masks)
+
+
+def annotations_note(left: list[bytes]) -> tuple[str, ...]:
+    """A line for the folders and files that are left out as annotations."""
+    if not left:
+        return ()
+    folders = [printable(name) for name in left if name.endswith(b"/")]
+    files = [printable(name) for name in left if not name.endswith(b"/")]
+    said = (
+        [", ".join(folders[:4]) + (f", ... ({len(folders):,} folders)" if len(folders) > 4 else "")] if folders else []
+    )
+    said += [f"{len(files):,} files, such as {files[0]}"] if files else []
+    return (f"left out, as annotations of the images beside them: {' and '.join(said)}",)
+
+
 def open_folder(root: bytes, spec: str, name: str, in_chans: int) -> Source:
     """A tree of images: flat, nested, one folder per class, or in parts (train/, val/, test/; any case).
 
-    Folders beside a training part and a validation or test part are left out, which a note says. Of images/ beside
-    annotations/ (ADE20K's layout), masks/ or labels/ only images/ is listed. The top-level folder is the class where
-    every training image lies under one and there are two or more, counted over all parts.
+    Folders beside a training part and a validation or test part are left out, which a note says; and so are the
+    annotations of images, where the names of folders or files tell them (beside.py): of images/ beside masks/ or
+    annotations/ (ADE20K's layout) only images/ is listed. The top-level folder is the class where every training image
+    lies under one and there are two or more, counted over all parts.
 
     Raises:
         UserError: no image, two folders for one part, or a folder that may be a part or a class.
     """
     prefix = b""
     subfolders = _subfolders(root)
-    if (annotated := annotation_folder(os.fsdecode(root))) is not None:
-        prefix = b"images/"
+    images, annotations = annotations_among(map(os.fsdecode, subfolders))
+    left = [os.fsencode(folder) + b"/" for folder in annotations]
+    subfolders = [folder for folder in subfolders if folder + b"/" not in left]
+    notes: tuple[str, ...] = ()
+    if images is not None:
+        prefix = os.fsencode(images) + b"/"
+        notes += _left_out(root, subfolders, [prefix[:-1]], f"{printable(prefix)} holds the images", spec)
         subfolders = _subfolders(os.path.join(root, prefix))
     parts = _parts(os.path.join(root, prefix), subfolders, spec)
     roots = {part: prefix + folder + b"/" for part, folder in parts.items()} or {"train": prefix}
     names: dict[str, list[bytes]] = {}
     for part, folder in roots.items():
-        seen = 0
-        names[part] = []
-        for path, is_image in walk(os.path.join(root, folder)):
-            seen += 1
-            if is_image:
-                names[part].append(path)
-        names[part].sort()
+        names[part], seen, beside = list_images(os.path.join(root, folder))
+        left += [one for one in (folder + name for name in beside) if one not in left]
         if part == "train" and not names[part]:
             read = " ".join(sorted(IMAGE_SUFFIXES))
             where = f" in {printable(folder)}" if folder else ""
@@ -94,33 +129,27 @@ def open_folder(root: bytes, spec: str, name: str, in_chans: int) -> Source:
         for part, found in names.items()
         if found
     }
-    notes = _left_out(os.path.join(root, prefix), subfolders, parts, spec)
+    known = ", ".join(f"{printable(folder)}/" for folder in parts.values())
+    if parts:
+        notes += _left_out(os.path.join(root, prefix), subfolders, list(parts.values()), f"{known} are parts", spec)
     for table in (prefix + folder + METADATA for folder in (b"", *(folder + b"/" for folder in parts.values()))):
         if os.path.isfile(os.path.join(root, table)):
             notes += (
                 f"not read: {printable(table)} (--data {os.path.join(spec, printable(table))} takes labels from it)",
             )
-    if annotated is not None:
-        notes += (f"left out, as annotations of images/: {annotated}/",)
+    notes += annotations_note(left)
     empty = tuple(part for part in names if part not in opened)
     return Source(name, opened["train"], opened.get("val"), opened.get("test"), notes, empty)
 
 
-def annotation_folder(root: str) -> str | None:
-    """The folder of annotations beside images/ below a folder; None where one of the two is not there."""
-    below = [name for name in ("images", *ANNOTATION_FOLDERS) if os.path.isdir(os.path.join(root, name))]
-    return below[1] if "images" in below and len(below) > 1 else None
-
-
-def _left_out(base: str | bytes, subfolders: list[bytes], parts: dict[str, bytes], spec: str) -> tuple[str, ...]:
-    """A line for the folders of images beside the parts."""
-    beside = [folder for folder in subfolders if parts and folder not in parts.values()]
-    found = [printable(folder) for folder in beside if holds_images(os.path.join(os.fsencode(base), folder))]
+def _left_out(base: bytes, subfolders: list[bytes], kept: list[bytes], why: str, spec: str) -> tuple[str, ...]:
+    """A line for the folders of images beside those that are kept."""
+    beside = [folder for folder in subfolders if folder not in kept]
+    found = [printable(folder) for folder in beside if holds_images(os.path.join(base, folder))]
     if not found:
         return ()
-    known = ", ".join(f"{printable(folder)}/" for folder in parts.values())
     left = ", ".join(f"{folder}/" for folder in found[:4]) + (", ..." if len(found) > 4 else "")
-    return (f"left out, since {known} are parts: {left} (--data {os.path.join(spec, found[0])} takes it alone)",)
+    return (f"left out, since {why}: {left} (--data {os.path.join(spec, found[0])} takes it alone)",)
 
 
 def _subfolders(folder: bytes) -> list[bytes]:
@@ -135,7 +164,7 @@ def _parts(base: bytes, subfolders: list[bytes], spec: str) -> dict[str, bytes]:
     """Part -> its folder; empty where no subfolder is named like one."""
     parts: dict[str, bytes] = {}
     for folder in subfolders:
-        part = SPLITS.get(os.fsdecode(folder).lower())
+        part = part_of(os.fsdecode(folder), SPLITS)
         if part is None:
             continue
         if part in parts:
@@ -143,7 +172,7 @@ def _parts(base: bytes, subfolders: list[bytes], spec: str) -> dict[str, bytes]:
             raise UserError(f"--data {spec}: {two} are both the {part} part; keep one of them there")
         parts[part] = folder
     if "train" in parts and "val" not in parts:  # beside it these words are no classes
-        more = [folder for folder in subfolders if PART_WORDS.get(os.fsdecode(folder).lower()) == "val"]
+        more = [folder for folder in subfolders if part_of(os.fsdecode(folder)) == "val"]
         parts |= {"val": more[0]} if len(more) == 1 else {}
     if not parts or ("train" in parts and len(parts) > 1):
         return parts

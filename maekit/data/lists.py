@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from maekit.config import UserError, did_you_mean
+from maekit.data.images import IMAGE_SUFFIXES
 from maekit.data.parts import PART_WORDS, FilePart, Labels, Source, class_order, evenly_spaced, printable
 
 PATH_COLUMNS = ("file_name", "filename", "path", "image", "image_path", "file")
@@ -48,16 +49,17 @@ def open_table(
 ) -> Source:
     """A table with a heading: a column of paths (absolute or relative to it), and if there are, labels and parts.
 
-    Classes are the different labels, in the order of their numbers or bytes; an empty label is none. Parts are named as
-    folders are (train, val, test; any case). The order is the byte order of the paths; equal rows are kept once.
+    Classes are the different labels, in the order of their numbers or bytes; an empty label is none, and labels that
+    are all files of images are annotations, not classes. Parts are named as folders are (train, val, test; any case).
+    The order is the byte order of the paths; equal rows are kept once.
 
     Raises:
         UserError: no such column, a row that is not whole, a path with two labels or in two parts, no training part, or
             none of a sample of its paths exists.
     """
-    rows = _rows(path, spec)
+    rows = read_rows(path, spec)
     heading = next(rows, [])
-    paths = _column(heading, image_column, PATH_COLUMNS, "--image-column", spec)
+    paths = find_column(heading, image_column, PATH_COLUMNS, "--image-column", spec)
     if paths is None:
         several = len(heading) == 1 and re.search("[;\t|]", heading[0])
         hint = (
@@ -69,8 +71,8 @@ def open_table(
             f"--data {spec}: no column of paths in its first line ({', '.join(map(printable, heading))}): call it "
             "file_name, or give --image-column" + hint
         )
-    labels = _column(heading, label_column, LABEL_COLUMNS, "--label-column", spec)
-    parts = _column(heading, None, PART_COLUMNS, "", spec)
+    labels = find_column(heading, label_column, LABEL_COLUMNS, "--label-column", spec)
+    parts = find_column(heading, None, PART_COLUMNS, "", spec)
     found: dict[bytes, tuple[str, str]] = {}
     shared: dict[tuple[str, str], tuple[str, str]] = {}  # one object for all rows of a class
 
@@ -94,7 +96,7 @@ def open_table(
     return _opened(found, path, spec, name, in_chans)
 
 
-def _rows(path: bytes, spec: str) -> Iterator[list[str]]:
+def read_rows(path: bytes, spec: str) -> Iterator[list[str]]:
     """The heading, then every row that is not blank; paths that are not UTF-8 stay what they are."""
     separator = "\t" if path.lower().endswith(b".tsv") else ","
     try:
@@ -108,7 +110,7 @@ def _rows(path: bytes, spec: str) -> Iterator[list[str]]:
         raise UserError(f"--data {spec}: not a table ({error})") from None
 
 
-def _column(heading: list[str], asked: str | None, names: Sequence[str], flag: str, spec: str) -> int | None:
+def find_column(heading: list[str], asked: str | None, names: Sequence[str], flag: str, spec: str) -> int | None:
     """The place of a column: the one that was asked for, or the first of the usual names."""
     if asked is not None:
         if asked not in heading:
@@ -119,14 +121,16 @@ def _column(heading: list[str], asked: str | None, names: Sequence[str], flag: s
 
 
 def _opened(found: dict[bytes, tuple[str, str]], path: bytes, spec: str, name: str, in_chans: int) -> Source:
-    classes = class_order({label for _, label in found.values() if label})
-    ids = {label: index for index, label in enumerate(classes)} | {"": -1}
+    labels = {label for _, label in found.values() if label}
+    pictures = all(os.path.splitext(label)[1].lower() in IMAGE_SUFFIXES for label in labels)  # a column of masks
+    classes = [] if pictures else class_order(labels)
+    ids = {label: index for index, label in enumerate(classes)}
     opened: dict[str, FilePart] = {}
     for part in {part for part, _ in found.values()}:
         images = sorted(image for image, facts in found.items() if facts[0] == part)
-        labels: Labels = np.array([ids[found[image][1]] for image in images], np.int64)
+        numbers: Labels = np.array([ids.get(found[image][1], -1) for image in images], np.int64)
         opened[part] = FilePart(
-            os.path.dirname(path), images, in_chans, labels=labels if classes else None,
+            os.path.dirname(path), images, in_chans, labels=numbers if classes else None,
             class_names=[printable(label) for label in classes] if classes else None,
         )  # fmt: skip
     if "train" not in opened:

@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from maekit.config import UserError
+from maekit.data.annotation_colours import how_to_convert, read_colours, unpacked, values_of_colours
 from maekit.data.annotations import (
-    HOW_TO_CONVERT,
     VOID,
+    Colour,
     ColourCoded,
     Labels2D,
     Numbering,
@@ -29,7 +30,7 @@ from maekit.data.annotations import (
     turn_as,
 )
 from maekit.data.parquet import TablePart
-from maekit.data.parts import FilePart
+from maekit.data.parts import FilePart, evenly_spaced
 from maekit.data.pixels import BadImage, Pixels
 from maekit.data.workers import in_order
 
@@ -41,6 +42,11 @@ CHUNK = 16
 """Annotations that a process reads between two reports."""
 SHOWN = 12
 """Problems that are told one by one."""
+_RESIZE = "to resize an annotation to its image: annotation.resize(image.size, Image.Resampling.NEAREST).save(new_file)"
+
+
+class OtherSize(BadImage):
+    """An annotation of another size than its image."""
 
 
 class PairPart:
@@ -89,7 +95,9 @@ class PairPart:
 
     def values(self, index: int) -> npt.NDArray[Any]:
         """The annotation's numbers as they are stored, uint8 or uint16 H W; raises BadImage."""
-        return read_values(_encoded(self.annotations, index))
+        colours = None if self.numbering is None else self.numbering.colours
+        encoded = _encoded(self.annotations, index)
+        return read_values(encoded) if colours is None else values_of_colours(encoded, colours)
 
     def _fitting(self, index: int, size_hw: tuple[int, ...]) -> npt.NDArray[Any]:
         values_HW = self.values(index)
@@ -97,7 +105,7 @@ class PairPart:
             values_HW = turn_as(_encoded(self.images, index), values_HW)
         if values_HW.shape != size_hw:
             (height, width), (its_height, its_width) = values_HW.shape, size_hw
-            raise BadImage(f"{height} x {width} pixels where its image has {its_height} x {its_width}")
+            raise OtherSize(f"{height} x {width} pixels where its image has {its_height} x {its_width}")
         return values_HW
 
     def size(self, index: int) -> tuple[int, int]:
@@ -123,6 +131,8 @@ class PairPart:
         words = f"{self.images.fingerprint} {self.annotations.fingerprint} {self.numbering}"
         if self.numbering is not None and self.numbering.values is not None:
             words += f" {self.numbering.values}"
+        if self.numbering is not None and self.numbering.colours is not None:
+            words += f" {self.numbering.colours}"
         return hashlib.sha256(words.encode()).hexdigest()
 
 
@@ -131,16 +141,54 @@ def _encoded(part: FilePart | TablePart, index: int) -> bytes | str:
     return part.data(index) if isinstance(part, TablePart) else part.path(index)
 
 
-def count_values(parts: list[PairPart], workers: int, on_progress: Progress) -> Counts:
+def count_values(parts: list[PairPart], shown: str, workers: int, on_progress: Progress) -> Counts:
     """Pixels of each value on disk [65536] over all annotations that can be read, by so many processes.
 
     Raises:
-        UserError: a process died.
+        UserError: none can be read, with the reasons; a process died.
     """
     counts = np.zeros(65_536, np.int64)
     for _, found in _over_all(parts, _count, workers, on_progress):
         counts[: len(found)] += found
+    if not counts.any():
+        raise UserError(f"--data {shown}: no annotation can be used:", *_none_readable(parts))
     return counts
+
+
+def _none_readable(parts: list[PairPart]) -> list[str]:
+    """Why the first annotations cannot be read, and what to do."""
+    lines, coloured = [], False
+    for index in range(min(3, len(parts[0]))):
+        try:
+            parts[0].values(index)
+        except BadImage as error:
+            lines.append(f"{parts[0].annotation_name(index)}: {error}")
+            coloured |= isinstance(error, ColourCoded)
+    return [*lines, "..."] + (list(how_to_convert(_some_colours(parts))) if coloured else [])
+
+
+def _some_colours(parts: list[PairPart]) -> list[Colour]:
+    """The colours of some annotations."""
+    found: set[int] = set()
+    for part in parts:
+        for index in evenly_spaced(len(part), CHUNK).tolist():
+            with contextlib.suppress(BadImage):
+                found |= {*np.unique(read_colours(_encoded(part.annotations, index))).tolist()}
+    return list(map(unpacked, found))
+
+
+def are_coloured(part: PairPart) -> bool:
+    """Whether the first annotation that can be read is a picture of colours, be it by a palette."""
+    for index in range(len(part)):
+        with contextlib.suppress(BadImage):
+            encoded = _encoded(part.annotations, index)
+            try:
+                read_colours(encoded)
+            except BadImage:
+                read_values(encoded)
+                return False
+            return True
+    return False
 
 
 def _over_all(parts: list[PairPart], work: Any, workers: int, on_progress: Progress) -> Iterator[tuple[PairPart, Any]]:
@@ -185,6 +233,7 @@ class PartCheck:
     problems: list[str] = field(default_factory=list)
     """One line for each annotation that cannot be used."""
     colour_coded: bool = False
+    other_size: bool = False
 
     @staticmethod
     def nothing(num_classes: int) -> PartCheck:
@@ -200,6 +249,7 @@ class PartCheck:
         self.bad_images += other.bad_images
         self.problems += other.problems
         self.colour_coded |= other.colour_coded
+        self.other_size |= other.other_size
 
 
 def check_parts(parts: dict[str, PairPart], workers: int, on_progress: Progress) -> dict[str, PartCheck]:
@@ -237,6 +287,7 @@ def _check(part: PairPart, _images: Any, chunk: range) -> PartCheck:
         except BadImage as error:
             found.problems.append(f"{part.annotation_name(index)}: {error}")
             found.colour_coded |= isinstance(error, ColourCoded)
+            found.other_size |= isinstance(error, OtherSize)
             continue
         counts = count_ids(labels_HW, num)
         found.void_pixels += int(counts[0])
@@ -246,7 +297,7 @@ def _check(part: PairPart, _images: Any, chunk: range) -> PartCheck:
     return found
 
 
-def complain(found: dict[str, PartCheck], name: str) -> None:
+def complain(found: dict[str, PartCheck], parts: dict[str, PairPart], name: str) -> None:
     """Stop where an annotation cannot be used, or where nothing is left to train on.
 
     Raises:
@@ -257,7 +308,9 @@ def complain(found: dict[str, PartCheck], name: str) -> None:
         total = len(problems) + sum(one.checked + len(one.bad_images) for one in found.values())
         first = f"--data {name}: {len(problems):,} of {total:,} annotations cannot be used:"
         more = [f"... and {len(problems) - SHOWN:,} more"] if len(problems) > SHOWN else []
-        help_lines = HOW_TO_CONVERT if any(one.colour_coded for one in found.values()) else ()
+        help_lines = [_RESIZE] if any(one.other_size for one in found.values()) else []
+        if any(one.colour_coded for one in found.values()):
+            help_lines += how_to_convert(_some_colours(list(parts.values())))
         raise UserError(first, *problems[:SHOWN], *more, *help_lines)
     for part, one in found.items():
         if not one.checked:

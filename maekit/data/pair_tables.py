@@ -1,4 +1,8 @@
-"""Images with annotations in Parquet of the hub's image schema: two columns of images, parts by file name."""
+"""Images with annotations in tables.
+
+Parquet of the hub's image schema has two columns of images, and parts by file name; CSV and TSV have two columns of
+paths, and one of parts.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from maekit.config import UserError, did_you_mean
+from maekit.data.images import IMAGE_SUFFIXES
+from maekit.data.lists import PART_COLUMNS, PATH_COLUMNS, find_column, read_rows
+from maekit.data.pair_files import PATTERNS_HELP, pair_part
 from maekit.data.pair_parts import PairPart
 from maekit.data.parquet import TablePart, by_part, described, find_files, holds_encoded, image_columns
-from maekit.data.parts import printable
+from maekit.data.parts import FilePart, part_of, printable
 
-PATTERNS_HELP = (
-    'give --image-pattern "...{}..." and --annotation-pattern "...{}...", where {} is the name that both share'
-)
-"""What to do where images and annotations lie in another way."""
 _ANNOTATION_COLUMNS = ("annotation", "annotations", "label", "labels", "mask", "masks", "segmentation", "semantic_mask")
+_PATH_COLUMNS = (*_ANNOTATION_COLUMNS, "mask_path", "annotation_path", "label_path")
 
 
 def open_tables(root: str, shown: str, columns: tuple[str | None, str | None], in_chans: int) -> dict[str, PairPart]:
@@ -25,8 +29,9 @@ def open_tables(root: str, shown: str, columns: tuple[str | None, str | None], i
     files = find_files(root, shown) if os.path.isdir(root) else [root] if root.lower().endswith(".parquet") else []
     if not files:
         raise UserError(
-            f"--data {shown}: neither images/ and annotations/ (or masks/, labels/) nor Parquet in it; "
-            f"for another layout, {PATTERNS_HELP}"
+            f"--data {shown}: no annotations are found: neither images/ and masks/ (or annotations/, labels/), also "
+            "below train/ and val/, nor train/ and train_masks/, nor files a.jpg and a_mask.png, nor Parquet; for "
+            f"another layout, {PATTERNS_HELP}"
         )
     parts = {"train": files} if len(files) == 1 else by_part(files, shown)
     try:
@@ -46,6 +51,72 @@ def open_tables(root: str, shown: str, columns: tuple[str | None, str | None], i
     if not len(opened["train"]):
         raise UserError(f"--data {shown}: the training part has no rows")
     return {part: pairs for part, pairs in opened.items() if len(pairs)}
+
+
+def names_annotations(path: str, shown: str) -> bool:
+    """Whether a table or Parquet seems to have a column of annotations: by its heading and first row, or its schema."""
+    if path.lower().endswith((".csv", ".tsv")):
+        rows = read_rows(os.fsencode(path), shown)
+        column = find_column(next(rows, []), None, _PATH_COLUMNS, "", shown)
+        first = next(rows, [])
+        return column is not None and len(first) > column and first[column].lower().endswith(tuple(IMAGE_SUFFIXES))
+    files = find_files(path, shown) if os.path.isdir(path) else [path] if path.lower().endswith(".parquet") else []
+    try:
+        return bool(files) and len(image_columns(pq.ParquetFile(files[0]).schema_arrow)) > 1
+    except (OSError, pa.ArrowException):
+        return False  # whoever reads it says why
+
+
+def open_paths(file: str, shown: str, columns: tuple[str | None, str | None], in_chans: int) -> dict[str, PairPart]:
+    """Parts of a table with a column of images and one of annotations (paths, relative to it or absolute); and with a
+    column split, if it has one.
+
+    Raises:
+        UserError: no such column, a row that is not whole, an image in two rows that differ, or no row to train on.
+    """
+    rows = read_rows(os.fsencode(file), shown)
+    heading = next(rows, [])
+    image = find_column(heading, columns[0], PATH_COLUMNS, "--image-column", shown)
+    annotation = find_column(heading, columns[1], _PATH_COLUMNS, "--annotation-column", shown)
+    split = find_column(heading, None, PART_COLUMNS, "", shown)
+    if image is None or annotation is None:
+        raise UserError(
+            f"--data {shown}: needs a column of images and one of annotations; its first line is "
+            f"{', '.join(map(printable, heading))}: call them image and mask, or give --image-column and "
+            "--annotation-column"
+        )
+    found: dict[bytes, tuple[str | None, bytes]] = {}
+    for number, row in enumerate(rows, 2):
+        if len(row) != len(heading):
+            raise UserError(f"--data {shown}: row {number} has {len(row)} values under {len(heading)} headings")
+        part = "train" if split is None else part_of(row[split])
+        if part is None:
+            raise UserError(
+                f"--data {shown}: row {number}: {printable(row[split or 0])!r} is no part (train, val, test)"
+            )
+        if part != "test" and not row[annotation]:
+            raise UserError(f"--data {shown}: row {number}: {printable(row[image])} has no annotation")
+        facts = part, os.fsencode(row[annotation])
+        if found.setdefault(os.fsencode(row[image]), facts) != facts:
+            raise UserError(f"--data {shown}: row {number}: {printable(row[image])} stands in another row too")
+    opened: dict[str, PairPart] = {}
+    for part in ("train", "val"):
+        pairs = [(path, of) for path, (said, of) in found.items() if said == part]
+        if pairs:
+            opened[part] = pair_part(os.path.dirname(file), pairs, in_chans)
+            _look(opened[part], shown)
+    if "train" not in opened:
+        raise UserError(f"--data {shown}: no row of a train part")
+    return opened
+
+
+def _look(part: PairPart, shown: str) -> None:
+    """Raises UserError where an image or an annotation is not there, naming the first."""
+    for side in (part.images, part.annotations):
+        assert isinstance(side, FilePart)
+        for path in map(side.path, range(len(side))):
+            if not os.path.isfile(path):
+                raise UserError(f"--data {shown}: no such file as {printable(path)}")
 
 
 def _two_columns(schema: Any, columns: tuple[str | None, str | None], shown: str) -> tuple[str, str]:

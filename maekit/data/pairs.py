@@ -1,10 +1,11 @@
-"""Every form of data for segmentation: images with annotations in ADE20K's layout, in Parquet, or paired by pattern.
+"""Every form of data for segmentation: folders in the usual layouts, tables, or files paired by pattern.
 
-- A folder with images/ and annotations/ (or masks/, or labels/), whose names differ in the suffix only; both may hold
-  training/ and validation/ (or train/, val/), with any folders below.
-- Parquet in the hub's image schema with two columns of images; parts by file name.
+- A folder in one of the layouts of pair_layouts.py, such as images/ beside masks/.
+- Parquet in the hub's image schema with two columns of images (parts by file name); CSV and TSV with two columns of
+  paths (parts by a column).
 - Two patterns with one {} each, which stands for the name that both share, slashes included:
-  "leftImg8bit/{}_leftImg8bit.png" and "gtFine/{}_gtFine_labelIds.png". Parts by the name's first folder (train, val).
+  "leftImg8bit/{}_leftImg8bit.png" and "gtFine/{}_gtFine_labelIds.png". Parts by the name's first folder (train, val),
+  or by {part} in both.
 
 Numbers on disk and class ids in memory (annotations.py): with `void` 0, the value 1 is class 0 and the first line of
 the class file; with another void, such as 255, or none, the value 0 is class 0 and the first line. Annotations that are
@@ -14,20 +15,21 @@ black and white have two classes.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
+
 from maekit.config import UserError
 from maekit.config.segmentation import PairsConfig
-from maekit.data.annotations import SUFFIXES, VOID, Numbering
-from maekit.data.folders import annotation_folder, walk
-from maekit.data.images import IMAGE_SUFFIXES
+from maekit.data.annotations import VOID, Numbering
 from maekit.data.pair_classes import Asked, name_classes
+from maekit.data.pair_layouts import find_sides, open_layout
 from maekit.data.pair_parts import PairPart, PartCheck, Progress, check_parts, complain, count_values
-from maekit.data.pair_tables import PATTERNS_HELP, open_tables
-from maekit.data.parts import PART_WORDS, FilePart, is_folder, printable
+from maekit.data.pair_patterns import by_pattern
+from maekit.data.pair_tables import open_paths, open_tables
+from maekit.data.parts import printable
 from maekit.data.pixels import BadImage
 from maekit.data.sources import short_name
 
@@ -44,9 +46,6 @@ __all__ = [
     "refuse_one_class",
 ]
 
-_IMAGE_SUFFIXES = frozenset(suffix.encode() for suffix in IMAGE_SUFFIXES)
-_ANNOTATION_SUFFIXES = frozenset(suffix.encode() for suffix in SUFFIXES)
-
 
 @dataclass
 class Pairs:
@@ -59,6 +58,8 @@ class Pairs:
     """K names; a class's id in memory is its place here."""
     numbering: Numbering
     """How the values on disk stand for the classes, and which is void."""
+    void_is_assumed: bool = False
+    """Whether 0 is void by default, and nobody said so."""
     notes: list[str] = field(default_factory=list)
     """What the user should know: where the names come from, annotations that belong to no image."""
 
@@ -107,21 +108,23 @@ def open_pairs(
     patterns = (image_pattern, annotation_pattern)
     columns = (image_column, annotation_column)
     if any(pattern is not None for pattern in patterns):
-        found = _by_pattern(root, shown, patterns, in_chans, notes)
+        found = by_pattern(root, shown, patterns, in_chans, notes)
         _refuse_columns(columns, shown)
-    elif (annotated := annotation_folder(root)) is not None:
-        found = _in_layout(root, shown, annotated, in_chans, notes)
+    elif os.path.splitext(root)[1].lower() in (".csv", ".tsv") and os.path.isfile(root):
+        found = open_paths(root, shown, columns, in_chans)
+    elif os.path.isdir(root) and (sides := find_sides(root, shown)):
+        found = open_layout(root, shown, sides, in_chans, notes)
         _refuse_columns(columns, shown)
     else:
         found = open_tables(root, shown, columns, in_chans)
     if class_values is not None and not void_is_asked:
         void = None
     asked = Asked(void, void_is_asked or void != 0 or class_values is not None, class_values)
-    count = partial(count_values, list(found.values()), workers, on_progress)
-    names, numbering = name_classes(root, shown, classes, asked, count, notes)
+    count = partial(count_values, list(found.values()), shown, workers, on_progress)
+    names, numbering, assumed = name_classes(root, shown, classes, asked, count, found["train"], notes)
     for part in found.values():
         part.numbering = numbering
-    return Pairs(short_name(root), found["train"], found.get("val"), names, numbering, notes)
+    return Pairs(short_name(root), found["train"], found.get("val"), names, numbering, assumed, notes)
 
 
 def open_checked(
@@ -134,7 +137,25 @@ def open_checked(
         annotation_pattern=config.annotation_pattern, image_column=config.image_column,
         annotation_column=config.annotation_column, workers=workers, on_progress=on_progress,
     )  # fmt: skip
-    return pairs, check_pairs(pairs, workers=workers, on_progress=on_progress)
+    checks = check_pairs(pairs, workers=workers, on_progress=on_progress)
+    pairs.notes += _note_void(pairs, checks)
+    return pairs, checks
+
+
+def _note_void(pairs: Pairs, checks: dict[str, PartCheck]) -> list[str]:
+    """What the default for void makes of the annotations, where it makes a difference."""
+    void = sum(check.void_pixels for check in checks.values())
+    if not pairs.void_is_assumed or not void:
+        return []
+    pixels = sum((check.class_pixels for check in checks.values()), np.zeros(pairs.num_classes, np.int64))
+    last = len(pixels) - 1
+    shifted = f", and {pairs.class_names[0]!r} is value 1"
+    if not pixels[last]:
+        shifted += f"; no pixel has value {last + 1}, {pairs.class_names[last]!r}, so check that"
+    return [
+        f"value 0 ({void / (void + pixels.sum()):.1%} of the pixels) is void, of no class{shifted}: if 0 is a class, "
+        "such as the background, give --void none"
+    ]
 
 
 def check_pairs(
@@ -149,7 +170,7 @@ def check_pairs(
             value that stands for no class, each with its file, and values with their pixels.
     """
     found = check_parts(pairs.parts, workers, on_progress)
-    complain(found, pairs.name)
+    complain(found, pairs.parts, pairs.name)
     return found
 
 
@@ -170,202 +191,8 @@ def refuse_one_class(pairs: Pairs, check: PartCheck, data: str) -> None:
     )
 
 
-# ---- files ----
-
-
-@dataclass
-class _Listing:
-    """Files by the name that image and annotation share; `where` speaks of them in messages."""
-
-    where: str
-    files: dict[bytes, bytes]
-
-    def example(self) -> str:
-        return printable(min(self.files.values(), default=b"no file"))
-
-
-def _in_layout(root: str, shown: str, annotated: str, in_chans: int, notes: list[str]) -> dict[str, PairPart]:
-    """Parts of a folder with images/ and a folder of annotations."""
-    folders = {kind: _part_folders(root, shown, kind, notes) for kind in ("images", annotated)}
-    wanted: list[str] = [part for part in ("train", "val") if part in folders["images"]]
-    if folders["images"] and "train" not in wanted:
-        raise UserError(f"--data {shown}: images/ has {_listed(folders['images'])} but no training/")
-    parts: dict[str, PairPart] = {}
-    for part in wanted or [""]:
-        image_folder = f"images/{folders['images'].get(part, '')}".rstrip("/")
-        if part and part not in folders[annotated]:
-            has = _listed(folders[annotated]) or "no folders of parts"
-            raise UserError(f"--data {shown}: no annotations for {image_folder}: {annotated}/ has {has}")
-        beside = f"{annotated}/{folders[annotated].get(part, '')}".rstrip("/")
-        if not part and folders[annotated]:
-            has = _listed(folders[annotated])
-            raise UserError(f"--data {shown}: {annotated}/ has {has} but images/ has no folders of parts")
-        images = _list_folder(root, image_folder, shown, _IMAGE_SUFFIXES, "image")
-        annotations = _list_folder(root, beside, shown, _ANNOTATION_SUFFIXES, "annotation")
-        parts[part or "train"] = _matched(root, shown, images, annotations, in_chans, notes)
-    return parts
-
-
-def _listed(folders: dict[str, str]) -> str:
-    return ", ".join(f"{printable(folder)}/" for folder in sorted(folders.values()))
-
-
-def _part_folders(root: str, shown: str, kind: str, notes: list[str]) -> dict[str, str]:
-    """Part -> its folder below images/ or that of the annotations; empty where none is named like a part."""
-    found: dict[str, str] = {}
-    others: list[str] = []
-    try:
-        entries = sorted(os.scandir(os.path.join(root, kind)), key=lambda entry: entry.name)
-    except OSError as error:
-        raise UserError(f"--data {shown}: cannot read the folder {kind} ({error.strerror})") from None
-    for entry in entries:
-        if not is_folder(entry) or entry.name.startswith("."):
-            continue
-        part = PART_WORDS.get(entry.name.lower())
-        if part is None:
-            others.append(printable(entry.name))
-            continue
-        if part in found:
-            raise UserError(f"--data {shown}: {kind}/ has {found[part]}/ and {entry.name}/, both the {part} part")
-        found[part] = entry.name
-    if others and kind == "images":
-        what = "left out, since no part is called so" if found else "no part is called so, so all is trained on"
-        notes.append(f"{kind}/ has {', '.join(others[:4])}{', ...' if len(others) > 4 else ''}: {what}")
-    return found
-
-
-def _list_folder(root: str, folder: str, shown: str, suffixes: frozenset[bytes], what: str) -> _Listing:
-    files: dict[bytes, bytes] = {}
-    seen = 0
-    for path, _ in walk(os.fsencode(os.path.join(root, folder))):
-        seen += 1
-        stem, dot, suffix = path.rpartition(b".")
-        if dot and dot + suffix.lower() in suffixes:
-            _keep(files, stem, os.fsencode(folder) + b"/" + path, shown)
-    if not files:
-        read = " ".join(sorted(suffix.decode() for suffix in suffixes))
-        raise UserError(f"--data {shown}: no {what} among {seen} files in {folder}; these suffixes are read: {read}")
-    return _Listing(folder, files)
-
-
-def _keep(files: dict[bytes, bytes], name: bytes, path: bytes, shown: str) -> None:
-    if name in files:
-        raise UserError(f"--data {shown}: {printable(files[name])} and {printable(path)} have one name; keep one there")
-    files[name] = path
-
-
-def _matched(
-    root: str, shown: str, images: _Listing, annotations: _Listing, in_chans: int, notes: list[str]
-) -> PairPart:
-    """The pairs by their common name, in the byte order of the images' paths.
-
-    Raises:
-        UserError: nothing in common, or an image without an annotation.
-    """
-    missing = sorted(path for name, path in images.files.items() if name not in annotations.files)
-    if len(missing) == len(images.files):
-        raise UserError(
-            f"--data {shown}: no common names: {images.where} has {images.example()}, {annotations.where} has "
-            f"{annotations.example()}; if names differ by more than the suffix, {PATTERNS_HELP}"
-        )
-    if missing:
-        such = ", ".join(printable(path) for path in missing[:4])
-        raise UserError(
-            f"--data {shown}: {len(missing):,} of {len(images.files):,} images have no annotation in "
-            f"{annotations.where}, such as {such}; add the annotations, or move these images away"
-        )
-    extra = sorted(path for name, path in annotations.files.items() if name not in images.files)
-    if extra:
-        notes.append(f"{len(extra):,} annotations have no image and are left out, such as {printable(extra[0])}")
-    pairs = sorted((path, annotations.files[name]) for name, path in images.files.items())
-    folder = os.fsencode(root)
-    return PairPart(
-        FilePart(folder, [image for image, _ in pairs], in_chans), FilePart(folder, [other for _, other in pairs], 1)
-    )
-
-
-def _by_pattern(
-    root: str, shown: str, patterns: tuple[str | None, str | None], in_chans: int, notes: list[str]
-) -> dict[str, PairPart]:
-    """Parts of a folder by two patterns of paths relative to it."""
-    image_pattern, annotation_pattern = patterns
-    if image_pattern is None or annotation_pattern is None:
-        raise UserError(f"--image-pattern and --annotation-pattern: only one of them is given; {PATTERNS_HELP}")
-    if not os.path.isdir(root):
-        raise UserError(f"--data {shown}: patterns are relative to a folder, and this is none")
-    found = {
-        "--image-pattern": _list_pattern(root, "--image-pattern", image_pattern, shown),
-        "--annotation-pattern": _list_pattern(root, "--annotation-pattern", annotation_pattern, shown),
-    }
-    images, annotations = found.values()
-    # One pattern may match the other's files too, as {}.png does {}_mask.png's: they are the more exact one's.
-    general, exact = (images, annotations) if len(image_pattern) <= len(annotation_pattern) else (annotations, images)
-    taken = set(exact.files.values())
-    general.files = {name: path for name, path in general.files.items() if path not in taken}
-    for flag, listing in found.items():
-        if not listing.files:
-            raise UserError(f"{flag} {printable(listing.where)}: no file below {shown} matches it")
-    if _has_parts(images, shown):
-        sides = {part: (_of_part(images, part), _of_part(annotations, part)) for part in ("train", "val")}
-        return {
-            part: _matched(root, shown, some, others, in_chans, notes)
-            for part, (some, others) in sides.items()
-            if some.files
-        }
-    return {"train": _matched(root, shown, images, annotations, in_chans, notes)}
-
-
-def _list_pattern(root: str, flag: str, pattern: str, shown: str) -> _Listing:
-    """The files that a pattern matches: {} is the name, * any characters but a slash."""
-    if pattern.count("{}") != 1:
-        raise UserError(f"{flag} {printable(pattern)}: needs one {{}}, which stands for the name that both files share")
-    raw = os.fsencode(os.path.normpath(pattern))
-    folder = re.split(rb"[*{]", raw)[0].rpartition(b"/")[0]
-    pieces = {b"{}": b"(.+)", b"*": b"[^/]*"}
-    expression = b"".join(pieces.get(piece, re.escape(piece)) for piece in re.split(rb"(\{\}|\*)", raw))
-    matcher = re.compile(expression, re.DOTALL)
-    files: dict[bytes, bytes] = {}
-    start = os.path.join(os.fsencode(root), folder)
-    if not os.path.isdir(start):
-        raise UserError(f"{flag} {printable(pattern)}: no folder {printable(folder)} in {shown}")
-    for below, _ in walk(start):
-        path = folder + b"/" + below if folder else below
-        match = matcher.fullmatch(path)
-        if match is not None:
-            _keep(files, match[1], path, shown)
-    return _Listing(pattern, files)
-
-
-def _has_parts(listing: _Listing, shown: str) -> bool:
-    """Whether names begin with the folders of parts.
-
-    Raises:
-        UserError: some begin with a part's folder, and others do not, so that what is to be trained on is not clear.
-    """
-    by_part: dict[str | None, bytes] = {_part_of(name): path for name, path in listing.files.items()}
-    if "train" not in by_part:
-        return False
-    if None in by_part:
-        raise UserError(
-            f"--data {shown}: {printable(listing.where)} finds {printable(by_part['train'])} of the training part, but "
-            f"{printable(by_part[None])} of no part (train, val, test): move it away, or write a narrower pattern"
-        )
-    return True
-
-
-def _part_of(name: bytes) -> str | None:
-    """The part whose folder a name begins with."""
-    folder, slash, _ = name.partition(b"/")
-    return PART_WORDS.get(os.fsdecode(folder).lower()) if slash else None
-
-
-def _of_part(listing: _Listing, part: str) -> _Listing:
-    some = {name: path for name, path in listing.files.items() if _part_of(name) == part}
-    return _Listing(f"{printable(listing.where)} ({part})", some)
-
-
 def _refuse_columns(columns: Iterable[str | None], shown: str) -> None:
     flags = ("--image-column", "--annotation-column")
     given = [flag for flag, value in zip(flags, columns, strict=True) if value is not None]
     if given:
-        raise UserError(f"{' and '.join(given)}: only for Parquet, which --data {shown} is not")
+        raise UserError(f"{' and '.join(given)}: only for Parquet and tables, which --data {shown} is not")

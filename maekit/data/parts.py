@@ -32,6 +32,7 @@ PART_WORDS = {**SPLITS, "valid": "val", "dev": "val"}
 """The same where a name cannot be a class's, as in a table's files or beside annotations."""
 
 _NUMBER = re.compile(r"-?[0-9]{1,15}(\.[0-9]{1,15})?")
+_YEAR = re.compile(r"[_-]?20\d\d$")
 LOOKED_AT = 16
 """Files of a part whose headers are looked at for pages that nothing reads."""
 LOOKED_SECONDS = 0.5
@@ -88,6 +89,11 @@ class Source:
     def remarks(self) -> list[str]:
         """What is told at the start of a command: the notes, and whether a few of the files hold more than is read."""
         return [*self.notes, *left_out_remark([part for part in (self.train, self.val, self.test) if part is not None])]
+
+
+def part_of(folder: str, words: dict[str, str] = PART_WORDS) -> str | None:
+    """The part that a folder's name stands for in any case, with or without a year (COCO's train2017)."""
+    return words.get(_YEAR.sub("", folder.lower()))
 
 
 def evenly_spaced(num: int, count: int) -> Labels:

@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from maekit.config import CheckDataConfig, UserError
-from maekit.data.folders import annotation_folder
+from maekit.data.pair_layouts import find_sides
+from maekit.data.pair_tables import names_annotations
 from maekit.data.pairs import open_checked, refuse_one_class
 from maekit.data.parts import Part
 from maekit.data.sources import open_source
@@ -211,7 +212,10 @@ def show_copies(console: Console, parts: dict[str, Part], twice: Copies) -> None
 def has_annotations(config: CheckDataConfig) -> bool:
     """Whether the data look like images with annotations, or the flags say so."""
     named = (config.image_pattern, config.annotation_pattern, config.annotation_column)
-    return any(named) or annotation_folder(os.path.expanduser(config.data)) is not None
+    root = os.path.expanduser(config.data)
+    if any(named) or not os.path.exists(root):
+        return any(named)
+    return (os.path.isdir(root) and bool(find_sides(root, config.data))) or names_annotations(root, config.data)
 
 
 def show_annotations(console: Console, config: CheckDataConfig, workers: int) -> None:

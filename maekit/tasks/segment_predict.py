@@ -20,7 +20,7 @@ from maekit.config import UserError
 from maekit.config.segmentation import SegmentConfig, SegmentPredictConfig
 from maekit.configfile import read
 from maekit.data.annotations import listed
-from maekit.data.folders import walk
+from maekit.data.folders import annotations_note, list_images
 from maekit.data.images import BadImage, decode
 from maekit.data.parts import left_out_remark, loose_files, printable
 from maekit.models.encoder import use_fused_attention
@@ -47,14 +47,14 @@ def main(source: str, config: SegmentPredictConfig) -> int:
     out = Path(config.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: is not an empty folder; name another one")
-    images = find_images(config.predict)
+    images, notes = find_images(config.predict)
     choices = choose_machine(config)
     file = Path(source)
     if not file.is_file():
         file /= BEST_FILE if config.score == "best" else WEIGHTS_FILE
     model, passport = load_segmenter(file, choices["device"].value)
     use_fused_attention(model, choices["attention"].value)
-    remark(console, left_out_remark([loose_files(images.values(), passport.model.in_chans)]))
+    remark(console, [*notes, *left_out_remark([loose_files(images.values(), passport.model.in_chans)])])
     run = run_of(file, is_run=not Path(source).is_file())
     view = view_of(config, passport.model.size_hw, run)
     own = run.class_values if run is not None and len(run.class_values or ()) == len(passport.classes) else None
@@ -107,17 +107,22 @@ def run_of(file: Path, is_run: bool) -> SegmentConfig | None:
     return found if found.task == "segment" else None
 
 
-def find_images(places: tuple[str, ...]) -> dict[str, str]:
+def find_images(places: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
     """Image files by the name under which their class map is written: relative to the folder given, without suffix.
+
+    Also notes of what is left out of the folders: annotations.
 
     Raises:
         UserError: no such file, no images in a folder, or two images of one name.
     """
     found: dict[str, str] = {}
+    notes: list[str] = []
     for place in places:
         path = os.path.expanduser(place)
         if os.path.isdir(path):
-            below = sorted(os.fsdecode(name) for name, is_image in walk(os.fsencode(path)) if is_image)
+            names, _, left = list_images(os.fsencode(path))
+            below = list(map(os.fsdecode, names))
+            notes += annotations_note(left)
             if not below:
                 raise UserError(f"--predict {printable(place)}: no images in this folder")
             files = {os.path.splitext(name)[0]: os.path.join(path, name) for name in below}
@@ -132,4 +137,4 @@ def find_images(places: tuple[str, ...]) -> dict[str, str]:
                 both = f"{printable(found[name])} and {printable(file)}"
                 raise UserError(f"--predict: {both} have one name; predict them into two folders")
             found[name] = file
-    return found
+    return found, notes
