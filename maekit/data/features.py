@@ -7,6 +7,7 @@ one row.
 from __future__ import annotations
 
 import json
+import math
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -37,12 +38,15 @@ class Chunk(NamedTuple):
         return f"{self.part}-{self.start:012d}.parquet"
 
 
-def make_schema(parts: Mapping[str, Part], values: int, description: dict[str, Any]) -> Any:
-    """The columns; what the features are stands in the schema's metadata under `maekit`."""
+def make_schema(parts: Mapping[str, Part], description: dict[str, Any]) -> Any:
+    """The columns; what the features are stands in the schema's metadata under `maekit`.
+
+    Lists of no fixed length, though all have one: pyarrow below 26 cannot read a null among lists of fixed length.
+    """
     fields = [("part", pa.string()), ("id", pa.int64()), ("name", pa.string())]
     if any(part.labels is not None for part in parts.values()):
         fields += [("label", pa.int64()), ("class", pa.string())]
-    fields += [("error", pa.string()), ("features", pa.list_(pa.float32(), values))]
+    fields += [("error", pa.string()), ("features", pa.list_(pa.float32()))]
     return pa.schema(fields, {"maekit": json.dumps(description)})
 
 
@@ -60,13 +64,14 @@ def make_table(part: Part, chunk: Chunk, rows_RF: npt.NDArray[np.float32], reaso
     """The rows of one chunk."""
     ids = range(chunk.start, chunk.stop)
     bad = np.array([bool(reason) for reason in reasons])
-    values = pa.array(rows_RF.reshape(-1))
+    ends = np.cumsum(np.where(bad, 0, rows_RF.shape[1]))
+    offsets = pa.array(np.concatenate([[0], ends]), pa.int32())
     columns: dict[str, Any] = {
         "part": [chunk.part] * len(ids),
         "id": list(ids),
         "name": [part.name(index) for index in ids],
         "error": [reason or None for reason in reasons],
-        "features": pa.FixedSizeListArray.from_arrays(values, rows_RF.shape[1], mask=pa.array(bad)),
+        "features": pa.ListArray.from_arrays(offsets, rows_RF[~bad].reshape(-1), mask=pa.array(bad)),
     }
     if "label" in schema.names:
         labels = [-1] * len(ids) if part.labels is None else part.labels[chunk.start : chunk.stop].tolist()
@@ -138,8 +143,9 @@ def write_npz(path: Path, folder: Path, chunks: list[Chunk], schema: Any, class_
         def vectors() -> Iterator[npt.NDArray[np.float32]]:
             for found in column("features"):
                 for piece in found.chunks:
-                    rows_RF = piece.values.to_numpy(zero_copy_only=False).reshape(len(piece), -1).copy()
-                    rows_RF[piece.is_null().to_numpy(zero_copy_only=False)] = np.nan
+                    rows_RF = np.full((len(piece), math.prod(shape)), np.nan, np.float32)
+                    good = piece.is_valid().to_numpy(zero_copy_only=False)
+                    rows_RF[good] = piece.flatten().to_numpy().reshape(-1, math.prod(shape))
                     yield rows_RF
 
         write("features", np.dtype("<f4"), (rows, *shape), vectors())

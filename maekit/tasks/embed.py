@@ -109,7 +109,7 @@ def main(source: str, config: EmbedConfig) -> int:
     parts = choose_parts(data, config.part, config.data)
     chunks = cut_chunks(parts, math.prod(encoder.shape))
     description = describe(source, data, parts, encoder)
-    schema = make_schema(parts, math.prod(encoder.shape), description)
+    schema = make_schema(parts, description)
     folder = Path(f"{config.out}.partial")
     open_partial(folder, description)
     missing = [chunk for chunk in chunks if not is_done(folder / chunk.file, chunk, schema)]
