@@ -29,9 +29,11 @@ def test_a_pipe_that_nobody_reads_any_more_is_known(told: str, monkeypatch: pyte
         os.close(source)
         silenced.append(target)
 
-    monkeypatch.setattr(select, "poll", Poll)
-    monkeypatch.setattr(os, "dup2", silence)
-    assert terminal.output_is_closed() and silenced == [1]
+    with monkeypatch.context() as here:  # undone at once: pytest's own capture uses both
+        here.setattr(select, "poll", Poll)
+        here.setattr(os, "dup2", silence)
+        closed = terminal.output_is_closed()
+    assert closed and silenced == [1]
 
 
 def test_windows_is_told_where_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
