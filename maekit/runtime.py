@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -154,13 +155,15 @@ def start_accelerator(device: torch.device, trackers: tuple[str, ...], out: Path
 
         torch.cuda.set_device(device)  # Accelerate takes the current one
     try:
-        accelerator = Accelerator(
-            cpu=device.type == "cpu",
-            mixed_precision="no",  # the tasks say themselves where autocast begins and ends
-            log_with=list(trackers) or None,
-            project_dir=str(out),
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`log_with=", UserWarning)  # said below, with what to type
+            accelerator = Accelerator(
+                cpu=device.type == "cpu",
+                mixed_precision="no",  # the tasks say themselves where autocast begins and ends
+                log_with=list(trackers) or None,
+                project_dir=str(out),
+                kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            )
     except (ImportError, ValueError) as error:
         if trackers:
             raise UserError(f"--trackers {' '.join(trackers)}: {error}") from None
@@ -330,10 +333,17 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def own_version() -> str:
+    """maekit's version; where the sources are imported from a folder that pip knows nothing of, that."""
+    try:
+        return metadata.version("maekit")
+    except metadata.PackageNotFoundError:
+        return "unknown (not installed)"
+
+
 def package_versions() -> dict[str, str]:
     """Versions of what decides about numbers."""
     names = (
-        "maekit",
         "torch",
         "timm",
         "torchvision",
@@ -344,20 +354,23 @@ def package_versions() -> dict[str, str]:
         "safetensors",
         "scikit-learn",
     )
-    return {name: metadata.version(name) for name in names}
+    return {"maekit": own_version()} | {name: metadata.version(name) for name in names}
 
 
 @functools.cache
 def _commit() -> str | None:
-    """The commit of maekit's own checkout, where it runs from one."""
+    """The commit of maekit's own checkout, where it runs from one.
+
+    An environment inside a project of the user's holds a package, and the commit there is that project's.
+    """
     try:
         here = Path(__file__).parent
-        answer = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=5
-        )
-    except (OSError, subprocess.SubprocessError):
+        asked = ["git", "-C", str(here), "rev-parse", "--show-toplevel", "--short", "HEAD"]
+        answer = subprocess.run(asked, capture_output=True, text=True, timeout=5)
+        root, commit = answer.stdout.splitlines()
+        return commit if answer.returncode == 0 and Path(root).samefile(here.parent) else None
+    except (OSError, ValueError, subprocess.SubprocessError):
         return None
-    return answer.stdout.strip() or None if answer.returncode == 0 else None
 
 
 def environment(device: torch.device) -> dict[str, Any]:

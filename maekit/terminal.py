@@ -51,7 +51,8 @@ def output_is_closed() -> bool:
         return False
     poll = select.poll()
     poll.register(1, select.POLLOUT)
-    closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    # Linux says POLLERR of a pipe that nobody reads any more, macOS and BSD say POLLHUP.
+    closed = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
     if closed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return closed

@@ -82,6 +82,21 @@ def test_timm(tmp_path: Path, pool: Any, changes: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
+def test_what_is_printed_for_timm_gives_the_same_features_of_a_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every printed line runs as it stands, on a photograph that is not square."""
+    weights, ours = save(tmp_path, **SQUARE)
+    assert cli.main(["convert", weights, "--to", "timm", "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    code = printed[printed.index("import timm") :].replace("# of a picture opened with Pillow: ", "features = ")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 90, 3), np.uint8)).save(tmp_path / "photo.png")
+    names: dict[str, Any] = {"picture": Image.open(tmp_path / "photo.png")}
+    exec(code, names)
+    close(names["features"], ours.encode(maekit.read_images(tmp_path / "photo.png", ours)), rtol=0, atol=0.02)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("target", ["pixels", "norm-pixels"])
 def test_hugging_face(tmp_path: Path, target: str) -> None:
     transformers: Any = pytest.importorskip("transformers")

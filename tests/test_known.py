@@ -71,7 +71,7 @@ def test_no_pixel_of_a_photo_is_in_both_parts(width: int) -> None:
 
 def test_photos_without_scikit_image(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install maekit[demo]" in problem("photos")
+    assert "pip install 'maekit[demo]'" in problem("photos")
 
 
 def records(rows: int, label_bytes: int, seed: int) -> tuple[bytes, Any, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,3 +46,35 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a Linear without a passport"):
         maekit.save(nn.Linear(2, 2), tmp_path / "mine.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_wrapped_and_small_models_are_saved_as_what_they_are(tmp_path: Path) -> None:
+    """Names of weights without the wrappers' prefixes, numbers as float32: else no command could read the file."""
+    model = MaskedAutoencoder(tiny_config(), MEAN, STD).eval()
+    images = torch.randint(0, 256, (2, 3, *model.config.size_hw), dtype=torch.uint8)
+    path = tmp_path / "new" / "folder" / "mine.safetensors"
+    for wrapped in (torch.compile(model), nn.DataParallel(model), torch.compile(nn.DataParallel(model))):
+        assert isinstance(wrapped, nn.Module)
+        maekit.save(wrapped, path)
+        assert torch.equal(maekit.load(path).encode(images), model.encode(images))
+    half = maekit.load(path).half()
+    maekit.save(half, path)
+    again = maekit.load(path)
+    assert again.decoder.pred.weight.dtype == torch.float32
+    assert torch.equal(again.decoder.pred.weight, half.decoder.pred.weight.float())
+
+
+def test_facts_that_no_file_can_hold_are_refused_before_it_is_written(tmp_path: Path) -> None:
+    model = MaskedAutoencoder(tiny_config(), MEAN, STD)
+    path = tmp_path / "mine.safetensors"
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"epochs": "many"}, "epochs='many': must be a number"), ({"epochs": -1}, "epochs=-1: must not be negative"),
+        ({"epochs": float("nan")}, "epochs=nan"), ({"data": "two\nlines"}, "not printable"),
+    ]  # fmt: skip
+    for named, words in wrong:
+        with pytest.raises(UserError, match=words):
+            maekit.save(model, path, **named)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        maekit.save(model, tmp_path / "file" / "mine.safetensors")

@@ -5,8 +5,10 @@ Shapes: B batch, C channels, H x W pixels.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +22,8 @@ from maekit.data.transforms import apply_to_image, centre_crops
 from maekit.models.masking import Masks, masks_from_bool
 
 Centre = tuple[Tensor | None, str]
+_READING: dict[str, Any] = {"interpolation": "bicubic", "crop_pct": 1.0}
+"""How images are resized and cut where no passport says it: a passport's own defaults."""
 
 
 class Centres(Dataset[Centre]):
@@ -37,8 +41,31 @@ class Centres(Dataset[Centre]):
         return apply_to_image(image, crops, 0, self.size_hw), ""
 
 
-def read_centres(names: Sequence[str], model: ModelConfig, interpolation: str, crop_pct: float) -> Tensor:
+def read_images(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], model: Any) -> Tensor:
+    """Image files as a model takes them, seen as every command that augments nothing sees them.
+
+    paths: one file, or several; of any kind that `--data` reads. model: what `maekit.load` gives, or a
+    `MaskedAutoencoder`. Returns the images' centres, resized to the model's size as in its training and normalised,
+    [B, C, H, W] on the model's device.
+
+    Raises:
+        UserError: files that cannot be read; all of them are named.
+    """
+    names = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    if not names:
+        raise UserError("paths: no image is named")
+    how = {} if model.passport is None else {name: getattr(model.passport, name) for name in _READING}
+    pixels = read_centres([os.fspath(name) for name in names], model.config, **{**_READING, **how}, said="")
+    normal: Tensor = model.normalize(pixels.to(model.mean))
+    return normal
+
+
+def read_centres(
+    names: Sequence[str], model: ModelConfig, interpolation: str, crop_pct: float, said: str = "--image "
+) -> Tensor:
     """The centres of image files at the model's size, floats in 0..1 [B, C, H, W].
+
+    said: what stands before a file's name in a message.
 
     Raises:
         UserError: files that cannot be read; all of them are named.
@@ -49,7 +76,7 @@ def read_centres(names: Sequence[str], model: ModelConfig, interpolation: str, c
         try:
             image = decode(Path(name).expanduser(), model.in_chans)
         except BadImage as error:
-            problems.append(f"--image {name}: {error}")
+            problems.append(f"{said}{name}: {error}")
             continue
         crops = centre_crops(np.array([image.shape[:2]], np.int64), size_hw, interpolation, crop_pct)
         pixels = apply_to_image(image, crops, 0, size_hw)

@@ -31,7 +31,7 @@ GAP = 16
 """Columns between the training and the test part of a photograph."""
 
 _PACKAGES = {
-    "skimage": ("data", "pip install maekit[demo]"),
+    "skimage": ("data", "pip install 'maekit[demo]'"),
     "sklearn": ("datasets/images", "pip install scikit-learn"),
 }
 PHOTOS = {

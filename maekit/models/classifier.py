@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from maekit.config import ModelConfig, UserError
-from maekit.models.encoder import EPS, build_encoder, check_images, resolve
+from maekit.models.encoder import EPS, build_encoder, resolve
+from maekit.models.inputs import check_type, described, normalized, ready
 
 HEAD_STD = 2e-5
 """Deviation of the linear layer at the start: next to no opinion, so that the first gradients do not undo the encoder
@@ -94,17 +95,19 @@ class Classifier(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
+    def extra_repr(self) -> str:
+        """The first line of what a notebook shows of the model; its layers follow."""
+        return f"{described(self)}, {len(self.classes)} classes from pool {self.pool}"
+
     def normalize(self, images_BCHW: Tensor) -> Tensor:
         """Pixels, uint8 in 0..255 or floats in 0..1, brought to the mean 0 and deviation 1 that the model expects."""
-        if images_BCHW.dtype == torch.uint8:
-            images_BCHW = images_BCHW.to(self.mean.dtype) / 255
-        return (images_BCHW - self.mean) / self.std
+        return normalized(images_BCHW, self.mean, self.std)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Logits [B, K]; the linear layer computes in float32 even where the encoder does not.
 
         Raises:
-            UserError: images of another size.
+            UserError: images of another type or size.
         """
         pooled = self.pooled(images_BCHW)
         with torch.autocast(pooled.device.type, enabled=False):  # of 8 bits, two classes are soon equal
@@ -113,7 +116,7 @@ class Classifier(nn.Module):
 
     def pooled(self, images_BCHW: Tensor) -> Tensor:
         """What the linear layer sees [B, D]: the pooled, normalised tokens."""
-        tokens_BTD = self.encoder.forward_features(self._checked(images_BCHW))
+        tokens_BTD = self.encoder.forward_features(ready(images_BCHW, self))
         if self.pool == "cls":
             first: Tensor = tokens_BTD[:, 0]
             return first  # the class token stands first, before any registers
@@ -126,13 +129,13 @@ class Classifier(nn.Module):
         "mean" of a classifier that pools by it is what its linear layer sees; its tokens are not normalised.
 
         Raises:
-            UserError: "cls" of an encoder without a class token, or images of another size.
+            UserError: "cls" of an encoder without a class token, or images of another type or size.
         """
         if pool == "mean" and self.pool == "mean":
             return self.pooled(images_BCHW)
         if pool == "cls" and not self.config.class_token:
             raise UserError('pool="cls": this encoder has no class token; take pool="mean" (--pool mean)')
-        tokens_BTD: Tensor = self.encoder.forward_features(self._checked(images_BCHW))
+        tokens_BTD: Tensor = self.encoder.forward_features(ready(images_BCHW, self))
         if pool == "tokens":
             return tokens_BTD
         return tokens_BTD[:, 0] if pool == "cls" else tokens_BTD[:, self.num_prefix :].mean(dim=1)
@@ -142,8 +145,9 @@ class Classifier(nn.Module):
         """The classes of images, without any randomness of training; probabilities are float32 at least.
 
         Raises:
-            UserError: images of another size.
+            UserError: images of another type or size.
         """
+        check_type(images_BCHW)
         was_training = self.training
         self.eval()
         try:
@@ -167,7 +171,3 @@ class Classifier(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether the backward pass computes each block's activations again, to save memory; numbers stay the same."""
         self.encoder.set_grad_checkpointing(enable)
-
-    def _checked(self, images_BCHW: Tensor) -> Tensor:
-        check_images(images_BCHW, self.config)
-        return self.normalize(images_BCHW) if images_BCHW.dtype == torch.uint8 else images_BCHW

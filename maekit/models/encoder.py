@@ -146,20 +146,6 @@ def build_encoder(config: ModelConfig) -> VisionTransformer:
     return built
 
 
-def check_images(images_BCHW: Tensor, config: ModelConfig) -> None:
-    """Whether images have the shape that a model takes.
-
-    Raises:
-        UserError: they have another one; says both.
-    """
-    expected = [config.in_chans, *config.size_hw]
-    if images_BCHW.ndim != 4 or list(images_BCHW.shape[1:]) != expected:
-        raise UserError(
-            f"images of shape {list(images_BCHW.shape)}: this model takes [batch, {expected[0]}, {expected[1]}, "
-            f"{expected[2]}] (--in-chans, --img-size)"
-        )
-
-
 def init_encoder(encoder: Any, pos_embed: str) -> None:
     """Initialise as in the paper (appendix A.1): Xavier-uniform linears, the patch embedding as one of them."""
     encoder.blocks.apply(init_linear)

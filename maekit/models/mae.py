@@ -30,7 +30,6 @@ from maekit.models.encoder import (
     EPS,
     TOKEN_STD,
     build_encoder,
-    check_images,
     init_linear,
     patch_weight,
     prefix_and_positions,
@@ -39,6 +38,7 @@ from maekit.models.encoder import (
     sincos_positions,
 )
 from maekit.models.flat import FlatDecoder
+from maekit.models.inputs import check_draw, check_keep, described, never_compiled, normalized, ready
 from maekit.models.masking import Masks, choose_predicted, make_masks, masks_from_keep, num_predicted, num_visible
 from maekit.models.targets import make_target, patchify, take_patches, target_spectrum
 
@@ -130,11 +130,14 @@ class MaskedAutoencoder(nn.Module):
         filter_PP = target_spectrum(self.config.target, self.patch_size, self.config.in_chans, self.config.target_cut)
         self.register_buffer("spectrum", filter_PP, persistent=False)
 
+    def extra_repr(self) -> str:
+        """The first line of what a notebook shows of the model; its layers follow."""
+        hidden, masks = f"{100 * self.config.mask_ratio:g} % hidden", self.config.mask
+        return f"{described(self)}, {hidden} ({masks} masks), target {self.config.target}"
+
     def normalize(self, images_BCHW: Tensor) -> Tensor:
         """Pixels, uint8 in 0..255 or floats in 0..1, brought to the mean 0 and deviation 1 that the model expects."""
-        if images_BCHW.dtype == torch.uint8:
-            images_BCHW = images_BCHW.to(self.mean.dtype) / 255
-        return (images_BCHW - self.mean) / self.std
+        return normalized(images_BCHW, self.mean, self.std)
 
     def forward(
         self,
@@ -153,14 +156,16 @@ class MaskedAutoencoder(nn.Module):
             that are not visible.
 
         Raises:
-            UserError: images of another size, or ids that are no valid masks.
+            UserError: images of another type or size, or ids or a seed that give no valid masks.
         """
-        images_BCHW = self._checked(images_BCHW)
+        images_BCHW = ready(images_BCHW, self)
         if ids_keep is None:
-            masks = self.draw_masks(range(len(images_BCHW)) if sample_ids is None else sample_ids, seed=seed)
-            masks = masks.to(images_BCHW.device)
+            samples = range(len(images_BCHW)) if sample_ids is None else sample_ids
+            check_draw(len(images_BCHW), seed, samples)
+            masks = self.draw_masks(samples, seed=seed).to(images_BCHW.device)
         elif ids_masked is None:
-            masks = masks_from_keep(ids_keep, self.num_patches)
+            check_keep(ids_keep, len(images_BCHW))
+            masks = masks_from_keep(ids_keep.to(images_BCHW.device), self.num_patches)
         else:
             masks = Masks(ids_keep, ids_masked)
         patches_BNP = patchify(images_BCHW, self.patch_size)
@@ -172,6 +177,7 @@ class MaskedAutoencoder(nn.Module):
         loss = self.loss(pred_BMP, take_patches(patches_BNP, masks.ids_masked_BM))
         return MAEOutput(loss, pred_BMP, masks.ids_masked_BM, masks.ids_keep_BV)
 
+    @never_compiled
     def draw_masks(self, sample_ids: npt.ArrayLike, *, seed: int, epoch: int = 0, views: int = 1) -> Masks:
         """Masks of the pretraining's kind and ratio for these samples, on the CPU; `views` of each, one after another.
 
@@ -221,7 +227,7 @@ class MaskedAutoencoder(nn.Module):
         tokens = encoder.patch_embed.norm(tokens)
         tokens = tokens + (positions_ND if ids_BV is None else F.embedding(ids_BV, positions_ND))
         if prefix is not None:
-            tokens = torch.cat([prefix.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
+            tokens = torch.cat([prefix.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
         ready: Tensor = encoder.norm_pre(tokens)
         return ready
 
@@ -239,11 +245,11 @@ class MaskedAutoencoder(nn.Module):
         patches in row-major order [B, T + N, D]. All after the final normalisation.
 
         Raises:
-            UserError: "cls" of an encoder without a class token, or images of another size.
+            UserError: "cls" of an encoder without a class token, or images of another type or size.
         """
         if pool == "cls" and not self.encoder.has_class_token:
             raise UserError('pool="cls": this encoder has no class token; take pool="mean" (--pool mean)')
-        tokens = self.encode_patches(patchify(self._checked(images_BCHW), self.patch_size), None)
+        tokens = self.encode_patches(patchify(ready(images_BCHW, self), self.patch_size), None)
         if pool == "tokens":
             return tokens
         if pool == "cls":
@@ -251,10 +257,6 @@ class MaskedAutoencoder(nn.Module):
         if pool != "mean":
             raise UserError(f"pool={pool!r}: choose cls, mean or tokens")
         return tokens[:, self.num_prefix :].mean(dim=1)
-
-    def _checked(self, images_BCHW: Tensor) -> Tensor:
-        check_images(images_BCHW, self.config)
-        return self.normalize(images_BCHW) if images_BCHW.dtype == torch.uint8 else images_BCHW
 
 
 def model_problems(config: ModelConfig) -> list[str]:

@@ -24,6 +24,7 @@ from maekit.config import UserError
 from maekit.config.segmentation import HeadConfig
 from maekit.models.dense_heads import AUXILIARY_LEVEL, AuxiliaryHead, LightFPN, LinearHead, UperNet, resized
 from maekit.models.encoder import run_block
+from maekit.models.inputs import normalized
 
 KEPT_GRIDS = 16
 """Grids whose resized positions are kept; images of many sizes would fill the memory."""
@@ -93,9 +94,7 @@ class Segmenter(nn.Module):
 
     def normalize(self, images_BCHW: Tensor) -> Tensor:
         """Pixels, uint8 in 0..255 or floats in 0..1, brought to the mean 0 and deviation 1 that the encoder expects."""
-        if images_BCHW.dtype == torch.uint8:
-            images_BCHW = images_BCHW.to(self.mean.dtype) / 255
-        return (images_BCHW - self.mean) / self.std
+        return normalized(images_BCHW, self.mean, self.std)
 
     def forward(self, images_BCHW: Tensor) -> Scores:
         """Scores for each pixel.

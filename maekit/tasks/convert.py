@@ -199,7 +199,11 @@ def write_timm(folder: Path, out: Path, model: Model, pool: str) -> str:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     state = to_timm(model.state_dict(), model.config)
     save_weights(state, folder, model)
-    return f'import timm\n\nmodel = timm.create_model("local-dir:{out}", pretrained=True).eval()'
+    return (
+        f'import timm\n\nmodel = timm.create_model("local-dir:{out}", pretrained=True).eval()\n'
+        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
+        "# of a picture opened with Pillow: model(transform(picture).unsqueeze(0))"
+    )
 
 
 def write_hf(folder: Path, out: Path, model: Model, with_decoder: bool) -> str:

@@ -54,7 +54,8 @@ def main(source: str, name: str, config: PushConfig) -> int:
     word, call = ("classifier", "names = classifier.predict(images).names") if isinstance(model, Classifier) else (
         "mae", "features = mae.encode(images)"
     )  # fmt: skip
-    usage = f'import maekit\n\n{word} = maekit.load("hub:{name}")\n{call}  # uint8 [batch, channel, row, column]'
+    read = f'images = maekit.read_images(["photo.jpg"], {word})  # or uint8 [batch, channel, row, column]'
+    usage = f'import maekit\n\n{word} = maekit.load("hub:{name}")\n{read}\n{call}'
     card = model_card(name.split("/")[1], model.passport, usage, cards, "maekit")
     size = path.stat().st_size
     console.print(f"{WEIGHTS_FILE} ({size / 1e6:,.1f} MB) and README.md to {name}:\n")

@@ -21,7 +21,7 @@ from maekit.config import UserError
 
 try:
     import fcntl
-except ImportError:  # Windows has no flock: runs are not locked there
+except ImportError:  # Windows has no flock: no run begins there, but its files are read
     fcntl = None  # type: ignore[assignment]
 
 FILE = "lock"
@@ -42,8 +42,13 @@ def take(out: Path, fresh: bool = False) -> None:
     With `fresh` the folder must hold nothing but the lock: another run may have begun and ended since it was looked at.
 
     Raises:
-        UserError: another process trains in this folder (it is named), or the folder cannot be written.
+        UserError: another process trains in this folder (it is named), or the folder cannot be written, or Windows.
     """
+    if platform.system() == "Windows":
+        raise UserError(
+            "maekit does not train on Windows, which can neither make a folder's names durable nor lock a run as its "
+            "promises need: take WSL, Linux or macOS (nothing but training needs them)"
+        )
     key = os.path.realpath(out)
     if fcntl is None or os.environ.get("RANK", "0") != "0" or key in _held:
         return

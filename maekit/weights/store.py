@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from maekit.config import FILE_FACTS, ModelConfig, SourceConfig, UserError
 from maekit.models.classifier import Classifier, Pool
 from maekit.models.encoder import set_eps
 from maekit.models.mae import MaskedAutoencoder
+from maekit.runtime import choose_device
 from maekit.weights import heads
 from maekit.weights.facts import IMAGENET_MEAN, IMAGENET_STD, files_with_decoder
 from maekit.weights.files import PICKLES
@@ -47,6 +49,7 @@ def load(
     source: a run's folder, a maekit .safetensors file, a file or folder of any layout in `maekit.weights.layouts`,
         `timm:NAME`, `hub:OWNER/NAME`, or `random:MODEL`.
     img_size, patch_size, in_chans: the shape that is wanted; positions and patch embedding are resized.
+    device: cpu, cuda, cuda:1, mps, or auto for the best that there is.
     The others say what a foreign file does not, and are asked for where it matters (`maekit.config.SourceConfig`).
 
     The model is in evaluation mode; its passport is `model.passport`, and what became of each tensor is
@@ -55,17 +58,41 @@ def load(
     `load_classifier` reads. A segmenter gives its encoder; `maekit.weights.segmenters.load_segmenter` reads all of it.
 
     Raises:
-        UserError: no such source, a file of another kind, something that must be said, or weights that do not fit.
+        UserError: no such source, a file of another kind, something that must be said, weights that do not fit, or a
+            device that is not there.
     """
+    if target not in (None, "pixels", "norm-pixels"):
+        raise UserError(f"target={target!r}: choose pixels or norm-pixels")
     return load_any(
         source,
         SourceConfig(
-            img_size=(img_size,) if isinstance(img_size, int) else img_size, patch_size=patch_size, in_chans=in_chans,
+            img_size=_sides(img_size), patch_size=patch_size, in_chans=in_chans,
             model=model, num_heads=num_heads, decoder_heads=decoder_heads, target=target, mean=mean, std=std, grid=grid,
             crop_pct=crop_pct, encoder_only=encoder_only,
         ),
-        device,
+        _place(device),
     )  # fmt: skip
+
+
+def _sides(img_size: int | tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """A size as the configs have it, of one number or two."""
+    if img_size is None:
+        return None
+    try:
+        return tuple(operator.index(side) for side in (img_size if isinstance(img_size, Iterable) else (img_size,)))
+    except TypeError:
+        raise UserError(f"img_size={img_size!r}: give one whole number, or (height, width)") from None
+
+
+def _place(device: str | torch.device) -> torch.device:
+    """The device that is meant; kinds that no command knows are torch's to judge."""
+    kind = str(device).partition(":")[0]
+    if kind in ("auto", "cpu", "cuda", "mps"):
+        return choose_device(str(device)).value
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device={device!r}: choose auto, cpu, cuda or mps") from None
 
 
 def load_any(
@@ -296,9 +323,15 @@ def random_as(name: str, given: SourceConfig) -> MaskedAutoencoder:
 def random_model(
     config: ModelConfig, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None, seed: int = 0
 ) -> MaskedAutoencoder:
-    """A model with the paper's random initialisation, in evaluation mode: the floor that training must beat."""
+    """A model with the paper's random initialisation, in evaluation mode: the floor that training must beat.
+
+    Raises:
+        UserError: sizes or statistics of no model.
+    """
     mean = mean or (IMAGENET_MEAN if config.in_chans == 3 else (0.5,) * config.in_chans)
     std = std or (IMAGENET_STD if config.in_chans == 3 else (0.25,) * config.in_chans)
+    if problems := Passport(model=config, mean=mean, std=std).problems():
+        raise UserError(*(f"random:{config.model}: {problem}" for problem in problems))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = MaskedAutoencoder(config, mean, std)
