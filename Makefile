@@ -18,7 +18,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-faults bench lint clean
+.PHONY: help install demo test test-lowest test-slow test-faults bench lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -31,6 +31,9 @@ demo: $(DEMO_READY) ## from a fresh machine: install, pretrain and evaluate on b
 # One process a core, up to four: each takes a gigabyte, and whole files of tests, as their runs are made once a file.
 test: $(DEV_READY) ## every test that needs no GPU and no network
 	@$(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile
+
+test-lowest: .venv-lowest/.installed ## the same with the oldest versions that pyproject.toml allows
+	@.venv-lowest/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 test-slow: $(DEV_READY) ## the longer proofs
 	@$(PY) -m pytest -m slow
@@ -46,7 +49,7 @@ lint: $(DEV_READY) ## ruff and mypy
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 
-clean: ## remove caches and build outputs; runs/ and .venv/ stay
+clean: ## remove caches and build outputs; runs/ and the environments stay
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find maekit tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +
 
@@ -80,3 +83,10 @@ endef
 .venv/.installed-dev: pyproject.toml | .venv/bin/pip
 	$(call pip_install,dev)
 	@touch .venv/.installed-demo
+
+# pip takes the newest version that it may; uv can be told to take the oldest.
+.venv-lowest/.installed: pyproject.toml
+	@$(PYTHON) -m venv .venv-lowest
+	@.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check uv
+	@.venv-lowest/bin/uv pip install --python .venv-lowest/bin/python --resolution lowest-direct -e '.[dev,hub]'
+	@touch $@

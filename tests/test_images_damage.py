@@ -47,6 +47,9 @@ def test_huge_headers_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatc
     "kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "LZW", "ZIP", "QOI"]
 )
 def test_truncated_files_are_bad(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
+    Image.init()
+    if kind == "QOI" and kind not in Image.SAVE:
+        pytest.skip("this Pillow reads QOI and does not write it")
     options = {"compression": "tiff_lzw"} if kind == "LZW" else {}
     data = encoded(Image.fromarray(RGB), {"LZW": "TIFF", "ZIP": "TIFF"}.get(kind, kind), **options)
     if kind == "ZIP":  # with its header first, so that only pixels are cut
