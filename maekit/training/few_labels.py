@@ -1,7 +1,7 @@
 """Which labels a probe with few of them is given: a share of each class, as whoever labels so many images would have.
 
 Drawn in proportion to the classes, and at least one of each. Equal numbers of every class are what the 1 % and 10 %
-subsets of ImageNet have (SimCLR, arXiv 2002.05709, section 4.2), whose classes are about equal, and of classes of one
+subsets of ImageNet have (SimCLR, arXiv 2002.05709, section 6), whose classes are about equal, and of classes of one
 size these are the same draws. Of others they would not be a share of the labels (a rare class would give all it has),
 and a probe would meet other frequencies than the test images have, and than the probe with all labels is fitted on.
 
