@@ -43,7 +43,8 @@ from maekit.config import (
     typed_flags,
 )
 from maekit.configfile import read, written_by
-from maekit.runtime import out_of_memory, refuse_several
+from maekit.failures import in_words
+from maekit.runtime import refuse_several
 
 Config = TypeVar("Config")
 
@@ -115,12 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return complain(error.problems)
     except Exception as error:
-        if not out_of_memory(error):
+        if (said := in_words(error)) is None:
             raise
         from maekit.terminal import complain
 
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        return complain([f"out of memory: lower --batch-size, or keep it with --accum or --grad-checkpoint ({reason})"])
+        return complain([said])
 
 
 def parse(kind: type[Config], prog: str, words: Sequence[str], default: Config | None = None) -> Config:

@@ -190,16 +190,6 @@ def check_processes(expected: int | None, actual: int) -> None:
         )
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether a device or the machine has no memory left: CUDA, its libraries, MPS, torch on a CPU and NumPy each have
-    words of their own for it.
-    """
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    said = ("ALLOC_FAILED", "MPS backend out of memory", "can't allocate memory", "CUDA error: out of memory")
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
-
-
 def refuse_several(command: str) -> None:
     """Refuse a command that one process does where a launcher has started several: each would write the same files.
 

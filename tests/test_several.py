@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,3 +115,35 @@ def test_a_run_keeps_its_batch_so_it_goes_on_with_processes_that_share_it(
     said = str(caught.value)
     assert f"--batch-size {batch} is not divisible by {world} processes" in said
     assert said.endswith(f"a run that goes on keeps it: start {fewer}") and not re.search("such as", said)
+
+
+LEAVES = """
+import os, sys, torch.distributed as dist
+dist.init_process_group("gloo", init_method=sys.argv[1], rank=1, world_size=2)
+dist.barrier()
+os._exit(9)
+"""
+
+
+def test_a_lost_process_is_told_without_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As gloo really says it: the second process ends between two steps."""
+    meet = (tmp_path / "store").as_uri()
+    other = subprocess.Popen([sys.executable, "-c", LEAVES, meet])
+    torch.distributed.init_process_group("gloo", init_method=meet, rank=0, world_size=2)
+    try:
+        torch.distributed.barrier()
+        assert other.wait(30) == 9
+
+        def step(_: list[str]) -> int:
+            torch.distributed.all_reduce(torch.ones(4))
+            return 0
+
+        monkeypatch.setitem(cli.COMMANDS, "pretrain", step)
+        assert cli.main(["pretrain"]) == 2
+    finally:
+        torch.distributed.destroy_process_group()
+        other.kill()
+    error = capsys.readouterr().err
+    assert error.startswith("maekit: error: another process of this run has ended") and "--or-resume" in error

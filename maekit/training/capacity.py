@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 
 from maekit.config import PretrainConfig, UserError
+from maekit.failures import out_of_memory
 from maekit.models.mae import MaskedAutoencoder
-from maekit.runtime import out_of_memory
 from maekit.terminal import make_progress
 from maekit.training.trial import Trial, state_bytes
 
