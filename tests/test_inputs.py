@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,23 +78,24 @@ def test_what_gives_no_masks_is_refused(named: dict[str, Any], words: str) -> No
     assert torch.isfinite(tiny_mae()(PIXELS, seed=np.int64(3), sample_ids=np.arange(3)).loss)
 
 
-def test_pixels_that_nobody_has_normalised_are_told() -> None:
-    """Floats of 0..1 and 0..255 warn, once for a place; what is normalised does not, of whatever image."""
-    mae, classifier = tiny_mae(), tiny_classifier()
-    for model in (mae, classifier):
-        with pytest.warns(UserWarning, match=r"floats from 0 to 255.*model\.normalize\(images / 255\)"):
-            model.encode(PIXELS.float())
-        with pytest.warns(UserWarning, match=r"floats from 0 to 1,.*model\.normalize\(images\)"):
-            model.encode(PIXELS / 255)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            model.encode(model.normalize(PIXELS))
-            model.encode(PIXELS)
-            for gray in (0, 128, 255):  # blank: nothing of it lies below the mean, or all
-                model.encode(model.normalize(torch.full_like(PIXELS, gray)))
-            with torch.no_grad():
-                own_units = MaskedAutoencoder(tiny_config(), (1000.0,) * 3, (50.0,) * 3)
-                own_units.encode(own_units.normalize(1000.0 + PIXELS.float()))
+@pytest.mark.parametrize("made", [tiny_mae, tiny_classifier])
+def test_pixels_that_nobody_has_normalised_are_told(made: Callable[[], Any]) -> None:
+    """Floats of 0..1 and 0..255 warn, once a model; what is normalised does not, of whatever image."""
+    with pytest.warns(UserWarning, match=r"floats from 0 to 255.*model\.normalize\(images / 255\)"):
+        made().encode(PIXELS.float())
+    model = made()
+    with pytest.warns(UserWarning, match=r"floats from 0 to 1,.*model\.normalize\(images\)"):
+        model.encode(PIXELS / 255)
+    own_units = MaskedAutoencoder(tiny_config(), (1000.0,) * 3, (50.0,) * 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.encode(PIXELS / 255)
+        made().encode(model.normalize(PIXELS))
+        made().encode(PIXELS)
+        for gray in (0, 128, 255):  # blank: nothing of it lies below the mean, or all
+            made().encode(model.normalize(torch.full_like(PIXELS, gray)))
+        with torch.no_grad():
+            own_units.encode(own_units.normalize(1000.0 + PIXELS.float()))
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.bfloat16])

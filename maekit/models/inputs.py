@@ -1,6 +1,6 @@
 """What a caller hands to a model, images and visible patches: checked, with words for what is mostly meant by it.
 
-Nothing here waits for a device while gradients are being made: what looks at values does so on the CPU, or where a
+Nothing here waits for a device while gradients are being made: values are looked at once a model, on the CPU or where a
 model is only asked.
 
 Shapes: B batch, C channels, H x W pixels, V visible patches.
@@ -116,6 +116,7 @@ def check_type(images_BCHW: Tensor) -> None:
 def _warn_of_pixels(images_BCHW: Tensor, model: Any) -> None:
     """Warn of floats that look like pixels which nobody has normalised: features of them mean little.
 
+    The first floats that a model is given are looked at, and no later ones: a look waits for the device.
     Normalised images have values below zero, as no image lies above the mean everywhere, and none beyond what white
     becomes. Where the mean is of no pixels in 0..1 (float data in units of their own) nothing can be told.
     """
@@ -123,6 +124,9 @@ def _warn_of_pixels(images_BCHW: Tensor, model: Any) -> None:
         return
     if torch.is_grad_enabled() and images_BCHW.device.type != "cpu":
         return
+    if getattr(model, "_looked_at_images", False):
+        return
+    model._looked_at_images = True
     with torch.no_grad():
         low, high = (float(value) for value in images_BCHW[:LOOKED_AT].aminmax())
         if not (low >= 0 and 0.5 < high - low <= 255):  # a blank image may lie above the mean, but spreads little
