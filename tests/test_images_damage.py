@@ -57,7 +57,8 @@ def test_truncated_files_are_bad(kind: str, capfd: pytest.CaptureFixture[str]) -
     decode(data, 3)
     for end in (1, 10, len(data) // 4, len(data) // 2, len(data) * 3 // 4, len(data) - 30):
         found = reason(data[:end])
-        assert "truncated" in found or (end <= 10 and found == "not an image"), (end, found)
+        words = "broken QOI" if kind == "QOI" else "truncated"  # Pillow below 12 stumbles there in Python
+        assert "truncated" in found or words in found or (end <= 10 and found == "not an image"), (end, found)
     assert capfd.readouterr().err == ""
 
 

@@ -172,7 +172,7 @@ def _reason(error: Exception, kind: str | None) -> str:
         return "does not fit in memory"
     if isinstance(error, OSError) and error.errno is not None:
         return (error.strerror or message).lower()
-    if any(words in message.lower() for words in ("truncat", "unexpected end", "not enough image data", "out of range")):
+    if any(words in message.lower() for words in ("truncat", "unexpected end", "not enough image data")):
         return f"truncated {kind or 'image'}"
     if any(words in message.lower() for words in ("broken data stream", "could not create decoder", "bmff")):
         return f"broken or truncated {kind or 'image'}"
