@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -54,12 +55,19 @@ class Ours:
         self.setting = f"{precision}, {'fused' if fused else 'plain'} attention"
         self.setting += "" if compiled == "off" else f", compiled ({compiled})"
         self.flops = needed_flops(config)
+        self.setting += f", in {config.accum} parts" if config.accum > 1 else ""
         self.images, self.ids = self.trial.images(config.batch_size)
         shares = ((0, self.ids + count * config.batch_size) for count in itertools.count())  # others, so other masks
         self.masks = masks_ahead(self.trial.model, config, shares, device)
 
     def step(self) -> None:
-        self.trial.step(self.images, self.ids, next(self.masks))
+        parts = self.trial.config.accum
+        if parts == 1:
+            self.trial.step(self.images, self.ids, next(self.masks))
+            return
+        for images, ids in zip(self.images.chunk(parts), np.split(self.ids, parts), strict=True):
+            self.trial.gradients(images, ids)
+        self.trial.update()
 
 
 class Peer:

@@ -67,6 +67,25 @@ def test_both_sides_step_on_equal_models_and_batches() -> None:
         assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_a_batch_in_parts_makes_the_same_step() -> None:
+    """With --accum the masks and the gradient are those of the whole batch, but for the order of summation."""
+    weights = []
+    for parts in (1, 2):
+        config = PretrainConfig(**SQUARE, target="norm-pixels", accum=parts)
+        ours = contenders.Ours(config, torch.device("cpu"), "fp32", "off")
+        with torch.no_grad():
+            ours.images.copy_(torch.arange(ours.images.numel()).reshape(ours.images.shape) * 37 % 251)
+        ours.trial.optimizer = torch.optim.SGD(  # type: ignore[assignment]
+            ours.trial.model.parameters(), lr=0.1
+        )
+        before = torch.nn.utils.parameters_to_vector(ours.trial.model.parameters()).detach().clone()
+        ours.step()
+        weights.append(torch.nn.utils.parameters_to_vector(ours.trial.model.parameters()).detach() - before)
+    assert "in 2 parts" in ours.setting
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-6)
+    assert weights[0].abs().max() > 1e-3
+
+
 def test_our_masks_are_drawn_anew_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sample ids move on, as in training."""
     ours = contenders.Ours(PretrainConfig(**SQUARE), torch.device("cpu"), "fp32", "off")

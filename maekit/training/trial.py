@@ -71,7 +71,7 @@ class Trial:
 
     def gradients(self, images_BCHW: Tensor, sample_ids: Ids) -> None:
         """Forward and backward: all that is done again for each accumulated part of a batch."""
-        backward(self.loss(images_BCHW, sample_ids))
+        backward(self.loss(images_BCHW, sample_ids) / self.config.accum)
 
     def update(self) -> None:
         """What is done once a step: norm, guard, AdamW, gradients dropped."""
