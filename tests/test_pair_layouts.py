@@ -39,6 +39,7 @@ LAYOUTS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "nnU-Net": ({"imagesTr/{}_0000.png": "labelsTr/{}.png"}, {}),
     "Carvana": ({"train/{}.jpg": "train_masks/{}_mask.png"}, {}),
     "SegNet's CamVid": ({"train/{}.png": "trainannot/{}.png"}, {"val/{}.png": "valannot/{}.png"}),
+    "CamVid as it came": ({"701_StillsRaw_full/0_{}.png": "LabeledApproved_full/0_{}_L.png"}, {}),
     "one folder": ({"{}.jpg": "{}_mask.png"}, {}),
     "one folder, satellite": ({"{}_sat.jpg": "{}_mask.png"}, {}),
     "Roboflow": ({"train/{}.rf.1.jpg": "train/{}.rf.1_mask.png"}, {"valid/{}.rf.1.jpg": "valid/{}.rf.1_mask.png"}),

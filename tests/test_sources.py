@@ -231,6 +231,8 @@ def test_tables_of_paths_labels_and_parts(tree: Callable[..., Path], tmp_path: P
     (tmp_path / "other.tsv").write_text("where\tkind\npictures/a.png\tcat, big\npictures/b.png\tdog\n")
     source = open_source(str(tmp_path / "other.tsv"), image_column="where", label_column="kind")
     assert (source.train.class_names, source.val) == (["cat, big", "dog"], None)
+    (tmp_path / "names.csv").write_text("path,labels,class_name\npictures/a.png,1,cat\npictures/b.png,2,dog\n")
+    assert open_source(str(tmp_path / "names.csv")).train.class_names == ["1", "2"]
     (tmp_path / "plain.csv").write_text("path\npictures/a.png\n")
     assert open_source(str(tmp_path / "plain.csv")).train.labels is None
 

@@ -13,14 +13,16 @@ from typing import NamedTuple
 
 from maekit.data.parts import part_of
 
-IMAGE_FOLDERS = ("images", "image", "imgs", "img", "img_dir", "jpegimages", "leftimg8bit", "imagestr")
+IMAGE_FOLDERS = (
+    "images", "image", "imgs", "img", "img_dir", "jpegimages", "leftimg8bit", "imagestr", "701_stillsraw_full",
+)  # fmt: skip
 ANNOTATION_FOLDERS = (
     "annotations", "annotation", "masks", "mask", "labels", "label", "ann_dir", "gt", "gts", "groundtruth",
     "ground_truth", "segmentations", "segmentationclass", "segmentationobject", "segmentationclassaug", "gtfine",
-    "gtcoarse", "labelstr", "labelsts",
+    "gtcoarse", "labelstr", "labelsts", "labeledapproved_full",
 )  # fmt: skip
 """Names of folders in any case; those of annotations count beside one of images only. ADE20K, Pascal VOC, Cityscapes,
-nnU-Net and MMSegmentation have theirs here."""
+CamVid, nnU-Net and MMSegmentation have theirs here."""
 _NO_CLASSES = ("annotations", "masks", "segmentations", "gt", "gts", "groundtruth", "ground_truth")
 """No class is called so: beside one single other folder, whatever its name, these hold that folder's annotations."""
 _OF_PART = re.compile(r"(.+?)[_-]?(?:annot|annotations?|masks?|labels?|gt|segmentations?)")

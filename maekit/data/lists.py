@@ -14,7 +14,7 @@ from maekit.data.images import IMAGE_SUFFIXES
 from maekit.data.parts import PART_WORDS, FilePart, Labels, Source, class_order, evenly_spaced, printable
 
 PATH_COLUMNS = ("file_name", "filename", "path", "image", "image_path", "file")
-LABEL_COLUMNS = ("label", "class", "category", "target")
+LABEL_COLUMNS = ("label", "class", "category", "target", "labels", "class_name", "label_name", "category_name")
 PART_COLUMNS = ("split", "part", "subset")
 """Names of a table's columns in any case, the first that is there; file_name is that of the hub's metadata.csv."""
 _SAMPLES = 1000
