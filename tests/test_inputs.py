@@ -94,6 +94,8 @@ def test_pixels_that_nobody_has_normalised_are_told(made: Callable[[], Any]) -> 
         made().encode(PIXELS)
         for gray in (0, 128, 255):  # blank: nothing of it lies below the mean, or all
             made().encode(model.normalize(torch.full_like(PIXELS, gray)))
+        plain = MaskedAutoencoder(tiny_config(), (0.0,) * 3, (1.0,) * 3)  # normalised images are pixels in 0..1 here
+        plain.encode(plain.normalize(PIXELS))
         with torch.no_grad():
             own_units.encode(own_units.normalize(1000.0 + PIXELS.float()))
 

@@ -23,6 +23,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 LOOKED_AT = 8
 """Images of a batch whose values are looked at: pixels that nobody has normalised show in the first few."""
+DARK = 0.1
+"""Mean of pixels in 0..1 below which whole images without a black one are common."""
 
 
 def never_compiled(function: Function) -> Function:
@@ -118,7 +120,8 @@ def _warn_of_pixels(images_BCHW: Tensor, model: Any) -> None:
 
     The first floats that a model is given are looked at, and no later ones: a look waits for the device.
     Normalised images have values below zero, as no image lies above the mean everywhere, and none beyond what white
-    becomes. Where the mean is of no pixels in 0..1 (float data in units of their own) nothing can be told.
+    becomes. Nothing can be told where the mean is of no pixels in 0..1 (float data in units of their own), or so near
+    to 0 that normalised images have nothing below it either (the tutorial's, which are pixels in 0..1).
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or images_BCHW.is_meta:
         return
@@ -133,7 +136,7 @@ def _warn_of_pixels(images_BCHW: Tensor, model: Any) -> None:
             return
         mean, std = model.mean.float(), model.std.float()
         white = float(((1 - mean) / std).amax())
-        if not (mean >= 0).logical_and(mean <= 1).all() or 1 < high <= white:
+        if not (mean > DARK).logical_and(mean <= 1).all() or 1 < high <= white:
             return
     meant, mend = ("1", "model.normalize(images)") if high <= 1 else ("255", "model.normalize(images / 255)")
     warnings.warn(
