@@ -32,7 +32,7 @@ def test_the_mean_over_the_classes_is_scikit_learns() -> None:
 def test_classes_by_hand() -> None:
     """Four of ten test images are of c, which no training image has."""
     found = Classes.of(np.array([0, 0, 1]), np.array([0] * 5 + [1] + [2] * 4), ["a", "b", "c", "d"])
-    assert found.largest_said() == "one answer for all test images is right for 50.0 % at most (a)"
+    assert found.largest_said() == "always answering a would be right for 50.0 % of the test images"
     assert found.remarks() == [
         "4 of 10 test images are of classes that no training image has (c): no more than 60.0 % can be right"
     ]
@@ -62,7 +62,7 @@ def test_a_probes_card_says_so(uneven: tuple[Path, Path], tmp_path: Path, capsys
     assert (
         said.count("2 of 100 test images are of classes that no training image has (unknown): no more than 98.0") == 1
     )
-    assert "one answer for all test images is right for 95.0 % at most (healthy)" in said
+    assert "always answering healthy would be right for 95.0 % of the test images" in said
     assert "the same as the mean over the classes (balanced accuracy)" in said
     card = json.loads((tmp_path / "card" / "card.json").read_text())
     assert (card["most_frequent_class"], card["test_images_of_unseen_classes"]) == (0.95, 2)

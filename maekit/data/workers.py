@@ -70,6 +70,7 @@ def in_order(
         return
     waiting: deque[tuple[range, Future[Result]]] = deque()
     context = multiprocessing.get_context()
+    others = multiprocessing.active_children()
     with ProcessPoolExecutor(workers, context, _start, (part, work, os.getpid())) as pool:
         try:
             for chunk in chunks:
@@ -81,6 +82,9 @@ def in_order(
                 done, future = waiting.popleft()
                 yield done, future.result()
         except BrokenProcessPool:
+            for process in multiprocessing.active_children():
+                if process not in others:
+                    process.kill()  # the pool asks them by SIGTERM, which they ignore, and would wait for ever
             raise UserError(
                 f"a process that reads images died near {part.name(done.start)}, perhaps for want of memory: "
                 "--workers 0 shows where"

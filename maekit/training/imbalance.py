@@ -57,7 +57,7 @@ class TestClasses:
     def largest_said(self) -> str:
         """What one answer reaches, in words."""
         name = self.names[int(self.images_C.argmax())]
-        return f"one answer for all test images is right for {100 * self.largest_share:.1f} % at most ({name})"
+        return f"always answering {name} would be right for {100 * self.largest_share:.1f} % of the test images"
 
     def remarks(self) -> list[str]:
         """That nothing can be right for some of the images, in a line; none where that is not so."""
