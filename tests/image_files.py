@@ -35,6 +35,13 @@ def tiff(array: Any, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+def qoi(image_HWC: Any) -> bytes:
+    """An RGB image as QOI, each pixel by itself; Pillow writes it from release 12 on only."""
+    height, width, _ = image_HWC.shape
+    pixels = b"".join(b"\xfe" + pixel.tobytes() for pixel in image_HWC.reshape(-1, 3))
+    return b"qoif" + struct.pack(">IIBB", width, height, 3, 0) + pixels + bytes(7) + b"\x01"
+
+
 def npy(array: Any) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -63,6 +64,7 @@ def expected(model: MaskedAutoencoder, file: Path) -> torch.Tensor:
 def test_every_row_is_its_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights, data, out = save(tmp_path), make_folder(tmp_path / "images"), tmp_path / "f.parquet"
     assert cli.main(["embed", str(weights), "--data", str(data), "--out", str(out), *CPU]) == 0
+    assert pq.read_schema(out).field("features").type == pa.list_(pa.float32())  # pyarrow below 26 reads these only
     rows, model = read(out), load(weights)
     files = {part: sorted((data / part).rglob("*.png")) for part in ("train", "test")}
     assert [row["part"] for row in rows] == ["train"] * len(files["train"]) + ["test"] * len(files["test"])

@@ -16,6 +16,7 @@ import torch
 
 from maekit import cli, recipes, terminal
 from maekit.config import UserError
+from maekit.failures import in_words
 from maekit.models.classifier import Classifier
 from maekit.models.mae import MaskedAutoencoder
 from maekit.training import prepare
@@ -115,6 +116,19 @@ def test_a_run_keeps_its_batch_so_it_goes_on_with_processes_that_share_it(
     said = str(caught.value)
     assert f"--batch-size {batch} is not divisible by {world} processes" in said
     assert said.endswith(f"a run that goes on keeps it: start {fewer}") and not re.search("such as", said)
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (torch.distributed.DistNetworkError("Failed to recv, got 0 bytes"), True),
+        (RuntimeError("NCCL error ...: ncclRemoteError: A call failed possibly due to ..."), True),
+        (RuntimeError("NCCL error ...: unhandled cuda error"), False),
+        (ConnectionResetError("Connection reset by peer"), False),  # of the hub, say
+    ],
+)
+def test_what_tells_of_a_lost_process(error: Exception, lost: bool) -> None:
+    assert (in_words(error) is not None) == lost
 
 
 LEAVES = """
