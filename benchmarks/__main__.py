@@ -23,7 +23,8 @@ from benchmarks import loader, startup, step
 from benchmarks.timing import peaks, say_machine, show, write_json
 from maekit import recipes
 from maekit.config import UserError
-from maekit.runtime import choose_precision, environment
+from maekit.environment import environment
+from maekit.runtime import choose_precision
 
 PAPER = "in1k-vit-base"
 TUTORIAL: dict[str, Any] = {

@@ -42,10 +42,12 @@ from benchmarks.timing import (
     write_json,
 )
 from maekit import recipes
+from maekit.compiling import choose_compile
 from maekit.config import PretrainConfig, UserError
 from maekit.configfile import from_json, to_json
+from maekit.environment import environment
 from maekit.models.mae import model_problems
-from maekit.runtime import choose_compile, choose_device, choose_precision, environment
+from maekit.runtime import choose_device, choose_precision
 
 Side = Literal["ours", "peer"]
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from maekit.runtime import environment
+from maekit.environment import environment
 
 Clock = Callable[[Callable[[], Any]], float]
 """Does some work and returns the seconds that it took."""

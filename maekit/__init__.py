@@ -41,7 +41,7 @@ if not TYPE_CHECKING:  # to a type checker, any name would then be one of ours
 
     def __getattr__(name: str) -> Any:
         if name == "__version__":
-            from maekit.runtime import own_version
+            from maekit.environment import own_version
 
             return own_version()
         if name in _PLACES:

@@ -44,7 +44,7 @@ from maekit.config import (
 )
 from maekit.configfile import read, written_by
 from maekit.failures import in_words
-from maekit.runtime import refuse_several
+from maekit.processes import refuse_several
 
 Config = TypeVar("Config")
 

@@ -14,6 +14,13 @@ import numpy as np
 from maekit.rng import Purpose, random_bits
 
 
+def seed_everything(seed: int) -> None:
+    """Seed torch's generators: initial weights, and dropout where a model has any."""
+    import torch
+
+    torch.manual_seed(seed)
+
+
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed the generators of torch, NumPy and Python for one optimiser step (0-based) of one process."""
     import torch

@@ -14,9 +14,9 @@ from conftest import TINY
 from tiny_runs import SMALLEST, run
 from torch._dynamo.backends.common import aot_autograd
 
+from maekit.compiling import choose_compile, compile_or_eager
 from maekit.config import PretrainConfig
 from maekit.models.mae import MaskedAutoencoder
-from maekit.runtime import choose_compile, compile_or_eager
 from maekit.training.step import part_loss
 
 

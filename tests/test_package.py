@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 
 import maekit
-from maekit import runtime
+from maekit import environment
 
 
 def build(tmp_path: Path) -> tuple[Path, Path]:
@@ -61,7 +61,7 @@ def test_sources_that_are_not_installed_still_run(monkeypatch: pytest.MonkeyPatc
         return "1"
 
     monkeypatch.setattr(metadata, "version", version)
-    assert maekit.__version__ == "unknown (not installed)" == runtime.package_versions()["maekit"]
+    assert maekit.__version__ == "unknown (not installed)" == environment.package_versions()["maekit"]
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed, so no run writes a commit down")
@@ -75,7 +75,7 @@ def test_the_commit_is_of_our_own_checkout(tmp_path: Path, monkeypatch: pytest.M
 
     git("init")
     git("-c", "user.name=n", "-c", "user.email=e", "commit", "--allow-empty", "-m", "theirs")
-    monkeypatch.setattr(runtime, "__file__", str(inside / "runtime.py"))
-    assert runtime._commit.__wrapped__() is None
+    monkeypatch.setattr(environment, "__file__", str(inside / "environment.py"))
+    assert environment._commit.__wrapped__() is None
     shutil.copytree(tmp_path / "project" / ".git", inside.parent / ".git")
-    assert runtime._commit.__wrapped__() is not None
+    assert environment._commit.__wrapped__() is not None

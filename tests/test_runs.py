@@ -25,8 +25,8 @@ from maekit.config import PretrainConfig, UserError
 from maekit.configfile import from_json
 from maekit.data.sources import open_source
 from maekit.models.masking import make_masks
+from maekit.processes import check_processes
 from maekit.rng import Purpose
-from maekit.runtime import check_processes
 from maekit.stopping import StopRequest
 
 HERE = Path(__file__).parent

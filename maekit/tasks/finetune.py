@@ -24,12 +24,13 @@ from rich.markup import escape
 from safetensors.torch import load_file
 from torch import Tensor
 
+from maekit.compiling import compile_or_eager, uncompiled
 from maekit.config import FinetuneConfig, ResumeConfig, UserError, changed
 from maekit.configfile import read
 from maekit.data.labelled import labels_of, take_good_slots
 from maekit.data.loader import Batch, open_pool
 from maekit.keeping import keeping
-from maekit.runtime import compile_or_eager, to_device, uncompiled
+from maekit.runtime import to_device
 from maekit.stopping import StopRequest
 from maekit.terminal import Pace, counting, make_console, make_progress, print_settings, remark, short_time
 from maekit.training import lock

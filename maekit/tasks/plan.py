@@ -24,13 +24,15 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
+from maekit.compiling import choose_compile
 from maekit.config import PlanConfig, PretrainConfig, UserError, flag
 from maekit.data.loader import Pool, SampleOrder, choose_training, open_pool, split_heldout
 from maekit.data.order import MIN_HELDOUT
 from maekit.data.sources import open_source
+from maekit.environment import environment
 from maekit.models.encoder import flops_per_image
 from maekit.models.mae import model_problems
-from maekit.runtime import Choice, choose_compile, environment
+from maekit.runtime import Choice
 from maekit.terminal import counting, make_console, make_progress, print_settings, remark, short_time
 from maekit.training.advice import few_steps
 from maekit.training.batch import follow_images, short_run_rate

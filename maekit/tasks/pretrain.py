@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from rich.markup import escape
 
+from maekit.compiling import compile_or_eager, uncompiled
 from maekit.config import PretrainConfig, ResumeConfig, UserError, changed
 from maekit.configfile import read
 from maekit.data.loader import lowest_hash
 from maekit.rng import Purpose
-from maekit.runtime import compile_or_eager, uncompiled
 from maekit.stopping import StopRequest
 from maekit.terminal import Pace, make_console, make_progress, print_settings
 from maekit.training import lock

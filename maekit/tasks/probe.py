@@ -28,10 +28,11 @@ from maekit.config import ProbeConfig, UserError
 from maekit.data.loader import choose_training, split_heldout
 from maekit.data.sources import Source, open_source
 from maekit.data.splits import Split, open_splits
+from maekit.environment import environment
 from maekit.keeping import keeping
 from maekit.models.encoder import use_fused_attention
 from maekit.models.mae import MaskedAutoencoder
-from maekit.runtime import choose_attention, choose_device, choose_precision, environment
+from maekit.runtime import choose_attention, choose_device, choose_precision
 from maekit.terminal import counting, make_console, remark
 from maekit.training import evaluation, keras_probe
 from maekit.training.anew import choose_paper, fitting_pool, train_supervised

@@ -27,9 +27,9 @@ from maekit.config.segmentation import SegmentConfig
 from maekit.configfile import read
 from maekit.data.loader import Ids
 from maekit.data.pairs import VOID
+from maekit.environment import environment
 from maekit.keeping import keeping
 from maekit.models.segmentation import pixel_loss
-from maekit.runtime import environment
 from maekit.seeding import seed_step
 from maekit.stopping import StopRequest
 from maekit.terminal import Pace, counting, make_console, make_progress, print_settings

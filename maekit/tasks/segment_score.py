@@ -17,9 +17,9 @@ from maekit.config import UserError
 from maekit.config.segmentation import PairsConfig, SegmentConfig, SegmentScoreConfig
 from maekit.configfile import read
 from maekit.data.loader import split_heldout
+from maekit.environment import environment
 from maekit.keeping import keeping
 from maekit.models.encoder import use_fused_attention
-from maekit.runtime import environment
 from maekit.terminal import counting, make_console, print_settings
 from maekit.training.saving import write_whole
 from maekit.training.segmentation_inference import describe_view

@@ -22,10 +22,12 @@ from maekit.config import FinetuneConfig, PretrainConfig, SourceConfig, UserErro
 from maekit.data.labelled import Splits, open_augmented, split_labelled
 from maekit.data.loader import Ids, Pool, Quarantine, SampleOrder
 from maekit.data.sources import Source, lasting, open_source, short_name
+from maekit.environment import package_versions
 from maekit.models.classifier import Classifier
 from maekit.models.encoder import EPS, set_eps, use_fused_attention
-from maekit.runtime import Choice, near_batches, package_versions, seed_everything
-from maekit.seeding import seed_step
+from maekit.processes import near_batches
+from maekit.runtime import Choice
+from maekit.seeding import seed_everything, seed_step
 from maekit.stopping import StopRequest
 from maekit.terminal import counting, remark
 from maekit.training import checkpoint as checkpoints

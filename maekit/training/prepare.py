@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 from accelerate import Accelerator
 from rich.console import Console
 
+from maekit.compiling import choose_compile
 from maekit.config import PretrainConfig, UserError
 from maekit.data.loader import (
     Ids,
@@ -27,18 +28,9 @@ from maekit.data.workers import choose_workers
 from maekit.models.blocks import start_as_keras
 from maekit.models.encoder import use_fused_attention
 from maekit.models.mae import MaskedAutoencoder, model_problems
-from maekit.runtime import (
-    Choice,
-    check_batch,
-    check_processes,
-    choose_attention,
-    choose_compile,
-    choose_device,
-    choose_precision,
-    seed_everything,
-    start_accelerator,
-)
-from maekit.seeding import seed_step
+from maekit.processes import check_batch, check_processes, start_accelerator
+from maekit.runtime import Choice, choose_attention, choose_device, choose_precision
+from maekit.seeding import seed_everything, seed_step
 from maekit.terminal import counting, print_settings, remark
 from maekit.training import lock
 from maekit.training.advice import few_steps

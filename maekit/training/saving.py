@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 from maekit.config import UserError
 from maekit.configfile import from_values, to_json
-from maekit.runtime import environment, package_versions
+from maekit.environment import environment, package_versions
 from maekit.stopping import Stopped, greatest
 from maekit.training import checkpoint as checkpoints
 from maekit.training import lock, nonfinite

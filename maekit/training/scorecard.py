@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from maekit.runtime import environment
+from maekit.environment import environment
 from maekit.terminal import make_table
 from maekit.training.imbalance import TestClasses
 from maekit.training.interval import in_words, percent, wilson

@@ -26,19 +26,12 @@ from maekit.data.parts import left_out_remark
 from maekit.data.quarantine import allowed_bad, share_for, too_many
 from maekit.data.sources import lasting, short_name
 from maekit.data.workers import choose_workers
+from maekit.environment import package_versions
 from maekit.models.encoder import build_encoder, set_eps, use_fused_attention
 from maekit.models.segmentation import Segmenter
-from maekit.runtime import (
-    Choice,
-    check_batch,
-    check_processes,
-    choose_attention,
-    choose_device,
-    choose_precision,
-    package_versions,
-    seed_everything,
-    start_accelerator,
-)
+from maekit.processes import check_batch, check_processes, start_accelerator
+from maekit.runtime import Choice, choose_attention, choose_device, choose_precision
+from maekit.seeding import seed_everything
 from maekit.stopping import StopRequest
 from maekit.terminal import counting, remark
 from maekit.training.saving import never_began

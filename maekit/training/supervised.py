@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from maekit.config import SupervisedConfig, UserError
 from maekit.configfile import from_values, to_json
-from maekit.runtime import environment
+from maekit.environment import environment
 from maekit.stopping import Stopped, StopRequest, greatest
 from maekit.training import checkpoint as checkpoints
 from maekit.training import lock

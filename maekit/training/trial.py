@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maekit.compiling import compile_or_eager
 from maekit.config import PretrainConfig
 from maekit.data.loader import Ids
 from maekit.models.encoder import use_fused_attention
 from maekit.models.mae import MaskedAutoencoder
 from maekit.models.masking import Masks
-from maekit.runtime import compile_or_eager, seed_everything
+from maekit.seeding import seed_everything
 from maekit.training.guard import Guard, backward, guarded_update
 from maekit.training.optim import make_optimizer, peak_learning_rate
 from maekit.training.replayed import Replayed
