@@ -57,7 +57,9 @@ def test_rows_are_what_the_classifier_says_of_each_image_alone(
         assert (row["label"], row["part"], row["error"]) == (row["path"].split("/")[0], "train", None)
         right += row["class"] == row["label"]
     # The data's classes are cat, dog; the classifier's dog, cat, eel: they are matched by name.
-    assert f"own labels, train: {100 * right / 7:.1f} % (95 %" in capsys.readouterr().out
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"own labels, train: {100 * right / 7:.1f} % (95 %" in told
+    assert "balanced" not in told, "the classes have nearly the same size"
 
     assert predict(model[0], data, tmp_path / "p.csv", "--top", "9") == 0
     with (tmp_path / "p.csv").open(newline="") as file:
@@ -68,6 +70,19 @@ def test_rows_are_what_the_classifier_says_of_each_image_alone(
         assert float(line["probability_2"]) == pytest.approx(row["probabilities"][1], rel=1e-4)
         assert sum(float(line[f"probability_{k}"]) for k in (1, 2, 3)) == pytest.approx(1, abs=1e-4)
     assert "class_4" not in lines[0]
+
+
+def test_classes_of_different_sizes_have_their_mean_beside_the_accuracy(
+    model: tuple[Path, Classifier], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tiny.write_images(tmp_path / "data", {"cat": 1, "dog": 6, "eel": 1})
+    assert predict(model[0], data, tmp_path / "p.parquet") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    rows = pq.read_table(tmp_path / "p.parquet").to_pylist()
+    right = {name: [row["class"] == name for row in rows if row["label"] == name] for name in ("cat", "dog", "eel")}
+    mean = sum(100 * sum(one) / len(one) for one in right.values()) / 3
+    assert f"always answering dog would be right for 75.0 % of these; mean over the classes (balanced "\
+           f"accuracy) {mean:.1f} %" in told  # fmt: skip
 
 
 def test_an_image_that_cannot_be_read_has_a_row_and_no_class(

@@ -17,7 +17,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -44,6 +44,7 @@ from maekit.models.classifier import Classifier
 from maekit.models.encoder import use_fused_attention
 from maekit.runtime import choose_attention, choose_device, choose_precision, to_device
 from maekit.terminal import counting, make_console, make_table, remark
+from maekit.training.imbalance import TestClasses, balanced_accuracy
 from maekit.training.interval import in_words
 from maekit.training.trained_on import said_of, training_of
 from maekit.weights.store import load_classifier
@@ -60,9 +61,9 @@ class Summary:
 
     said: Counter[str] = field(default_factory=Counter)
     """Images by the class that was said."""
-    labelled: Counter[tuple[str, bool]] = field(default_factory=Counter)
-    """Images with a label, by the part that they are of and whether the classifier was trained on them."""
-    right: Counter[tuple[str, bool]] = field(default_factory=Counter)
+    labelled: dict[tuple[str, bool], Counter[tuple[int, int]]] = field(default_factory=lambda: defaultdict(Counter))
+    """Images with a label, by the part that they are of and whether the classifier was trained on them, and then by
+    what was said and what is true, as ids of the classifier's classes."""
     bad: list[str] = field(default_factory=list)
     """Images that cannot be read, with their reasons."""
 
@@ -110,17 +111,22 @@ def main(source: str, config: PredictConfig) -> int:
         console.print(f"[yellow]unreadable:[/yellow] {escape(line)}", soft_wrap=True)
     if len(summary.bad) > NAMED:
         console.print(f"[yellow]{len(summary.bad)} in all are unreadable:[/yellow] the column `error` says why")
-    for name, seen in ((name, seen) for name in parts for seen in (False, True) if summary.labelled[name, seen]):
+    for name, seen in ((name, seen) for name in parts for seen in (False, True) if (name, seen) in summary.labelled):
         said = f"accuracy by the data's own labels, {name}"
-        count = summary.labelled[name, seen]
-        reached = summary.right[name, seen] / count
+        answers = summary.labelled[name, seen]
+        predicted_S, labels_S = np.repeat(np.array([*answers], np.int64), [*answers.values()], axis=0).T
+        count, reached = len(labels_S), float((predicted_S == labels_S).mean())
         if seen:
             assert training is not None
             note = said_of(count, count, training.sure)
             console.print(f"{said}, {count:,} images: {100 * reached:.1f} %; [yellow]not a test:[/yellow] {note}")
         else:
-            rest = ", the images that it was not trained on" if summary.labelled[name, True] else ""
+            rest = ", the images that it was not trained on" if (name, True) in summary.labelled else ""
             console.print(f"{said}{rest}: {in_words(reached, count)}")
+        classes = TestClasses.of(None, labels_S, model.classes)
+        if classes.is_uneven:
+            even = f"mean over the classes (balanced accuracy) {100 * balanced_accuracy(predicted_S, labels_S):.1f} %"
+            console.print(f"{classes.largest_said('these')}; {even}", style="dim", markup=False, highlight=False)
     if why_not:
         console.print(f"accuracy: not measured, {escape(why_not)}", style="dim")
     console.print(f"predictions: {escape(config.out)} ({write.count:,} rows)", soft_wrap=True)
@@ -218,8 +224,7 @@ def predictions(
             classes = [model.classes[k] for k in ids]
             summary.said[classes[0]] += 1
             if label >= 0 and mapping is not None:
-                summary.labelled[name, seen] += 1
-                summary.right[name, seen] += ids[0] == int(mapping[label])
+                summary.labelled[name, seen][ids[0], int(mapping[label])] += 1
             rows.append((name, path, classes[0], shares[0], classes, shares, word, seen, None))
         yield rows
 

@@ -54,10 +54,10 @@ class TestClasses:
         """Whether the largest class has much more than its part of the test images."""
         return self.largest_share >= UNEVEN / int((self.images_C > 0).sum())
 
-    def largest_said(self) -> str:
+    def largest_said(self, images: str = "the test images") -> str:
         """What one answer reaches, in words."""
         name = self.names[int(self.images_C.argmax())]
-        return f"always answering {name} would be right for {100 * self.largest_share:.1f} % of the test images"
+        return f"always answering {name} would be right for {100 * self.largest_share:.1f} % of {images}"
 
     def remarks(self) -> list[str]:
         """That nothing can be right for some of the images, in a line; none where that is not so."""
