@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
+PATIENCE = timedelta(minutes=30)
+"""So long processes wait for one that does something for all of them, such as saving a large model on a slow disk: NCCL
+by itself would kill them after ten minutes. One that died is told by its launcher, much sooner."""
+
 
 def start_accelerator(device: torch.device, trackers: tuple[str, ...], out: Path) -> Accelerator:
     """Accelerate's handle on processes, and the trackers that were asked for.
@@ -22,7 +27,7 @@ def start_accelerator(device: torch.device, trackers: tuple[str, ...], out: Path
         UserError: a tracker whose package is not installed.
     """
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     if device.type == "cuda" and device.index is not None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -38,7 +43,10 @@ def start_accelerator(device: torch.device, trackers: tuple[str, ...], out: Path
                 mixed_precision="no",  # the tasks say themselves where autocast begins and ends
                 log_with=list(trackers) or None,
                 project_dir=str(out),
-                kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+                kwargs_handlers=[
+                    DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                    InitProcessGroupKwargs(timeout=PATIENCE),
+                ],
             )
     except (ImportError, ValueError) as error:
         if trackers:

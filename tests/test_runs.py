@@ -149,7 +149,7 @@ def test_another_folder_of_data_is_refused_on_resume(run: Path, tmp_path: Path) 
 def test_two_processes_see_what_one_sees(run: Path, tmp_path: Path) -> None:
     """torchrun with two processes: in every step the same samples with the same masks, and the same losses."""
     words = ["pretrain", "digits", *SMALL]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29613"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(HERE / "record_samples.py"), str(tmp_path), *words, "--out", str(tmp_path / "two")]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

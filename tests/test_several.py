@@ -7,14 +7,16 @@ import re
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import InitProcessGroupKwargs
 
-from maekit import cli, recipes, terminal
+from maekit import cli, processes, recipes, terminal
 from maekit.config import UserError
 from maekit.failures import in_words
 from maekit.models.classifier import Classifier
@@ -116,6 +118,17 @@ def test_a_run_keeps_its_batch_so_it_goes_on_with_processes_that_share_it(
     said = str(caught.value)
     assert f"--batch-size {batch} is not divisible by {world} processes" in said
     assert said.endswith(f"a run that goes on keeps it: start {fewer}") and not re.search("such as", said)
+
+
+def test_processes_wait_longer_than_nccl_would_for_one_that_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten minutes, after which NCCL kills them, are less than a large model may take to a slow disk."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("accelerate.Accelerator", lambda **named: given.update(named) or SimpleNamespace(log_with=[]))
+    processes.start_accelerator(torch.device("cpu"), (), tmp_path)
+    waits = [one for one in given["kwargs_handlers"] if isinstance(one, InitProcessGroupKwargs)]
+    assert [one.to_kwargs() for one in waits] == [{"timeout": timedelta(minutes=30)}]  # of whatever backend it is
 
 
 @pytest.mark.parametrize(

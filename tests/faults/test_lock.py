@@ -184,7 +184,7 @@ def test_torchrun_is_refused_as_a_whole(tmp_path: Path, record_property: Record)
     """A second run on two processes: the first of them is refused, and the launcher ends the other within seconds."""
     out = tmp_path / "run"
     child = begun(ENDLESS, out)
-    words = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29641", "-m", "maekit", "resume"]
+    words = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "maekit", "resume"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, *words, str(out)], env=environment, capture_output=True, timeout=120)
     os.kill(child, signal.SIGTERM)
