@@ -39,10 +39,11 @@ def members(file: OpenFile, window: Window | None = None) -> Iterator[Member]:
     while True:
         block = window.read(at, BLOCK)
         if len(block) < BLOCK:
-            if at and not block:  # without the two empty blocks that end most
+            if at and at == file.size:  # without the two empty blocks that end most
                 return
             raise BrokenArchive(_ends(last, at + BLOCK - file.size) if at else "no tar archive: shorter than a header")
         if not block[0] and not any(block):
+            window.marked = True
             return
         if not _adds_up(block):
             where = f"damaged at byte {at:,}, behind {shown(last)}" if at else "no tar archive"

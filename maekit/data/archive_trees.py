@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from maekit.config import UserError
 from maekit.data.archive_labels import SIDES, classes_of
 from maekit.data.archives import SUFFIXES, Archive, ArchivePart, Contents, Node, is_archive, members_of, refuse_form
 from maekit.data.beside import annotations_among, masks_beside
-from maekit.data.folders import Tree, annotations_note, gather, open_tree
+from maekit.data.folders import Tree, annotations_note, gather, holds_images, open_tree
 from maekit.data.parquet import by_part, find_files
 from maekit.data.parts import Labels, Part, Source, part_of, printable
 
@@ -35,9 +37,7 @@ class ArchiveTree:
             names = [b"%06d/" % number + name for number, name in zip(contents.number, names, strict=True)]
         order = sorted(range(len(names)), key=names.__getitem__)
         # Of several members of one name the last one counts, as it does where they are unpacked.
-        kept = [
-            i for i, after in zip(order, [*order[1:], None], strict=True) if after is None or names[i] != names[after]
-        ]
+        kept = [i for i, after in pairwise(order) if names[i] != names[after]] + order[-1:]
         self._order = np.array(kept, np.int64)
         self._names = [names[i] for i in kept]
         contents.names = []
@@ -141,6 +141,22 @@ def find_archives(folder: str, spec: str) -> list[str]:
     return read or found
 
 
+def refuse_archives(path: str, spec: str) -> None:
+    """Raise UserError for an archive, or a folder of archives, where only files on disk can be read."""
+    if os.path.isfile(path) and is_archive(path):
+        found = [path]
+    else:
+        found = find_archives(path, spec) if os.path.isdir(path) and not holds_images(os.fsencode(path)) else []
+    if found:
+        name = os.path.basename(found[0])
+        command = f"unzip {name} -d DIR" if name.lower().endswith(".zip") else f"tar xf {name} -C DIR"
+        what = "an archive" if found == [path] else "a folder of archives"
+        raise UserError(
+            f"--data {spec}: {what}, and pairs of images and annotations are read from files on disk only: unpack it "
+            f"({printable(command)}), then --data DIR"
+        )
+
+
 def open_archive(path: str, spec: str, name: str, in_chans: int) -> Source:
     """One archive as a source.
 
@@ -166,11 +182,8 @@ def open_archives(paths: list[str], folder: str, spec: str, name: str, in_chans:
     if list(files) == ["train"]:
         return _open_together(archives["train"], spec, name, in_chans)
     trees = {part: Contents(some) for part, some in archives.items()}
-    bases = {part: _lone_folder(contents) for part, contents in trees.items()}
-    if not bases["train"]:  # a part with images of one class is not looked through
-        bases = {part: base if part_of(os.fsdecode(base[:-1])) else b"" for part, base in bases.items()}
     places: dict[str, tuple[Tree, bytes]] = {
-        part: (ArchiveTree(contents, bases[part], numbered=True), b"") for part, contents in trees.items()
+        part: (ArchiveTree(trees[part], base, numbered=True), b"") for part, base in _lone_folders(trees).items()
     }
     left: list[bytes] = []
     opened, empty = gather(places, left, spec, in_chans)
@@ -192,6 +205,16 @@ def _lone_folder(contents: Contents) -> bytes:
     """The one folder that holds everything, with a slash; b"" where there is none."""
     root = contents.root
     return next(iter(root.folders)) + b"/" if not root.files and len(root.folders) == 1 else b""
+
+
+def _lone_folders(trees: dict[str, Contents]) -> dict[str, bytes]:
+    """For each part the one folder that is looked through; of parts that hold one class only, that is its folder."""
+    bases = {part: _lone_folder(contents) for part, contents in trees.items()}
+    if bases["train"]:
+        top = trees["train"].root.folders[bases["train"][:-1]]
+        classes = {name + b"/" for name in top.folders}
+        return {part: b"" if base in classes else base for part, base in bases.items()}
+    return {part: base if part_of(os.fsdecode(base[:-1])) else b"" for part, base in bases.items()}
 
 
 def _finished(source: Source, contents: dict[str, Contents]) -> Source:
@@ -219,11 +242,13 @@ def _label(parts: dict[str, ArchivePart], contents: dict[str, Contents]) -> tupl
     return ()
 
 
-def _left_out(contents: Iterable[Contents]) -> tuple[str, ...]:
-    """A line for the members that are never read: links, devices, names that lead elsewhere."""
-    said = [
-        f"{count:,} {what}, such as {one.examples[what]}"
-        for one in dict.fromkeys(contents)
-        for what, count in one.left.items()
-    ]
-    return (f"left out of the images: {'; '.join(said)}",) if said else ()
+def _left_out(all_contents: Iterable[Contents]) -> tuple[str, ...]:
+    """Lines for the members that are never read (links, devices, names that lead elsewhere), and for lost ends."""
+    contents = list(dict.fromkeys(all_contents))
+    said = [f"{count:,} {what}, such as {one.examples[what]}" for one in contents for what, count in one.left.items()]
+    notes = (f"left out of the images: {'; '.join(said)}",) if said else ()
+    endless = [shown for one in contents for shown in one.unmarked]
+    if endless:
+        more = f" and {len(endless) - 1:,} more" if len(endless) > 1 else ""
+        notes += (f"without the empty blocks that end a tar: {endless[0]}{more}; perhaps the end is missing",)
+    return notes

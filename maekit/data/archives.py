@@ -88,6 +88,8 @@ class Contents:
         """Why -> the first of them."""
         self.tables: set[bytes] = set()
         """Paths of tables that hold labels in a folder."""
+        self.unmarked: list[str] = []
+        """Tars without an end mark."""
         self.inner = ""
         """An archive within."""
         self._nodes = {b"": self.root}
@@ -113,6 +115,8 @@ class Contents:
                 window = Window(file, 8192)
                 for member in archive_tar.members(file, window):
                     self._add(number, member, partial(window.read, member.start, member.size))
+                if not window.marked:
+                    self.unmarked.append(archive.shown)
         except BrokenArchive as error:
             raise UserError(f"--data {archive.shown}: {_reason(error, file)}") from None
         except OSError as error:

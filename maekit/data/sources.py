@@ -99,6 +99,8 @@ def _mode(path: str, shown: str) -> int:
         hint = f"; {guess}" if guess.startswith("did") else ""
         if re.fullmatch(r"[\w.-]+/[\w.-]+", shown):
             hint = f"; a data set on the Hugging Face hub: hf download {shown} --repo-type dataset --local-dir DIR"
+        if re.search(r"[*?]|\{.*\.\..*\}|\{.*,.*\}|::", shown):
+            hint = "; patterns of names are not read: give the folder that holds the files"
         raise UserError(f"--data {shown}: no such file or folder, and not a known name ({known}){hint}") from None
     except OSError as error:
         raise UserError(f"--data {shown}: cannot be read ({error.strerror})") from None
