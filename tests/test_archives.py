@@ -163,11 +163,18 @@ def test_zip64_and_backslashes(tmp_path: Path) -> None:
     raw = path.read_bytes()
     entry = raw.index(b"PK\1\2")
     # The first entry's sizes and place go to an extra field of zip64, as where they exceed 32 bits.
-    size, name = len(png(3)), b"a\\1.png"
+    size, raw_name = len(png(3)), b"a\\1.png"
     extra = b"\1\0\x18\0" + b"".join(number.to_bytes(8, "little") for number in (size, size, 0))
-    old = raw[entry : entry + 46 + len(name)]
+    old = raw[entry : entry + 46 + len(raw_name)]
     new = (
-        old[:20] + b"\xff" * 8 + old[28:30] + len(extra).to_bytes(2, "little") + old[32:42] + b"\xff" * 4 + name + extra
+        old[:20]
+        + b"\xff" * 8
+        + old[28:30]
+        + len(extra).to_bytes(2, "little")
+        + old[32:42]
+        + b"\xff" * 4
+        + raw_name
+        + extra
     )
     raw = raw.replace(old, new)
     end = raw.index(b"PK\5\6")

@@ -111,4 +111,21 @@ def test_folders_with_images_and_archives(tmp_path: Path) -> None:
     make_tar(tmp_path / "three" / "x" / "a.tar", [])
     make_tar(tmp_path / "three" / "y" / "b.tar", [])
     assert "several folders of archives; choose --data" in problem(tmp_path / "three")
+    assert "b.tar is a file: an archive is given whole, or unpacked" in problem(tmp_path / "one" / "b.tar" / "train")
     assert "patterns of names are not read: give the folder" in problem(f"{tmp_path}/two/train-{{000000..000146}}.tar")
+
+
+def test_masks_in_samples_are_no_images(tmp_path: Path) -> None:
+    """KEY.seg.png and KEY.mask.png beside KEY.jpg; several images of a sample are images."""
+    samples = [
+        ("a/0", {"jpg": png(1), "seg.png": png(2)}),
+        ("a/1", {"left.jpg": png(3), "right.jpg": png(4), "cls": b"1"}),
+    ]
+    shard(tmp_path / "0.tar", *samples, ("a/2", {"jpg": png(5), "mask.png": png(6)}))
+    shard(tmp_path / "1.tar", ("b/2", {"mask.png": png(7)}))
+    source = open_source(str(tmp_path))
+    assert listed(source.train) == [
+        "0.tar: a/0.jpg", "0.tar: a/1.left.jpg", "0.tar: a/1.right.jpg", "0.tar: a/2.jpg", "1.tar: b/2.mask.png"
+    ]  # fmt: skip
+    assert source.train.labels is not None and source.train.labels.tolist() == [-1, 1, 1, -1, -1]
+    assert "2 files, such as 0.tar: a/0.seg.png" in source.notes[0]

@@ -246,7 +246,7 @@ def _left_out(all_contents: Iterable[Contents]) -> tuple[str, ...]:
     """Lines for the members that are never read (links, devices, names that lead elsewhere), and for lost ends."""
     contents = list(dict.fromkeys(all_contents))
     said = [f"{count:,} {what}, such as {one.examples[what]}" for one in contents for what, count in one.left.items()]
-    notes = (f"left out of the images: {'; '.join(said)}",) if said else ()
+    notes: tuple[str, ...] = (f"left out of the images: {'; '.join(said)}",) if said else ()
     endless = [shown for one in contents for shown in one.unmarked]
     if endless:
         more = f" and {len(endless) - 1:,} more" if len(endless) > 1 else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from pathlib import Path
 
 from maekit.config import UserError, did_you_mean
 from maekit.data.archive_trees import find_archives, open_archive, open_archives
@@ -99,6 +100,10 @@ def _mode(path: str, shown: str) -> int:
         hint = f"; {guess}" if guess.startswith("did") else ""
         if re.fullmatch(r"[\w.-]+/[\w.-]+", shown):
             hint = f"; a data set on the Hugging Face hub: hf download {shown} --repo-type dataset --local-dir DIR"
+        above = next((one for one in map(str, Path(path).parents) if os.path.isfile(one)), None)
+        if above is not None:
+            whole = "an archive is given whole, or unpacked" if is_archive(above) else "nothing lies below it"
+            hint = f"; {printable(above)} is a file: {whole}"
         if re.search(r"[*?]|\{.*\.\..*\}|\{.*,.*\}|::", shown):
             hint = "; patterns of names are not read: give the folder that holds the files"
         raise UserError(f"--data {shown}: no such file or folder, and not a known name ({known}){hint}") from None
