@@ -82,10 +82,18 @@ def test_what_macos_adds_is_passed_over(tmp_path: Path) -> None:
         ("pets/a/1.png", png(1)),
         ("__MACOSX/pets/a/._1.png", b"x"),
         ("pets/b/2.png", png(2)),
+        ("__MACOSX/c.png", png(3)),
         ("pets/.DS_Store", b""),
     ]
     part = open_source(str(make_zip(tmp_path / "x.zip", files))).train
     assert (listed(part), part.class_names) == (["a/1.png", "b/2.png"], ["a", "b"])
+
+
+def test_a_lone_training_folder_is_named_as_on_disk(tmp_path: Path) -> None:
+    root = make_tree(tmp_path / "x", "train/a/1.png", "train/b/2.png")
+    part = open_source(str(make_zip(tmp_path / "x.zip", entries(root)))).train
+    assert listed(part) == listed(open_source(str(root)).train) == ["train/a/1.png", "train/b/2.png"]
+    assert part.class_names == ["a", "b"]
 
 
 def test_long_names_and_tars_of_the_seventh_edition(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_names_that_lead_elsewhere_links_and_devices(tmp_path: Path) -> None:
         add(tar, "hard.png", type=tarfile.LNKTYPE, linkname="a.png")
         add(tar, "zero.png", type=tarfile.CHRTYPE, devmajor=1, devminor=5)
         add(tar, "sparse.png", png(5), type=tarfile.GNUTYPE_SPARSE)
-        add(tar, "d/" * 3000 + "deep.png", png(6))
+        add(tar, "d/" * 70 + "deep.png", png(6))
         add(tar, "n" * 5000 + ".png", png(7))
     before = sorted(tmp_path.rglob("*"))
     source = open_source(str(path))
@@ -132,6 +132,38 @@ def raw_header(name: bytes, size: bytes, form: bytes = b"0") -> bytes:
     block[148:156] = b" " * 8
     block[148:156] = b"%06o\0 " % sum(block)
     return bytes(block)
+
+
+def test_headers_that_libraries_seldom_write(tmp_path: Path) -> None:
+    """A link that states a size, a size in a record of pax, a map of holes in further blocks, signed sums: each time
+    the next member is where it should be.
+    """
+    data = png(7)
+    digits, padded = b"%011o\0" % len(data), data + bytes(-len(data) % 512)
+    last = raw_header(b"last.png", digits) + padded
+    record = b"%d size=%d\n"
+    record = record % (len(record % (10, len(data))), len(data))
+    holes = bytearray(raw_header(b"holes.bin", digits, b"S"))
+    holes[482] = 1
+    holes[148:156] = b" " * 8
+    holes[148:156] = b"%06o\0 " % sum(holes)
+    signed = bytearray(raw_header(b"\xff.bin", digits))
+    signed[148:156] = b" " * 8
+    signed[148:156] = b"%06o\0 " % (sum(signed) - 256)
+    before = {
+        "a link with a size": raw_header(b"hard.png", digits, b"1"),
+        "size in a record": raw_header(b"x", b"%011o\0" % len(record), b"x")
+        + record
+        + bytes(512 - len(record))
+        + raw_header(b"a.bin", b"0\0")
+        + padded,
+        "holes": bytes(holes) + bytes(504) + b"\1" + bytes(7) + bytes(512) + padded,
+        "signed sum": bytes(signed) + padded,
+    }
+    for what, blocks in before.items():
+        (tmp_path / "x.tar").write_bytes(blocks + last + bytes(1024))
+        part = open_source(str(tmp_path / "x.tar")).train
+        assert (listed(part), int(part.read(0)[0, 0, 0])) == (["last.png"], 7), what
 
 
 TAR = io.BytesIO()
