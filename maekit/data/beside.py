@@ -27,9 +27,9 @@ _NO_CLASSES = ("annotations", "masks", "segmentations", "gt", "gts", "groundtrut
 """No class is called so: beside one single other folder, whatever its name, these hold that folder's annotations."""
 _OF_PART = re.compile(r"(.+?)[_-]?(?:annot|annotations?|masks?|labels?|gt|segmentations?)")
 """train_masks/ beside train/ (Carvana), trainannot/ (CamVid as SegNet has it), train_labels/."""
-_MASK = re.compile(rb"(.+)[_-](?:masks?|labels?|seg|segmentation|gt|annotations?)(?:_\d+)?\.\w+", re.IGNORECASE)
-"""a_mask.png beside a.jpg, or beside a_sat.jpg."""
-_WORD = re.compile(rb"[_-](?:mask|label|seg|gt|annot)", re.IGNORECASE)
+_MASK = re.compile(rb"(.+)[._-](?:masks?|labels?|seg|segmentation|gt|annotations?)(?:_\d+)?\.\w+", re.IGNORECASE)
+"""a_mask.png beside a.jpg, or beside a_sat.jpg; a.seg.png, as WebDataset's samples have it."""
+_WORD = re.compile(rb"[._-](?:mask|label|seg|gt|annot)", re.IGNORECASE)
 """What every such name holds: tells most names of millions apart in half the time."""
 _IMAGE = re.compile(rb"(.+)[_-](?:sat|images?|img|rgb)", re.IGNORECASE)
 

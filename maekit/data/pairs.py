@@ -24,6 +24,7 @@ import numpy as np
 from maekit.config import UserError
 from maekit.config.segmentation import PairsConfig
 from maekit.data.annotations import VOID, Numbering
+from maekit.data.archive_trees import refuse_archives
 from maekit.data.pair_classes import Asked, name_classes
 from maekit.data.pair_layouts import find_sides, open_layout
 from maekit.data.pair_parts import PairPart, PartCheck, Progress, check_parts, complain, count_values
@@ -104,6 +105,7 @@ def open_pairs(
     root = os.path.expanduser(spec)
     if not spec or not os.path.exists(root):
         raise UserError(f"--data {shown}: no such file or folder")
+    refuse_archives(root, shown)
     notes: list[str] = []
     patterns = (image_pattern, annotation_pattern)
     columns = (image_column, annotation_column)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -27,7 +28,7 @@ from maekit.data.pixels import Look, Pixels
 from maekit.data.rows import Rows, open_rows
 
 _LABEL_NAMES = ("label", "labels", "fine_label")
-_MAX_CLASSES = 1_000_000
+MAX_CLASSES = 1_000_000
 _FINGERPRINT_SAMPLES = 100
 
 
@@ -119,8 +120,15 @@ class TablePart:
         return digest.hexdigest()
 
 
-def find_files(folder: str, spec: str) -> list[str]:
-    """The Parquet files of a folder in the hub's layouts, in byte order; none is no error.
+def is_parquet(name: str) -> bool:
+    """Whether a file's name is that of Parquet."""
+    return name.lower().endswith(".parquet")
+
+
+def find_files(
+    folder: str, spec: str, is_one: Callable[[str], bool] = is_parquet, kind: str = "Parquet files"
+) -> list[str]:
+    """The Parquet files of a folder (or others, by their names) in the hub's layouts, in byte order; none is no error.
 
     They lie in the folder itself, in data/, in folders named by split, or (where there are no images) in one other
     folder, a hub configuration.
@@ -131,30 +139,30 @@ def find_files(folder: str, spec: str) -> list[str]:
     subfolders = sorted((e.name for e in os.scandir(folder) if is_folder(e) and e.name[:1] != "."), key=os.fsencode)
     splits = [name for name in subfolders if name.lower() in PART_WORDS]
     for places in ([""], ["data"] if "data" in subfolders else [], splits):
-        found = [path for place in places for path in _in_folder(os.path.join(folder, place))]
+        found = [path for place in places for path in _in_folder(os.path.join(folder, place), is_one)]
         if found:
             return found
     if holds_images(os.fsencode(folder)):  # then it is a folder of images; its thousands of subfolders are not searched
         return []
     others = [name for name in subfolders if name not in splits]
-    configurations = [name for name in others if _has_parquet(os.path.join(folder, name))]
+    configurations = [name for name in others if _has_some(os.path.join(folder, name), is_one)]
     if len(configurations) > 1:
         paths = " or ".join(os.path.join(spec, name) for name in configurations[:8])
-        raise UserError(f"--data {spec}: several folders of Parquet files; choose --data {paths}")
-    return find_files(os.path.join(folder, configurations[0]), spec) if configurations else []
+        raise UserError(f"--data {spec}: several folders of {kind}; choose --data {paths}")
+    return find_files(os.path.join(folder, configurations[0]), spec, is_one, kind) if configurations else []
 
 
-def _in_folder(folder: str) -> list[str]:
+def _in_folder(folder: str, is_one: Callable[[str], bool]) -> list[str]:
     with os.scandir(folder) as entries:  # not listdir: a flat folder may hold a million images
-        found = [e for e in entries if e.name.lower().endswith(".parquet") and not e.name.startswith(".")]
+        found = [e for e in entries if is_one(e.name) and not e.name.startswith(".")]
         names = [e.name for e in found if os.path.isfile(e.path)]  # opening a pipe would wait for ever
     return [os.path.join(folder, name) for name in sorted(names, key=os.fsencode)]
 
 
-def _has_parquet(folder: str) -> bool:
+def _has_some(folder: str, is_one: Callable[[str], bool]) -> bool:
     try:
         inside = [entry.path for entry in os.scandir(folder) if is_folder(entry) and entry.name.lower() in PART_WORDS]
-        return any(_in_folder(place) for place in (folder, *inside))
+        return any(_in_folder(place, is_one) for place in (folder, *inside))
     except OSError:
         return False
 
@@ -322,10 +330,10 @@ def _read_labels(
     else:
         raise UserError(f"--label-column {column}: {kinds['train']} values; integers or strings are read")
     lowest, highest = (min(i.min(initial=0) for i in ids.values()), max(i.max(initial=-1) for i in ids.values()))
-    if lowest < -1 or highest >= (len(names) if names else _MAX_CLASSES):
+    if lowest < -1 or highest >= (len(names) if names else MAX_CLASSES):
         if not asked and not names:
             return dict.fromkeys(parts), None  # a column that happens to be called label
-        classes = len(names) if names else _MAX_CLASSES
+        classes = len(names) if names else MAX_CLASSES
         raise UserError(f"--label-column {column}: values {lowest}..{highest}, but ids are 0..{classes - 1} (-1: none)")
     if names is None:
         names = [str(index) for index in range(highest + 1)]

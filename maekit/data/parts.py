@@ -36,7 +36,7 @@ _YEAR = re.compile(r"[_-]?20\d\d$")
 LOOKED_AT = 16
 """Files of a part whose headers are looked at for pages that nothing reads."""
 LOOKED_SECONDS = 0.5
-_FINGERPRINT_SAMPLES = 1000
+FINGERPRINT_SAMPLES = 1000
 
 
 class Part(Protocol):
@@ -150,6 +150,15 @@ def is_folder(entry: os.DirEntry[AnyStr]) -> bool:
         return False
 
 
+def name_blob(names: list[bytes]) -> tuple[bytes, Labels]:
+    """Names as one blob, each with a zero byte behind it, and where each begins; the last place is the blob's end."""
+    starts = np.zeros(len(names) + 1, np.int64)
+    np.cumsum(np.fromiter((len(name) + 1 for name in names), np.int64, len(names)), out=starts[1:])
+    blob = io.BytesIO()  # bytes.join would take 80 bytes more for each name
+    blob.writelines(name + b"\0" for name in names)  # no file name holds a zero byte
+    return blob.getvalue(), starts
+
+
 class FilePart:
     """Image files below one root, their names in byte order."""
 
@@ -170,11 +179,7 @@ class FilePart:
         self.in_chans = in_chans
         self.labels = labels
         self.class_names = class_names
-        self._starts = np.zeros(len(names) + 1, np.int64)
-        np.cumsum(np.fromiter((len(name) + 1 for name in names), np.int64, len(names)), out=self._starts[1:])
-        blob = io.BytesIO()  # bytes.join would take 80 bytes more for each name
-        blob.writelines(name + b"\0" for name in names)  # no file name holds a zero byte
-        self._blob = blob.getvalue()
+        self._blob, self._starts = name_blob(names)
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -206,7 +211,7 @@ class FilePart:
     def fingerprint(self) -> str:
         """SHA-256 over all names and the sizes of at most 1,000 evenly spaced files."""
         digest = hashlib.sha256(self._blob)
-        for index in evenly_spaced(len(self), _FINGERPRINT_SAMPLES):
+        for index in evenly_spaced(len(self), FINGERPRINT_SAMPLES):
             try:
                 size = os.stat(self.path(int(index))).st_size
             except (OSError, ValueError):
@@ -259,5 +264,5 @@ class ArrayPart:
         """SHA-256 over shape, labels, and at most 1,000 evenly spaced images."""
         digest = hashlib.sha256(repr(self.images.shape).encode())
         digest.update(b"" if self.labels is None else self.labels.astype("<i8").tobytes())
-        digest.update(self.images[evenly_spaced(len(self), _FINGERPRINT_SAMPLES)].tobytes())
+        digest.update(self.images[evenly_spaced(len(self), FINGERPRINT_SAMPLES)].tobytes())
         return digest.hexdigest()

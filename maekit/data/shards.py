@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from maekit.config import UserError
+from maekit.data.archives import ArchivePart
 from maekit.data.images import BadImage
 from maekit.data.parquet import TablePart
 from maekit.data.parts import FilePart, Part
@@ -91,7 +92,7 @@ def _pack(recipe: Recipe, part: Part, index: int) -> Packed:
 def _stored_bytes(part: Part, index: int, image_HWC: Pixels) -> int:
     if isinstance(part, FilePart):
         return os.path.getsize(part.path(index))
-    return part.stored_bytes(index) if isinstance(part, TablePart) else image_HWC.nbytes
+    return part.stored_bytes(index) if isinstance(part, TablePart | ArchivePart) else image_HWC.nbytes
 
 
 def encode(image_HWC: Pixels, size_wh: tuple[int, int], recipe: Recipe) -> bytes:

@@ -1,12 +1,15 @@
-"""Every form of `--data`: a known name, a folder, Parquet in the hub's schema, a text file of paths, a table."""
+"""Every form of `--data`: a known name, a folder, Parquet in the hub's schema, archives, a list or a table of paths."""
 
 from __future__ import annotations
 
 import os
 import re
 import stat
+from pathlib import Path
 
 from maekit.config import UserError, did_you_mean
+from maekit.data.archive_trees import find_archives, open_archive, open_archives
+from maekit.data.archives import is_archive
 from maekit.data.folders import holds_images, open_folder
 from maekit.data.images import IMAGE_SUFFIXES
 from maekit.data.known import KNOWN, open_known
@@ -29,7 +32,9 @@ def open_source(
         UserError: nothing of that name, nothing readable in it, or a column that does not fit.
     """
     if not spec:
-        raise UserError("--data is empty: give a folder, a Parquet file, a list or table of paths, or a known name")
+        raise UserError(
+            "--data is empty: give a folder, a Parquet file, an archive, a list or table of paths, or a known name"
+        )
     columns = {"--image-column": image_column, "--label-column": label_column}
     if spec in KNOWN:
         _refuse(columns, spec)
@@ -49,6 +54,9 @@ def open_source(
         # A table of something else, such as features, may lie beside images.
         if not files or not (has_image_column(files[0], image_column) or not holds_images(os.fsencode(path))):
             _refuse(columns, shown)
+            archives = [] if holds_images(os.fsencode(path)) else find_archives(path, shown)
+            if archives:
+                return open_archives(archives, path, shown, name, in_chans)
             return open_folder(os.fsencode(path), shown, name, in_chans)
         return open_parquet(files, shown, name, in_chans, image_column=image_column, label_column=label_column)
     if not stat.S_ISREG(mode):
@@ -62,11 +70,13 @@ def open_source(
     _refuse(columns, shown)
     if suffix == ".txt":
         return open_list(os.fsencode(path), shown, name, in_chans)
+    if is_archive(path):
+        return open_archive(path, shown, name, in_chans)
     if suffix in IMAGE_SUFFIXES:
         raise UserError(f"--data {shown}: one image; give its folder, or a .txt file with its path")
     raise UserError(
-        f"--data {shown}: a {suffix or 'nameless'} file; folders, .parquet, .txt (paths), and .csv or .tsv (paths and "
-        "labels) are read"
+        f"--data {shown}: a {suffix or 'nameless'} file; folders, .parquet, .tar and .zip, .txt (paths), and .csv or "
+        ".tsv (paths and labels) are read"
     )
 
 
@@ -90,6 +100,12 @@ def _mode(path: str, shown: str) -> int:
         hint = f"; {guess}" if guess.startswith("did") else ""
         if re.fullmatch(r"[\w.-]+/[\w.-]+", shown):
             hint = f"; a data set on the Hugging Face hub: hf download {shown} --repo-type dataset --local-dir DIR"
+        above = next((one for one in map(str, Path(path).parents) if os.path.isfile(one)), None)
+        if above is not None:
+            whole = "an archive is given whole, or unpacked" if is_archive(above) else "nothing lies below it"
+            hint = f"; {printable(above)} is a file: {whole}"
+        if re.search(r"[*?]|\{.*\.\..*\}|\{.*,.*\}|::", shown):
+            hint = "; patterns of names are not read: give the folder that holds the files"
         raise UserError(f"--data {shown}: no such file or folder, and not a known name ({known}){hint}") from None
     except OSError as error:
         raise UserError(f"--data {shown}: cannot be read ({error.strerror})") from None
