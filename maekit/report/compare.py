@@ -147,9 +147,15 @@ def drawings(runs: Sequence[RunFolder], labels: Sequence[str]) -> list[Drawing]:
 
 
 def drawer(curves: Sequence[Curve], scale: float) -> Callable[[Axes], None]:
-    """Draws a line for each run."""
+    """Draws a line for each run; values before the first step may leave the frame, since they flatten all others."""
 
     def draw(axes: Axes) -> None:
+        points = [zip(curve.epochs, curve.values, strict=True) for curve in curves]
+        trained = [scale * value for one in points for place, value in one if place > 0]
+        if trained:
+            low, high = min(trained), max(trained)
+            room = 0.06 * (high - low) or 0.05 * max(abs(high), 1e-6)
+            axes.set_ylim(low - room, high + room)
         for number, curve in enumerate(curves):
             if curve.values:
                 every = max(1, len(curve.values) // 500)

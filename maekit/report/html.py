@@ -34,8 +34,8 @@ def tag(name: str, /, *inner: object, **attributes: object) -> Html:
 
 
 def join(parts: Iterable[object], between: str = "\n") -> Html:
-    """Pieces one after the other."""
-    return Html(esc(between).join(esc(part) for part in parts))
+    """Pieces one after the other; what stands between them is no text of anybody's."""
+    return Html(between.join(esc(part) for part in parts))
 
 
 def paragraph(*inner: object, class_: str | None = None) -> Html:
@@ -71,7 +71,11 @@ def details(summary: object, *inner: object) -> Html:
 
 
 def table(
-    headings: Sequence[object], rows: Iterable[Sequence[object]], caption: object = "", words: Sequence[int] = (0,)
+    headings: Sequence[object],
+    rows: Iterable[Sequence[object]],
+    caption: object = "",
+    words: Sequence[int] = (0,),
+    class_: str | None = None,
 ) -> Html:
     """A table whose first cells name the rows; it scrolls by itself where it is too wide.
 
@@ -88,7 +92,7 @@ def table(
         for row in rows
     )  # fmt: skip
     title = tag("caption", caption) if caption else Html("")
-    inner = tag("table", title, Html(f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"))
+    inner = tag("table", title, Html(f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"), class_=class_)
     label = esc(caption) if isinstance(caption, str) and caption and not isinstance(caption, Html) else "table"
     return tag("div", inner, class_="wide", tabindex="0", role="region", aria_label=label)
 

@@ -38,8 +38,8 @@ def rate_rule(config: PretrainConfig) -> Rule:
     if config.lr is not None:
         reason += f": blr {256 * config.lr / config.batch_size:.3g}"
     known = (
-        "the paper's is for a batch of 4096 and hundreds of epochs; models of a few million parameters are trained with "
-        "5e-4 to 1e-3 per 256 images elsewhere"
+        "the paper's is for a batch of 4096 and hundreds of epochs; models of a few million parameters are trained "
+        "with 5e-4 to 1e-3 per 256 images elsewhere"
     )
     follows = config.lr is None and config.predict_share is None and close(config.blr, 1.5e-4)
     return Rule("learning rate", reason if config.lr is not None or config.predict_share is not None else
@@ -62,8 +62,8 @@ def pretraining_rules(config: PretrainConfig) -> list[Rule]:
         Rule("mask", config.mask, "random", "table 1f", config.mask == "random",
              "84.9 / 73.5 at random, 82.8 / 63.9 for blocks, 84.0 / 66.0 for a grid (75 % hidden)"),
         Rule("mask ratio", f"{config.mask_ratio:g}", "0.75", "figure 5", close(config.mask_ratio, 0.75),
-             "fine-tuning hardly changes between 0.4 and 0.8, the linear probe rises up to about 0.75; on CIFAR-10 with "
-             "patches of 4 px the linear probe rises further, 49.1 at 0.3 to 63.7 at 0.9, fine-tuning stays "
+             "fine-tuning hardly changes between 0.4 and 0.8, the linear probe rises up to about 0.75; on CIFAR-10 "
+             "with patches of 4 px the linear probe rises further, 49.1 at 0.3 to 63.7 at 0.9, fine-tuning stays "
              "(github.com/wsjdsg/Bootstrapped-MAE)"),
         Rule("target", config.target, "norm-pixels", "table 1d", config.target == "norm-pixels",
              "pixels 84.9 / 73.5, normalised 85.4 / 73.9" if config.target == "pixels" else
@@ -172,7 +172,7 @@ def lint(config: PretrainConfig | FinetuneConfig | SegmentConfig) -> Html:
     ]  # fmt: skip
     if rows:
         headings = ["setting", "this run", "paper", "where", "what is known of the difference"]
-        parts.append(table(headings, rows, "", (0, 1, 2, 3, 4)))
+        parts.append(table(headings, rows, "", (0, 1, 2, 3, 4), "lint"))
     else:
         parts.append(paragraph("Nothing of what is compared differs."))
     return join([*parts, paragraph(f"As in the paper: {same}." if same else "", class_="note")])

@@ -78,6 +78,9 @@ th,td{text-align:left;padding:.4rem .9rem .4rem 0;border-bottom:1px solid var(--
 thead th{color:var(--pale);font-weight:500;border-bottom:1px solid var(--edge);vertical-align:bottom}
 tbody th{font-weight:500;max-width:22rem;overflow-wrap:anywhere}
 td{max-width:26rem}
+tbody th{min-width:6.5rem}
+.lint td{min-width:6rem}
+.lint td:last-child{min-width:16rem}
 .n{text-align:right;white-space:nowrap}
 td small,th small{color:var(--pale);font-weight:400}
 figure{margin:0 0 1.25rem}
