@@ -115,7 +115,8 @@ def make_finetuning(folder: Path, evil: bool = False) -> Path:
     word = EVIL if evil else ""
     folder.mkdir(parents=True)
     config = dataclasses.replace(
-        PRESETS["small"], task="finetune", source="runs/pre" + word, data="pets" + word, epochs=4, warmup_epochs=1, layer_decay=0.8,
+        PRESETS["small"], task="finetune", source="runs/pre" + word, data="pets" + word, epochs=4, warmup_epochs=1,
+        layer_decay=0.8,
         follow_images=(), batch_size=64,
     )  # fmt: skip
     (folder / "config.json").write_text(to_json(config))
@@ -149,8 +150,9 @@ def make_segmentation(folder: Path, evil: bool = False) -> Path:
     records = [
         {key: value for key, value in one.items() if key not in ("epoch", "skill")} for one in step_lines(40, 10)
     ]
-    records += [{"kind": "heldout", "step": 10 * e, "miou": 0.1 * e, "mean_accuracy": 0.15 * e, "pixel_accuracy": 0.2 * e}
-                for e in range(1, 5)]  # fmt: skip
+    for e in range(1, 5):
+        scores = {"miou": 0.1 * e, "mean_accuracy": 0.15 * e, "pixel_accuracy": 0.2 * e}
+        records.append({"kind": "heldout", "step": 10 * e, **scores})
     write_lines(folder / "metrics.jsonl", records)
     write_json(folder / "checkpoints" / "step-000040" / "state.json", {"step": 40, "total_steps": 40})
     classes = {

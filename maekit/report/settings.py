@@ -44,7 +44,7 @@ def differences(run: RunFolder, recipe: PretrainConfig | None) -> list[tuple[str
         elif there is None or there == "auto":
             continue  # what the recipe leaves open was filled in
         else:
-            why = "follows from what was given" if given else "given, or follows from it"
+            why = "follows from flags or weights" if given else "given, or follows from flags"
         found.append((name, shown(here), shown(there), why))
     return found
 

@@ -72,12 +72,13 @@ nav ul{list-style:none;padding:0;display:flex;flex-wrap:wrap;gap:.25rem 1.1rem;m
 .pairs dd{margin:0}
 .wide{overflow-x:auto;margin:.75rem 0 1rem}
 table{border-collapse:collapse;font-size:.9rem;line-height:1.4;font-variant-numeric:tabular-nums}
-caption{text-align:left;font-weight:600;padding-bottom:.4rem}
+caption{text-align:left;font-weight:600;padding-bottom:.4rem;white-space:nowrap}
 th,td{text-align:left;padding:.4rem .9rem .4rem 0;border-bottom:1px solid var(--grid);vertical-align:top;
  overflow-wrap:normal}
 thead th{color:var(--pale);font-weight:500;border-bottom:1px solid var(--edge);vertical-align:bottom}
 tbody th{font-weight:500;max-width:22rem;overflow-wrap:anywhere}
-td{max-width:26rem}
+td{max-width:26rem;min-width:3rem}
+td:not(.n){min-width:5.5rem}
 tbody th{min-width:6.5rem}
 .lint td{min-width:6rem}
 .lint td:last-child{min-width:16rem}
@@ -91,8 +92,7 @@ figcaption .note{font-weight:400}
 .key{display:inline-block;width:2rem;border-top-width:3px;margin-right:.5rem;vertical-align:middle}
 svg{display:block;width:100%;height:auto;max-width:40rem}
 svg text{font-family:inherit}
-.white{background:#fff;color:#222;border-radius:.5rem;padding:.5rem;display:inline-block;max-width:100%}
-.white svg{max-width:44rem}
+.white{background:#fff;color:#222;border-radius:.5rem;padding:.5rem;max-width:38rem}
 .half svg{max-width:52rem}
 img{max-width:100%;height:auto;display:block;border-radius:.25rem;background:#fff}
 .slide{display:flex;flex-wrap:wrap;align-items:center;gap:.5rem 1rem;margin:.5rem 0}

@@ -128,7 +128,12 @@ def card_words(card: CardFile) -> str:
         top1, images = share(values.get("top1")), count(values.get("test_images"))
         if top1 is None or not images:
             return ""
-        return f"On the test split of {where} its classifier is right for {in_words(top1, images)}."
+        largest = share(values.get("most_frequent_class"))
+        beside = ""
+        if largest is not None:
+            better = "better" if wilson(top1, images)[0] > largest else "no better"
+            beside = f": {better} than one answer for all, which is right for {100 * largest:.1f} %"
+        return f"On the test split of {where} its classifier is right for {in_words(top1, images)}{beside}."
     if card.kind == "segment":
         miou = share(mapping(values.get("score")).get("miou"))
         part = text(values.get("part"), 40)
@@ -217,11 +222,12 @@ def tiles(run: RunFolder, seconds: float | None) -> Html:
 
 def summary(run: RunFolder, seconds: float | None) -> Html:
     """The first paragraph, the first numbers, and what to type next."""
-    sentences = [what_it_is(run)]
-    if run.task == "pretrain":
-        sentences += [skill_words(run), probe_words(run)]
+    sentences = [skill_words(run), probe_words(run)] if run.task == "pretrain" else []
     sentences += [card_words(card) for card in run.cards[:4]]
-    parts = [paragraph(join([one for one in sentences if one], " "), class_="lead"), tiles(run, seconds)]
+    worked = join([one for one in sentences if one], " ")
+    parts = [paragraph(what_it_is(run), class_="lead")]
+    parts += [paragraph(worked, class_="lead")] if worked else []
+    parts.append(tiles(run, seconds))
     told = advice(run)
     if told:
         rows = [paragraph(f"{name}: ", code(line) if line.startswith("maekit ") else line) for name, line in told]
