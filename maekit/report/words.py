@@ -147,7 +147,7 @@ def card_words(card: CardFile) -> str:
     linear, knn = share(own[0].get("linear")), share(own[0].get("knn"))
     if linear is None or knn is None:
         return ""
-    short = [("random weights" if name.endswith("random weights") else name, *rest) for name, *rest in floors]
+    short = [("random weights" if name.endswith("random weights") else name, one, two) for name, one, two in floors]
     beside = ", ".join(f"{name} {100 * one:.1f} and {100 * two:.1f}" for name, one, two in short)
     best = max((one for _, one, _ in floors), default=None)
     verdict = ""
@@ -222,7 +222,7 @@ def tiles(run: RunFolder, seconds: float | None) -> Html:
 
 def summary(run: RunFolder, seconds: float | None) -> Html:
     """The first paragraph, the first numbers, and what to type next."""
-    sentences = [skill_words(run), probe_words(run)] if run.task == "pretrain" else []
+    sentences: list[str] = [skill_words(run), probe_words(run)] if run.task == "pretrain" else []
     sentences += [card_words(card) for card in run.cards[:4]]
     worked = join([one for one in sentences if one], " ")
     parts = [paragraph(what_it_is(run), class_="lead")]
