@@ -28,6 +28,7 @@ from maekit.config import (
     ProbeConfig,
     PushConfig,
     ReconstructConfig,
+    ReportConfig,
     ResumeConfig,
     SelftestConfig,
     SupervisedConfig,
@@ -48,6 +49,7 @@ from maekit.processes import refuse_several
 
 Config = TypeVar("Config")
 
+PROBE, REPORT = "maekit probe SRC [SRC ...] --data D", "maekit report RUN [RUN ...]"
 SEVERAL = ("pretrain", "resume", "finetune", "segment", "plan")
 """Commands that several processes can do together; and plan, which tells them better why it cannot."""
 
@@ -62,6 +64,7 @@ usage: maekit COMMAND ...
   plan RECIPE --data D                a dry run: speed, memory, batch that fits, time of the whole run
   resume RUN                          continue any run exactly where its last checkpoint stands
   probe SRC [SRC ...] --data D        the evaluation card: linear probes, k-NN, few labels, beside random weights
+  report RUN [RUN ...]                one HTML page of runs: curves, panels, cards, settings beside the paper's
   finetune SRC --data D               train a classifier from the encoder, with labels; test accuracy at the end
   predict SRC --data D --out F        a classifier's classes of every image, to .parquet or .csv
   segment SRC --data D                train semantic segmentation on images with class maps; mIoU
@@ -255,13 +258,11 @@ def finetune_defaults(source: str, words: list[str]) -> FinetuneConfig:
     return dataclasses.replace(PRESETS[name], flip=True if run is None else run.flip)
 
 
-def probe(words: list[str]) -> int:
-    """maekit probe SRC [SRC ...] --data D"""
-    sources, rest = positional(words, "maekit probe SRC [SRC ...] --data D", "a source of weights", several=True)
-    config = parse(ProbeConfig, "maekit probe SRC [SRC ...]", rest)
-    from maekit.tasks import probe as task
-
-    return task.main(sources, config)
+def on_sources(words: list[str], task: str, kind: type[Any], usage: str, what: str) -> int:
+    """maekit TASK SRC [SRC ...] --flags, of the tasks that take any number of sources and a config."""
+    sources, rest = positional(words, usage, what, several=True)
+    config = parse(kind, f"maekit {task} {usage.split()[2]} [{usage.split()[2]} ...]", rest)
+    return int(import_module(f"maekit.tasks.{task}").main(sources, config))
 
 
 def segment(words: list[str]) -> int:
@@ -373,7 +374,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "pretrain": pretrain,
     "plan": plan,
     "resume": resume,
-    "probe": probe,
+    "probe": partial(on_sources, task="probe", kind=ProbeConfig, usage=PROBE, what="a source of weights"),
+    "report": partial(on_sources, task="report", kind=ReportConfig, usage=REPORT, what="a run's folder"),
     "finetune": finetune,
     "predict": partial(on_source, task="predict", kind=PredictConfig, usage="maekit predict SRC --data D --out F"),
     "segment": segment,

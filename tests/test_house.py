@@ -24,6 +24,7 @@ LEVELS = {
     "terminal": 2,
     "keeping": 3,  # base, and reads terminal
     "models": 3, "data": 4, "weights": 4, "training": 5, "viz": 5,  # parts
+    "report": 6,
     "recipes": 6, "tasks": 7,
     "": 8,  # the package itself: the public API
     "the entry": 9,

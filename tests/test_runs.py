@@ -34,7 +34,7 @@ SMALL = (
     "--steps 24 --batch-size 64 --log-every 5 --eval-every 0.5 --probe-every 1 --panel-every 0 --save-every 1 "
     "--device cpu --precision fp32 --compile off"
 ).split()
-WALL_CLOCK = ("images_per_s", "seconds")
+WALL_CLOCK = ("images_per_s", "seconds", "waited")
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

@@ -12,9 +12,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import matplotlib.style
 import numpy as np
 import numpy.typing as npt
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from maekit.viz import panels, plots
@@ -310,10 +312,10 @@ def test_curves_take_each_value_to_its_axes() -> None:
         for name, axes in zip(("loss", "skill", "lr", "probes", "rank"), (loss, skill, rate, probes, rank), strict=True)
         for line in axes.get_lines()
     }
-    assert lines["loss", "train"][:2].tolist() == [[0.1, 0.99], [0.2, 0.98]]
+    assert lines["loss", "training,"][:2].tolist() == [[0.1, 0.99], [0.2, 0.98]]
     assert lines["loss", "held-out"].tolist() == [[1.0, 0.9], [2.0, 0.8], [3.0, 0.7], [4.0, 0.6]]
     assert lines["skill", "held-out"].tolist() == [[1.0, 0.1], [2.0, 0.2], [3.0, 0.3], [4.0, 0.4]]
-    assert lines["skill", "train"][-1].tolist() == [4.0, 0.4]
+    assert lines["skill", "training,"][-1].tolist() == [4.0, 0.4]
     assert lines["lr", "now"].shape == (40, 2)
     assert lines["probes", "k-NN"].tolist() == [[2.0, 30.0], [4.0, 50.0]]
     assert lines["probes", "linear"].tolist() == [[2.0, 40.0], [4.0, 60.0]]
@@ -321,6 +323,34 @@ def test_curves_take_each_value_to_its_axes() -> None:
     assert [[0.0, 0.0], [1.0, 0.0]] in [np.array(line.get_xydata()).tolist() for line in skill.get_lines()], "zero line"
     assert "not finite, not drawn: 1" in [text.get_text() for text in loss.texts]
     assert not rate.texts
+
+
+def test_the_legend_says_of_how_many_steps_the_training_loss_is() -> None:
+    """A line of metrics.jsonl has the mean since the line before it: 20 steps, and 4 at the end of the run."""
+    for steps, words in (([20, 40, 44], "last 4 steps"), ([20, 21], "last 1 step"), ([20], "last 20 steps")):
+        records = [step(1.0, loss=0.5, skill=0.25) | {"step": number} for number in steps]
+        for axes, value in zip(plots.figure_of(plots.collect(records), title="x").axes[:2], (0.5, 0.25), strict=True):
+            assert axes.get_legend_handles_labels()[1] == [f"training, {words} {value:.4f}"]
+    (label,) = (
+        plots.figure_of(plots.collect([{"kind": "step", "epoch": 1, "loss": 1}]), title="x")
+        .axes[0]
+        .get_legend_handles_labels()[1]
+    )
+    assert label == "training, last logged 1.0000"
+
+
+def test_titles_and_legends_do_not_meet() -> None:
+    """Both stand over the axes, one from the left, the other from the right."""
+    long = [record | {"images": 5000} for record in GOOD]
+    with matplotlib.style.context(["default", plots.LOOK]):
+        figure = plots.figure_of(plots.collect(long), title="x")
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        figure.draw(renderer)
+        for axes in figure.axes[:4]:
+            legend = axes.get_legend()
+            assert legend is not None
+            title = axes._left_title.get_window_extent(renderer)  # type: ignore[attr-defined]
+            assert title.x1 < legend.get_window_extent(renderer).x0, axes.get_title(loc="left")
 
 
 def test_untrained_values_do_not_flatten_the_rest() -> None:

@@ -31,7 +31,7 @@ SMALLEST = (
 ).split()
 DIGITS = ["pretrain", "digits", *SMALLEST, "--batch-size", "128"]
 """11 steps an epoch, in memory."""
-WALL_CLOCK = ("images_per_s", "seconds")
+WALL_CLOCK = ("images_per_s", "seconds", "waited")
 
 
 def folder_words(images: Path, workers: int = 0) -> list[str]:

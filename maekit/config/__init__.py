@@ -17,6 +17,7 @@ from maekit.config.pretraining import (
     PretrainConfig,
     SelftestConfig,
 )
+from maekit.config.reporting import ReportConfig
 from maekit.config.resuming import ResumeConfig, asked_again, changed
 from maekit.config.supervised import SupervisedConfig
 from maekit.config.transfer import AttendConfig, ConvertConfig, EmbedConfig, PushConfig
@@ -43,6 +44,7 @@ __all__ = [
     "ProbeConfig",
     "PushConfig",
     "ReconstructConfig",
+    "ReportConfig",
     "ResumeConfig",
     "SelftestConfig",
     "SourceConfig",

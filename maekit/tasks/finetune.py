@@ -34,7 +34,7 @@ from maekit.runtime import to_device
 from maekit.stopping import StopRequest
 from maekit.terminal import Pace, counting, make_console, make_progress, print_settings, remark, short_time
 from maekit.training import lock
-from maekit.training.advice import few_heldout, images_seen
+from maekit.training.advice import few_heldout, images_seen, see_report, what_next
 from maekit.training.finetuning import FinetuneJob, default_out, describe, prepare, reading_config
 from maekit.training.guard import Guard, backward, guarded_update, update_if_finite
 from maekit.training.imbalance import TestClasses
@@ -328,8 +328,8 @@ def finish(job: FinetuneJob, first_step: int, seconds: float) -> bool:
         + (f"; held-out top-1 {heldout['top1']:.1%})" if heldout else ")"),
         "test top-1": with_interval(found),
         **({"test top-5": in_words(found.top5, found.images)} if len(model.classes) > 5 else {}),
-        "card": f"{run.out / CARD}, {run.out / CONFUSION}, {run.out / 'curves.png'}",
-        "next": f"maekit predict {run.out} --data FOLDER --out predictions.csv",
+        "card": f"{run.out / CARD}, {run.out / CONFUSION}, {run.out / 'curves.png'}; {see_report(str(run.out))}",
+        **what_next("finetune", str(run.out)),
     }
     print_settings(run.console, "done", done)
     return True

@@ -27,7 +27,7 @@ from maekit.rng import Purpose
 from maekit.stopping import StopRequest
 from maekit.terminal import Pace, make_console, make_progress, print_settings
 from maekit.training import lock
-from maekit.training.advice import images_seen, low_skill
+from maekit.training.advice import images_seen, low_skill, see_report, what_next
 from maekit.training.checkpoint import latest
 from maekit.training.guard import Guard, backward, guarded_update
 from maekit.training.monitor import PANEL_IMAGES, heldout_masks, reconstruct, statistics_note
@@ -262,11 +262,9 @@ def finish(job: Job, first_step: int, seconds: float) -> None:
         "skill": f"{heldout.skill:.3f} (0: no better than that, 1: perfect)",
         **low_skill(job.config, heldout.skill, job.position.step, job.order.steps_per_epoch, job.peak_lr, world),
         "weights": str(out / WEIGHTS_FILE),
-        "pictures": f"{out / 'panels'}, {out / 'curves.png'}",
-        "next": f"maekit reconstruct {out} --image photo.jpg --out panel.png",
+        "pictures": f"{out / 'panels'}, {out / 'curves.png'}; {see_report(str(out))}",
+        **what_next("pretrain", str(out), job.config.data, job.part.labels is not None),
     }
-    if job.part.labels is not None:
-        done["and"] = f"maekit probe {out} --data {job.config.data}"
     print_settings(job.console, "done", done)
 
 

@@ -34,6 +34,7 @@ from maekit.seeding import seed_step
 from maekit.stopping import StopRequest
 from maekit.terminal import Pace, counting, make_console, make_progress, print_settings
 from maekit.training import lock
+from maekit.training.advice import see_report, what_next
 from maekit.training.guard import Guard, backward, guarded_update, put_back
 from maekit.training.saving import write_whole
 from maekit.training.scorecard import CARD, scored_steps
@@ -265,8 +266,8 @@ def finish(job: SegmentJob, seconds: float, first_step: int) -> bool:
     print_settings(console, "done", {
         "trained": f"{steps:,} steps in {seconds:,.0f} s, evaluation and saving included",
         "card": str(run.out / CARD), "weights": f"{run.out / WEIGHTS_FILE}; best on held-out images: {BEST_FILE}",
-        "pictures": f"{run.out / 'overlays.png'}",
-        "next": f"maekit segment {run.out} --predict IMAGES --out DIR",
+        "pictures": f"{run.out / 'overlays.png'}; {see_report(str(run.out))}",
+        **what_next("segment", str(run.out)),
     })  # fmt: skip
     return True
 

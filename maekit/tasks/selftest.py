@@ -28,7 +28,7 @@ from maekit.terminal import make_console, make_table
 from maekit.training.checkpoint import Checkpoint, latest, load
 from maekit.training.metrics import MetricsLog
 
-WALL_CLOCK = ("images_per_s", "seconds")
+WALL_CLOCK = ("images_per_s", "seconds", "waited")
 POLL = 0.005
 """Seconds between two looks at a run's metrics: the run goes on meanwhile, so a quick one is stopped a little later."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 
 from maekit.config import PretrainConfig
 from maekit.training.batch import short_run_rate, small_batch
@@ -67,6 +68,25 @@ def few_heldout(score: str, count: int) -> list[str]:
         f"by up to +- {100 / math.sqrt(max(1, count)):.0f} points: --heldout-share 0.2 takes more of them, and --score "
         "last needs no choice"
     ]
+
+
+def what_next(task: str, out: str, data: str = "", labelled: bool = False) -> dict[str, str]:
+    """What to type after a finished run, as settings to print.
+
+    out: the run's folder; data: what it was trained on, and whether that has labels.
+    """
+    out = shlex.quote(out)
+    if task == "finetune":
+        return {"next": f"maekit predict {out} --data FOLDER --out predictions.csv"}
+    if task == "segment":
+        return {"next": f"maekit segment {out} --predict IMAGES --out DIR"}
+    probe = {"and": f"maekit probe {out} --data {shlex.quote(data)}"} if labelled else {}
+    return {"next": f"maekit reconstruct {out} --image photo.jpg --out panel.png", **probe}
+
+
+def see_report(out: str) -> str:
+    """Where the pictures and numbers of a run stand on one page."""
+    return f"one page of all: maekit report {shlex.quote(out)}"
 
 
 def images_seen(images: int, since: int, how: str) -> str:

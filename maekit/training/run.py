@@ -314,6 +314,8 @@ def log_training(job: Job, loss_sum: torch.Tensor, lr: float, speed: float, seco
     value = total / position.loss_count if position.loss_count else math.nan
     skill = 1 - value / position.train_trivial
     record = {"kind": "step", "loss": value, "skill": skill, "lr": lr, "images_per_s": speed, "seconds": seconds}
+    if job.loader_speed:  # images that are read from disk as the run goes
+        record["waited"] = job.waited
     if position.bad_since_line:
         record["nonfinite"] = position.bad_since_line
     position.loss_count = position.bad_since_line = 0

@@ -84,7 +84,8 @@ def begin(job: Job, fresh: bool) -> None:
             try:
                 out.mkdir(parents=True, exist_ok=True)
                 write_whole(out / "config.json", to_json(config))  # first: from here on `resume` knows the run
-                write_whole(out / "env.json", json.dumps(environment(accelerator.device), indent=2) + "\n")
+                images = {"images": {"train": len(job.train_ids), "held-out": len(job.heldout_ids)}}
+                write_whole(out / "env.json", json.dumps(environment(accelerator.device) | images, indent=2) + "\n")
             except OSError as error:
                 raise UserError(f"--out {out}: cannot be written: {error}") from error
         accelerator.wait_for_everyone()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib.style
@@ -16,14 +17,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from maekit.viz.panels import render, write_png
-from maekit.viz.plots import LOOK
+from maekit.viz.plots import LOOK, Drawing, collect, training_line
 
 _MOST_NUMBERS = 25
 """Classes up to which every cell says its share; beyond, the colour alone does."""
 _MOST_NAMES = 60
 _LONGEST = 18
 """Letters of a class's name."""
-_TRAIN, _HELDOUT, _SECOND, _PALE = "#8fb3d9", "#1f4e79", "#2a7f62", "#666666"
+_HELDOUT, _SECOND, _PALE = "#1f4e79", "#2a7f62", "#666666"
 
 
 def picture_confusion(
@@ -50,28 +51,36 @@ def draw_confusion(
     Raises:
         OSError: the file cannot be written; nothing is left behind.
     """
+    with matplotlib.style.context(["default", LOOK]):
+        picture = render(confusion_figure(confusion_KK, classes, title=title, note=note))
+    write_png(picture, path)
+
+
+def confusion_figure(
+    confusion_KK: npt.NDArray[np.int64], classes: Sequence[str], *, title: str = "", note: str = ""
+) -> Figure:
+    """The figure of `draw_confusion`, in matplotlib's present style."""
     count = len(classes)
     share_KK = confusion_KK / np.maximum(confusion_KK.sum(axis=1, keepdims=True), 1)
     side = min(16.0, max(5.0, 1.8 + 0.42 * min(count, _MOST_NUMBERS) + 0.03 * count))
-    with matplotlib.style.context(["default", LOOK]):
-        figure = Figure(figsize=(side + 1.0, side), dpi=100)
-        figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
+    figure = Figure(figsize=(side + 1.0, side), dpi=100)
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
+    if title:
         figure.suptitle(title, x=0.011, ha="left", fontsize=12, fontweight="bold", parse_math=False)
-        axes = figure.subplots()
-        axes.grid(visible=False)
-        image = axes.imshow(share_KK, cmap="Blues", vmin=0.0, vmax=1.0, interpolation="nearest")
-        figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class")
-        _name(axes, classes)
-        axes.set_ylabel("true class", color=_PALE)
-        axes.set_xlabel(f"said\n{note}" if note else "said", color=_PALE, parse_math=False)
-        if count <= _MOST_NUMBERS:
-            for row, column in zip(*np.nonzero(confusion_KK), strict=True):
-                share = share_KK[row, column]
-                text = f"{100 * share:.0f}" if share >= 0.005 else "<1"
-                axes.text(column, row, text, ha="center", va="center", fontsize=7,
-                          color="white" if share > 0.5 else "#333333")  # fmt: skip
-        picture = render(figure)
-    write_png(picture, path)
+    axes = figure.subplots()
+    axes.grid(visible=False)
+    image = axes.imshow(share_KK, cmap="Blues", vmin=0.0, vmax=1.0, interpolation="nearest")
+    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class")
+    _name(axes, classes)
+    axes.set_ylabel("true class", color=_PALE)
+    axes.set_xlabel(f"said\n{note}" if note else "said", color=_PALE, parse_math=False)
+    if count <= _MOST_NUMBERS:
+        for row, column in zip(*np.nonzero(confusion_KK), strict=True):
+            share = share_KK[row, column]
+            text = f"{100 * share:.0f}" if share >= 0.005 else "<1"
+            axes.text(column, row, text, ha="center", va="center", fontsize=7,
+                      color="white" if share > 0.5 else "#333333")  # fmt: skip
+    return figure
 
 
 def _name(axes: Axes, classes: Sequence[str]) -> None:
@@ -94,27 +103,42 @@ def draw_training(
     Raises:
         OSError: the file cannot be written; nothing is left behind.
     """
-    records = list(metrics)
     with matplotlib.style.context(["default", LOOK]):
         figure = Figure(figsize=(13.0, 4.2), dpi=100)
         figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1, wspace=0.02)
         figure.suptitle(title, x=0.008, ha="left", fontsize=12, fontweight="bold", parse_math=False)
-        loss, score, rate = figure.subplots(1, 3)
-        loss.set_title("Loss")
-        _line(loss, records, "step", "loss", "train", _TRAIN)
-        _line(loss, records, "heldout", "loss", "held-out", _HELDOUT, marker="o")
-        score.set_title("Held-out, %")
-        for number, (name, words) in enumerate(scores.items()):
-            color, marker = ((_HELDOUT, "o"), (_SECOND, "s"))[number % 2]
-            _line(score, records, "heldout", name, words, color, marker=marker, scale=100.0)
-        rate.set_title("Learning rate of the head")
-        _line(rate, records, "step", "lr", "", _HELDOUT)
-        for axes in (loss, score, rate):
-            axes.set_xlabel("epochs", color=_PALE)
-            if axes.get_legend_handles_labels()[1]:
-                axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderaxespad=0.1, borderpad=0.2)
+        each = training_drawings(metrics, scores)
+        for axes, drawing in zip(figure.subplots(1, len(each)), each, strict=True):
+            axes.set_title(drawing.title)
+            axes.set_xlabel(drawing.along, color=_PALE)
+            drawing.draw(axes)
         picture = render(figure)
     write_png(picture, path)
+
+
+def training_drawings(metrics: Iterable[Mapping[str, object]], scores: Mapping[str, str]) -> list[Drawing]:
+    """Loss, held-out scores and learning rate of a run with labels, over epochs."""
+    records = list(metrics)
+
+    def loss(axes: Axes) -> None:
+        training_line(axes, collect(records)["step", "loss"], ".3g")
+        _line(axes, records, "heldout", "loss", "held-out", _HELDOUT, marker="o")
+
+    def score(axes: Axes) -> None:
+        for number, (name, words) in enumerate(scores.items()):
+            color, marker = ((_HELDOUT, "o"), (_SECOND, "s"))[number % 2]
+            _line(axes, records, "heldout", name, words, color, marker=marker, scale=100.0)
+
+    def rate(axes: Axes) -> None:
+        _line(axes, records, "step", "lr", "", _HELDOUT)
+
+    def draw(axes: Axes, how: Callable[[Axes], None]) -> None:
+        how(axes)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderaxespad=0.1, borderpad=0.2)
+
+    each = {"Loss": loss, "Held-out, %": score, "Learning rate of the head": rate}
+    return [Drawing(title, "epochs", partial(draw, how=how)) for title, how in each.items()]
 
 
 def _line(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ class Curve:
     epochs: list[float] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
     left_out: int = 0
+    span: int = 0
+    """Optimiser steps that the last value is the mean of; 0: not known, or none."""
 
     def add(self, epoch: float, value: object) -> None:
         """Take a number; None and words are absent values, NaN and infinities are counted."""
@@ -49,6 +52,15 @@ class Curve:
 
 Curves = dict[tuple[str, str], Curve]
 """By kind of record and quantity, such as ("heldout", "loss")."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One axes of a picture: its title, what is counted along x, and what draws the rest of it."""
+
+    title: str
+    along: str
+    draw: Callable[[Axes], None]
 
 
 def draw_curves(metrics: Iterable[Mapping[str, object]], path: Path, *, title: str) -> None:
@@ -73,17 +85,30 @@ def figure_of(curves: Curves, *, title: str) -> Figure:
     figure = Figure(figsize=(11.0, 7.2), dpi=100)
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1, wspace=0.02, hspace=0.02)
     figure.suptitle(title, x=0.011, ha="left", fontsize=12, fontweight="bold", parse_math=False)
-    ((loss, skill), (rate, probes)) = figure.subplots(2, 2)
-    last = max((max(curve.epochs) for curve in curves.values() if curve.epochs), default=0.0)
-    for axes in (loss, skill, rate, probes):
-        axes.set_xlim(0.0, 1.03 * last if last > 0 else 1.0)
-    for axes in (rate, probes):
-        axes.set_xlabel("epochs", color=PALE)
-    _draw_loss(loss, curves)
-    _draw_skill(skill, curves)
-    _draw_rate(rate, curves)
-    _draw_probes(probes, curves)
+    places = figure.subplots(2, 2).flatten()
+    for number, (axes, drawing) in enumerate(zip(places, drawings(curves), strict=True)):
+        axes.set_title(drawing.title)
+        if number > 1:
+            axes.set_xlabel(drawing.along, color=PALE)
+        drawing.draw(axes)
     return figure
+
+
+def drawings(curves: Curves) -> list[Drawing]:
+    """Loss, skill, learning rate and online probes of a pretraining, over epochs."""
+    last = max((max(curve.epochs) for curve in curves.values() if curve.epochs), default=0.0)
+    each = {
+        "Loss": _draw_loss,
+        "Skill": _draw_skill,
+        "Learning rate": _draw_rate,
+        "Probes": _draw_probes,
+    }
+
+    def draw(axes: Axes, how: Callable[[Axes, Curves], None]) -> None:
+        axes.set_xlim(0.0, 1.03 * last if last > 0 else 1.0)
+        how(axes, curves)
+
+    return [Drawing(title, "epochs", partial(draw, how=how)) for title, how in each.items()]
 
 
 def collect(metrics: Iterable[Mapping[str, object]]) -> Curves:
@@ -94,6 +119,7 @@ def collect(metrics: Iterable[Mapping[str, object]]) -> Curves:
         "probe": ("knn", "linear", "rankme", "images"),
     }
     curves = {(kind, name): Curve() for kind, names in wanted.items() for name in names}
+    before = 0
     for record in metrics:
         kind, epoch = record.get("kind"), record.get("epoch")
         if not isinstance(kind, str) or isinstance(epoch, bool) or not isinstance(epoch, int | float):
@@ -101,14 +127,33 @@ def collect(metrics: Iterable[Mapping[str, object]]) -> Curves:
         if math.isfinite(epoch):
             for name in wanted.get(kind, ()):
                 curves[kind, name].add(float(epoch), record.get(name))
+            if kind == "step":
+                span, before = steps_since(record, before)
+                curves[kind, "loss"].span = curves[kind, "skill"].span = span
     return curves
+
+
+def steps_since(record: Mapping[str, object], before: int) -> tuple[int, int]:
+    """Optimiser steps that a logged training loss is the mean of (0: unknown), and the step of its line.
+
+    A line of training has the mean over the steps since the line before it, whose step is `before`.
+    """
+    step = record.get("step")
+    if isinstance(step, bool) or not isinstance(step, int):
+        return 0, before
+    return max(0, step - before), step
+
+
+def training_label(curve: Curve, digits: str = ".4f") -> str:
+    """What a line of training losses is called: its last value is no measurement of the whole training set."""
+    steps = f"last {curve.span:,} step{'s' if curve.span != 1 else ''}" if curve.span else "last logged"
+    return f"training, {steps} {format(last_of(curve), digits)}"
 
 
 def _draw_loss(axes: Axes, curves: Curves) -> None:
     train, heldout = curves["step", "loss"], curves["heldout", "loss"]
-    axes.set_title("Loss")
-    _line(axes, train, "train", _TRAIN)
-    _points(axes, heldout, f"held-out {_last(heldout):.4f}", _HELDOUT)
+    training_line(axes, train)
+    _points(axes, heldout, f"held-out {last_of(heldout):.4f}", _HELDOUT)
     _limit(axes, train, heldout)
     _finish(axes, train, heldout)
 
@@ -116,9 +161,9 @@ def _draw_loss(axes: Axes, curves: Curves) -> None:
 def _draw_skill(axes: Axes, curves: Curves) -> None:
     """1 - loss / trivial loss: higher is better, 0 is no better than the trivial predictor."""
     train, heldout = curves["step", "skill"], curves["heldout", "skill"]
-    axes.set_title("Skill, higher is better")
-    _line(axes, train, "train", _TRAIN)
-    _points(axes, heldout, f"held-out {_last(heldout):.4f}", _HELDOUT)
+    axes.set_ylabel("higher is better", color=PALE)
+    training_line(axes, train)
+    _points(axes, heldout, f"held-out {last_of(heldout):.4f}", _HELDOUT)
     if train.values or heldout.values:
         axes.axhline(0.0, color=PALE, linestyle=(0, (5, 3)), linewidth=1.0)
         # At the right end, where a run that learns is far above it.
@@ -131,7 +176,6 @@ def _draw_skill(axes: Axes, curves: Curves) -> None:
 
 def _draw_rate(axes: Axes, curves: Curves) -> None:
     rate = curves["step", "lr"]
-    axes.set_title("Learning rate")
     if rate.values:
         label = f"now {rate.values[-1]:.2e}, highest {max(rate.values):.2e}"
         axes.plot(rate.epochs, rate.values, color=_HELDOUT, linewidth=1.4, label=label, **_lone(rate))
@@ -142,14 +186,14 @@ def _draw_rate(axes: Axes, curves: Curves) -> None:
 
 def _draw_probes(axes: Axes, curves: Curves) -> None:
     """Accuracies in % at the left; the rank of the features, which has another unit, at the right."""
-    images = curves["probe", "images"].values
-    axes.set_title("Probes" + (f", {images[-1]:,.0f} held-out images" if images else ""))
     knn, linear, rank = (curves["probe", name] for name in ("knn", "linear", "rankme"))
     for curve, name, color, marker in ((linear, "linear", _LINEAR, "o"), (knn, "k-NN", _KNN, "s")):
         percent = Curve(curve.epochs, [100.0 * value for value in curve.values])
-        _points(axes, percent, f"{name} {_last(percent):.1f} %", color, marker=marker)
+        _points(axes, percent, f"{name} {last_of(percent):.1f} %", color, marker=marker)
     if knn.values or linear.values:
-        axes.set_ylabel("accuracy, %", color=PALE)
+        images = curves["probe", "images"].values
+        of = f" of {images[-1]:,.0f} held-out images" if images else ""
+        axes.set_ylabel(f"accuracy, %{of}", color=PALE)
     elif rank.values:
         _say(axes, "no labels: k-NN and linear probe are not measured", y=0.08)
     else:
@@ -157,7 +201,7 @@ def _draw_probes(axes: Axes, curves: Curves) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if rank.values:
         right = axes.twinx()
-        _points(right, rank, f"rank {_last(rank):.1f}", _RANK, marker="^", linestyle=(0, (2, 2)))
+        _points(right, rank, f"rank {last_of(rank):.1f}", _RANK, marker="^", linestyle=(0, (2, 2)))
         right.set_ylim(0.0, 1.1 * max(*rank.values, 1.0))
         right.grid(visible=False)
         right.set_ylabel("feature rank (RankMe)", color=_RANK)
@@ -167,8 +211,8 @@ def _draw_probes(axes: Axes, curves: Curves) -> None:
     _say_left_out(axes, knn, linear, rank)
 
 
-def _line(axes: Axes, curve: Curve, name: str, color: str) -> None:
-    """A thin line; beyond MAX_POINTS the means of bins, in a band from smallest to largest."""
+def training_line(axes: Axes, curve: Curve, digits: str = ".4f") -> None:
+    """A thin line of training losses; beyond MAX_POINTS the means of bins, in a band from smallest to largest."""
     if not curve.values:
         return
     epochs, values = np.asarray(curve.epochs), np.asarray(curve.values)
@@ -177,8 +221,8 @@ def _line(axes: Axes, curve: Curve, name: str, color: str) -> None:
         counts = np.diff(np.append(starts, len(values)))
         low, high = np.minimum.reduceat(values, starts), np.maximum.reduceat(values, starts)
         epochs, values = np.add.reduceat(epochs, starts) / counts, np.add.reduceat(values, starts) / counts
-        axes.fill_between(epochs, low, high, color=color, alpha=0.35, linewidth=0)
-    axes.plot(epochs, values, color=color, linewidth=1.0, label=f"{name} {_last(curve):.4f}", **_lone(curve))
+        axes.fill_between(epochs, low, high, color=_TRAIN, alpha=0.35, linewidth=0)
+    axes.plot(epochs, values, color=_TRAIN, linewidth=1.0, label=training_label(curve, digits), **_lone(curve))
 
 
 def _points(axes: Axes, curve: Curve, label: str, color: str, *, marker: str = "o", **style: Any) -> None:
@@ -189,7 +233,8 @@ def _points(axes: Axes, curve: Curve, label: str, color: str, *, marker: str = "
                   markevery=every, label=label, **style)  # fmt: skip
 
 
-def _last(curve: Curve) -> float:
+def last_of(curve: Curve) -> float:
+    """The last value; NaN where there is none."""
     return curve.values[-1] if curve.values else math.nan
 
 

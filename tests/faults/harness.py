@@ -31,7 +31,7 @@ from maekit.training import checkpoint
 
 AT_ONCE = 2
 """Trials that run side by side: as many as there are cores on a small machine."""
-WALL_CLOCK = ("images_per_s", "seconds")
+WALL_CLOCK = ("images_per_s", "seconds", "waited")
 VERY_SMALL = (
     "--embed-dim 16 --depth 1 --num-heads 2 --decoder-dim 8 --decoder-depth 1 --decoder-heads 2 --drop-path 0.2 "
     "--probe-every 0 --panel-every 0 --log-every 1 --device cpu --precision fp32 --compile off"
