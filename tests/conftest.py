@@ -10,10 +10,16 @@ import pytest
 import torch
 
 from maekit.config import ModelConfig
+from maekit.data.workers import start_context
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 """Data sets and notes beside the checkout; a fresh clone has none."""
+
+NEEDS_FORK = pytest.mark.skipif(
+    start_context().get_start_method() != "fork",
+    reason="what the test puts in place reaches workers only where they are forked, which they are not on macOS",
+)
 
 TINY: dict[str, Any] = {
     "model": "vit_tiny_patch16_224",

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tifffile
+from conftest import NEEDS_FORK
 from image_files import PLAIN, encoded, good_files, make_corpus, photograph, png16
 from pair_files import annotation, picture
 from PIL import Image
@@ -140,6 +141,7 @@ def test_user_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert (code, expected in error) == (2, True), (words, error)
 
 
+@NEEDS_FORK
 def test_a_reader_that_dies_is_an_error_not_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system kills a process that takes too much memory: said, with the place. (On Python 3.13 the others, which
     ignore SIGTERM, were waited for without end.)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import NEEDS_FORK
 from image_files import encoded, make_corpus, photograph, reason, tiff
 from PIL import Image
 
@@ -131,7 +132,7 @@ def quarantined(run: Path) -> dict[str, str]:
     return {record["name"]: record["reason"] for record in records}
 
 
-@pytest.mark.parametrize("name", ["damaged-0", "damaged-2"])
+@pytest.mark.parametrize("name", ["damaged-0", pytest.param("damaged-2", marks=NEEDS_FORK)])
 def test_the_run_goes_on_and_names_each_bad_file(
     runs: dict[str, Any], name: str, record_property: Callable[[str, Any], None]
 ) -> None:

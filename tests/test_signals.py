@@ -19,7 +19,7 @@ import tiny_classes
 import tiny_pairs
 import tiny_runs
 from accelerate import Accelerator
-from conftest import tiny_config
+from conftest import NEEDS_FORK, tiny_config
 from tiny_runs import DIGITS, assert_same_run, checkpoints, folder_words, make_images, metrics, run, state
 
 from maekit import cli
@@ -238,7 +238,10 @@ def read_hangs(patch: pytest.MonkeyPatch, part: int, seconds: float = 60) -> Non
     before_call(patch, pretrain, "open_parts", 1, lambda: patch.setenv("TEST_HANGS", "1"))
 
 
-@pytest.mark.parametrize(("workers", "part", "done"), [(0, 2, 1), (2, 2, 1), (0, 3, 1), (2, 5, 2)])
+@pytest.mark.parametrize(
+    ("workers", "part", "done"),
+    [(0, 2, 1), pytest.param(2, 2, 1, marks=NEEDS_FORK), (0, 3, 1), pytest.param(2, 5, 2, marks=NEEDS_FORK)],
+)
 def test_data_that_do_not_come(
     workers: int, part: int, done: int, streamed: tuple[list[str], Path], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

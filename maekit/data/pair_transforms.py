@@ -7,7 +7,6 @@ Legend: B batch, C channels, H x W pixels; image values are uint8 in 0..255, or 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -27,7 +26,7 @@ from maekit.data.annotations import VOID
 from maekit.data.order import Ids
 from maekit.data.pair_parts import PairPart
 from maekit.data.pixels import BadImage, Pixels
-from maekit.data.workers import WorkerStart
+from maekit.data.workers import worker_options
 from maekit.seeding import sample_generators
 
 _REPLACEMENTS = 100
@@ -210,11 +209,10 @@ def train_batches(
     loader: DataLoader[Any] = DataLoader(
         _Augmented(part, plan, seed, allowed),
         batch_sampler=_Once(shares),
-        num_workers=workers,
         collate_fn=_collate,
         # its own: a loader draws a seed when it starts, and a resumed run has started more of them
         generator=torch.Generator(),
-        worker_init_fn=WorkerStart(os.getpid()),
+        **worker_options(workers),
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
     )
@@ -231,10 +229,9 @@ def whole_pairs(part: PairPart, ids: Sequence[int] | Ids, *, workers: int) -> It
         _Whole(part),
         batch_size=None,
         sampler=[int(i) for i in ids],
-        num_workers=workers,
         collate_fn=_as_it_is,
         generator=torch.Generator(),
-        worker_init_fn=WorkerStart(os.getpid()),
+        **worker_options(workers),
         prefetch_factor=4 if workers else None,
     )
     yield from loader

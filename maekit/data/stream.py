@@ -6,7 +6,6 @@ Shapes: B batch, C channels, H x W pixels in, S x T pixels out, N images.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -23,7 +22,7 @@ from maekit.data.order import Batch, Ids, sides
 from maekit.data.parts import Part
 from maekit.data.pixels import Window
 from maekit.data.transforms import Crops, Draws, apply_to_window, centre_crops, draw_crops, place_crop, wanted
-from maekit.data.workers import WorkerStart
+from maekit.data.workers import worker_options
 from maekit.runtime import to_device
 from maekit.seeding import own_generators
 
@@ -75,11 +74,10 @@ class StreamPool:
         loader: DataLoader[Any] = DataLoader(
             Decoder(self.part, self.config, self.heldout_N, self.augment),
             batch_sampler=_Once(keys),
-            num_workers=self.workers,
             collate_fn=collate,
             # its own: a loader draws a seed when it starts, and a resumed run has started more of them
             generator=torch.Generator(),
-            worker_init_fn=WorkerStart(os.getpid()),
+            **worker_options(self.workers),
             pin_memory=self.device.type == "cuda",
             prefetch_factor=self._prefetched(images) if self.workers else None,
         )

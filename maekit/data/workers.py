@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import multiprocessing.context
 import os
 import signal
 import sys
@@ -32,6 +33,22 @@ def choose_workers(requested: int | None, local_processes: int) -> Choice[int]:
 def available_cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def start_context() -> multiprocessing.context.BaseContext:
+    """How processes are started: as Python does it here, but forked from this one where a server would fork them.
+
+    Such a server (on Linux by default from Python 3.14 on) ends at the first SIGTERM to the process group, and takes
+    its workers along in the middle of a step; and a worker would have another parent than the one it decodes for.
+    """
+    method = multiprocessing.get_start_method()
+    return multiprocessing.get_context("fork" if method == "forkserver" else method)
+
+
+def worker_options(workers: int) -> dict[str, Any]:
+    """What a DataLoader is told of its processes."""
+    context = start_context() if workers else None
+    return {"num_workers": workers, "worker_init_fn": WorkerStart(os.getpid()), "multiprocessing_context": context}
 
 
 class WorkerStart:
@@ -69,9 +86,8 @@ def in_order(
         yield from ((chunk, work(part, chunk)) for chunk in chunks)
         return
     waiting: deque[tuple[range, Future[Result]]] = deque()
-    context = multiprocessing.get_context()
     others = multiprocessing.active_children()
-    with ProcessPoolExecutor(workers, context, _start, (part, work, os.getpid())) as pool:
+    with ProcessPoolExecutor(workers, start_context(), _start, (part, work, os.getpid())) as pool:
         try:
             for chunk in chunks:
                 waiting.append((chunk, pool.submit(_do, chunk)))

@@ -38,7 +38,7 @@ from maekit.data.centres import Centres, collate_centres
 from maekit.data.features import Chunk, is_done, make_schema, merge, read_chunks, write_chunk
 from maekit.data.parts import Part
 from maekit.data.sources import Source, choose_parts, open_source
-from maekit.data.workers import WorkerStart, choose_workers
+from maekit.data.workers import choose_workers, worker_options
 from maekit.models.encoder import use_fused_attention
 from maekit.models.mae import MaskedAutoencoder
 from maekit.runtime import choose_attention, choose_device, choose_precision, to_device
@@ -241,9 +241,8 @@ def write_chunks(
     loader: DataLoader[Any] = DataLoader(
         Centres(part, encoder.model.config.size_hw, passport.interpolation, passport.crop_pct),
         batch_sampler=batches,
-        num_workers=workers,
         collate_fn=collate_centres,
-        worker_init_fn=WorkerStart(os.getpid()),
+        **worker_options(workers),
         pin_memory=encoder.device.type == "cuda",
     )
     arrivals = iter(loader)

@@ -38,7 +38,7 @@ from maekit.data.centres import Centres, collate_centres
 from maekit.data.labelled import class_map
 from maekit.data.parts import Part
 from maekit.data.sources import choose_parts, open_source
-from maekit.data.workers import WorkerStart, choose_workers
+from maekit.data.workers import choose_workers, worker_options
 from maekit.keeping import keeping
 from maekit.models.classifier import Classifier
 from maekit.models.encoder import use_fused_attention
@@ -198,9 +198,8 @@ def predictions(
     loader: DataLoader[Any] = DataLoader(
         Centres(part, model.config.size_hw, model.passport.interpolation, model.passport.crop_pct),
         batch_sampler=[list(range(start, min(start + config.batch_size, len(part)))) for start in starts],
-        num_workers=choose_workers(config.workers, 1).value,
         collate_fn=collate_centres,
-        worker_init_fn=WorkerStart(os.getpid()),
+        **worker_options(choose_workers(config.workers, 1).value),
         pin_memory=device.type == "cuda",
     )
     names = part.class_names or []

@@ -17,10 +17,10 @@ from rich.markup import escape
 
 from maekit import recipes
 from maekit.config import PretrainConfig, ReportConfig, UserError
+from maekit.environment import own_version
 from maekit.keeping import keeping
 from maekit.report.folder import RunFolder, read_run
 from maekit.report.page import Asked, page
-from maekit.runtime import own_version
 from maekit.terminal import make_console
 from maekit.training.saving import write_whole
 
