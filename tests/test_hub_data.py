@@ -24,6 +24,7 @@ from PIL import Image
 from maekit import cli
 from maekit.config import UserError
 from maekit.data import hub, hub_files
+from maekit.data.pairs import open_pairs
 from maekit.data.sources import lasting, open_source, short_name
 
 __all__ = ["stand_in"]
@@ -315,6 +316,54 @@ def test_annotations_of_the_hub(stand_in: Hub, capsys: pytest.CaptureFixture[str
     assert cli.main(["check-data", "--data", "hub:me/masks"]) == 0
     said = capsys.readouterr().out
     assert "annotations of train, 4, shares of the pixels: class 1 (value 1) 50.0%, class 2 (value 2) 50.0%" in said
+
+
+RUN = (
+    "--batch-size 8 --log-every 2 --eval-every 1 --probe-every 0 --panel-every 0 --device cpu --precision fp32 "
+    "--compile off --img-size 8 --patch-size 4 --embed-dim 16 --depth 1 --num-heads 2 --decoder-dim 16 "
+    "--decoder-depth 1 --decoder-heads 2 --warmup-epochs 0 --workers 0"
+).split()
+
+
+def test_a_run_goes_on_with_its_commit(
+    stand_in: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the hub has moved on, and without a network; the newer commit is refused as other images."""
+    commit = stand_in.push("them/pets", simple())
+    run = str(tmp_path / "run")
+    words = ["pretrain", "folder", "--data", "hub:them/pets/plain_text", "--out", run, *RUN]
+    assert cli.main([*words, "--epochs", "1"]) == 0
+    assert json.loads((tmp_path / "run/config.json").read_text())["data"] == f"hub:them/pets@{commit}/plain_text"
+    stand_in.push("them/pets", {"plain_text/train.parquet": table(18, 70)})
+    forget()
+    assert cli.main(["resume", run, "--epochs", "3", "--data", "hub:them/pets/plain_text"]) == 2
+    assert "not the images that this run was trained on" in capsys.readouterr().err
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    forget()
+    assert cli.main(["resume", run, "--epochs", "2"]) == 0
+    out = str(tmp_path / "features.npz")
+    part = f"hub:them/pets@{commit}/plain_text/test-00000-of-00001.parquet"
+    assert cli.main(["embed", run, "--data", part, "--out", out, "--device", "cpu"]) == 0
+    assert len(np.load(out)["features"]) == 4
+
+
+def test_segmentation_of_the_hub(stand_in: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Parquet with two columns of images, and folders of images beside folders of masks with names of classes."""
+    commit = stand_in.push("me/masks", {"data/train-0.parquet": table(8, mask=True), "classes.txt": b"sky\nsea\n"})
+    run = tmp_path / "segmented"
+    words = ["--steps", "2", "--batch-size", "2", "--head", "linear", "--device", "cpu", "--workers", "0"]
+    given = ["segment", "random:vit_tiny_patch16_224", "--data", "hub:me/masks", "--out", str(run), "--img-size", "32"]
+    assert cli.main([*given, *words]) == 0, capsys.readouterr().err
+    assert json.loads((run / "config.json").read_text())["data"] == f"hub:me/masks@{commit}"
+    assert json.loads((run / "card.json").read_text())["data"] == "masks"
+    files = {f"{side}/{i}.png": picture(i) for side in ("images",) for i in range(4)}
+    flat = io.BytesIO()
+    Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16) % 2 + 1).save(flat, "PNG")
+    files |= {f"masks/{i}.png": flat.getvalue() for i in range(4)}
+    stand_in.push("me/folders", {**files, "classes.txt": b"sky\nsea\n"})
+    pairs = open_pairs("hub:me/folders")
+    assert (pairs.name, len(pairs.train), pairs.class_names) == ("folders", 4, ["sky", "sea"])
+    assert len(open_source("hub:me/folders").train) == 4, "masks are no images to train on"
 
 
 def test_names_for_folders() -> None:

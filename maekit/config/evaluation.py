@@ -17,7 +17,8 @@ class ProbeConfig(SourceConfig):
     """
 
     data: str
-    """Labelled images: a known name, a folder with one folder per class, or a Parquet file or folder."""
+    """Labelled images: a known name, a folder with one folder per class, a Parquet file or folder, or
+    hub:OWNER/NAME."""
     out: str | None = None
     """Folder for card.json and card.png. Default: probe-NAME, in the run's folder if the only source is a run; the
     protocols paper and keras have one of their own, such as probe-NAME-paper. An earlier card in it that says something

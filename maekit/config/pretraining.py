@@ -18,8 +18,9 @@ class DataConfig:
     """Which images, and how they are read."""
 
     data: str = ""
-    """What to train on: photos, digits, cifar10, cifar100, a folder, a Parquet file or folder, a text file of paths, or
-    a CSV or TSV with a column of paths (file_name) and if you like of labels and parts (split). Labels are not needed.
+    """What to train on: photos, digits, cifar10, cifar100, a folder, a Parquet file or folder, a text file of paths, a
+    CSV or TSV with a column of paths (file_name) and if you like of labels and parts (split), or a data set of the
+    Hugging Face hub: hub:OWNER/NAME, with @REVISION or /CONFIGURATION behind if need be. Labels are not needed.
     Where there are parts (train/, val/, test/), only the training part is trained on."""
     out: str = ""
     """Folder of the run. It must not hold another run. Default: runs/RECIPE."""
@@ -249,7 +250,10 @@ class PretrainConfig(ModelConfig, DataConfig):
         found += self._choice_problems() + duration_problems(self) + self._decoder_problems()
         found += compile_problems(self.compile, self.accum)
         if not self.data:
-            found.append("--data is missing: a folder of images, a Parquet file, a text file of paths, or a known name")
+            found.append(
+                "--data is missing: a folder of images, a Parquet file, a text file of paths, hub:OWNER/NAME, or a "
+                "known name"
+            )
         if not 0 <= self.mask_ratio <= MAX_MASK_RATIO:
             found.append(f"--mask-ratio {self.mask_ratio:g}: must lie between 0 and {MAX_MASK_RATIO}")
         if not 0 < self.crop_pct <= 1:

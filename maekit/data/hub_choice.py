@@ -204,7 +204,9 @@ def _images(seen: Files, base: str) -> Choice:
 
 
 def _images_below(seen: Files, base: str) -> list[str]:
-    return sorted(path for path in seen if path.startswith(base) and (_is_image(path) or _base(path) in BESIDE))
+    """And what readers look for beside them, the lists of Pascal VOC too."""
+    found = {path for path in seen if _is_image(path) or _base(path) in BESIDE or "ImageSets/Segmentation/" in path}
+    return sorted(path for path in found if path.startswith(base))
 
 
 def _configurations(card: Mapping[str, Any], seen: Files) -> list[_Configuration]:
