@@ -18,6 +18,7 @@ HABITS: dict[str, str] = {
     "data_path": "--data",
     "train_dir": "--data",
     "dataset_name": "--data hub:OWNER/NAME",
+    "dataset_config_name": "--data hub:OWNER/NAME/CONFIGURATION",
     "output_dir": "--out",
     "accum_iter": "--accum, and --batch-size counts all processes and accumulation steps",
     "gradient_accumulation_steps": "--accum, and --batch-size counts all processes and accumulation steps",

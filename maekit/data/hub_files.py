@@ -156,6 +156,8 @@ def _counter(shared: _Shared) -> Any:
     bar: Any = importlib.import_module("tqdm.auto").tqdm  # the client needs it too
 
     class Counter(bar):  # type: ignore[misc]
+        monitor_interval = 0  # no thread that watches it
+
         def __init__(self, *given: Any, **named: Any) -> None:
             named.pop("name", None)
             super().__init__(*given, **{**named, "disable": True})
