@@ -105,20 +105,16 @@ def test_what_the_cache_holds_needs_no_network(stand_in: Hub, monkeypatch: pytes
         open_source("hub:them/others")
 
 
-def test_without_our_list_the_cache_is_looked_through(
-    stand_in: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Downloaded by another tool; the client's own list of files, where it keeps one, is gone too."""
+def test_without_our_list_the_cache_is_looked_through(stand_in: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Downloaded by another tool; and by a client that keeps no list of files, as the older ones."""
     commit = stand_in.push("them/pets", simple())
     folder = Path(huggingface_hub.snapshot_download("them/pets", repo_type="dataset", endpoint=stand_in.address))
-    for place in (tmp_path / "lists", folder.parents[1] / "trees"):
-        for file in place.rglob("*.json"):
-            file.unlink()
+    monkeypatch.setattr(huggingface_hub, "get_cached_repo_tree", None, raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert len(open_source("hub:them/pets").train) == 18
     forget()
     (folder / "plain_text/train-00001-of-00002.parquet").unlink()
-    with pytest.raises(UserError, match="the cache does not hold"):
+    with pytest.raises(UserError, match="the cache does not hold it"):
         open_source(f"hub:them/pets@{commit}")
 
 
