@@ -137,12 +137,12 @@ def greatest(accelerator: Accelerator, *numbers: float) -> list[float]:
     import torch
 
     values = torch.tensor(numbers, dtype=torch.float64)
-    torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, group=_host_group())
+    torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, group=host_group())
     return [float(value) for value in values]
 
 
 @functools.cache
-def _host_group() -> Any:
+def host_group() -> Any:
     """The processes as a group that exchanges tensors in the hosts' memory; None for the default group if it does."""
     import torch
 

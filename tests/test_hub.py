@@ -5,19 +5,14 @@ The client is the real one; nothing here leaves the loopback interface.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 import torch
 from conftest import tiny_config
+from fake_hub import Hub, stand_in
 from safetensors.torch import save_file
 
 from maekit import cli
@@ -25,154 +20,9 @@ from maekit.config import UserError
 from maekit.weights import hub
 from maekit.weights.store import load, random_model
 
+__all__ = ["stand_in"]
+
 huggingface_hub: Any = pytest.importorskip("huggingface_hub")
-
-TOKEN = "hf_of_the_test"
-
-
-class Hub:
-    """What the stand-in holds: repositories with files, large objects, and the requests that came."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, dict[str, bytes]] = {}
-        self.private: set[str] = set()
-        self.objects: dict[str, bytes] = {}
-        self.commits: list[dict[str, Any]] = []
-        self.asked: list[str] = []
-        self.address = ""
-
-    def commit(self, repo: str) -> str:
-        return hashlib.sha1(repr(sorted(self.files[repo].items())).encode()).hexdigest()
-
-    def post(self, path: str, body: bytes) -> Any:
-        """The answer to a POST as a JSON value."""
-        if path == "/api/validate-yaml":
-            return {"errors": [], "warnings": []}
-        if path.endswith("/info/lfs/objects/batch"):
-            wanted = json.loads(body)["objects"]
-            return {
-                "transfer": "basic",
-                "objects": [
-                    {**one, "actions": {"upload": {"href": f"{self.address}/put/{one['oid']}"}}} for one in wanted
-                ],
-            }
-        if path == "/api/repos/create":
-            asked = json.loads(body)
-            repo = f"{asked['organization']}/{asked['name']}"
-            if repo not in self.files:
-                self.files[repo] = {}
-                self.private |= {repo} if asked.get("private") or asked.get("visibility") == "private" else set()
-            return {"url": f"{self.address}/{repo}"}
-        repo = "/".join(path.split("/")[3:5])
-        if "/preupload/" in path:
-            files = [{"path": one["path"], "shouldIgnore": False} for one in json.loads(body)["files"]]
-            for one in files:
-                one["uploadMode"] = "lfs" if one["path"].endswith(".safetensors") else "regular"
-            return {"files": files}
-        assert "/commit/" in path, path
-        for line in body.splitlines():
-            entry = json.loads(line)
-            value = entry["value"]
-            if entry["key"] == "header":
-                self.commits.append(value)
-            elif entry["key"] == "file":
-                self.files[repo][value["path"]] = base64.b64decode(value["content"])
-            else:
-                assert entry["key"] == "lfsFile"
-                self.files[repo][value["path"]] = self.objects[value["oid"]]
-        oid = self.commit(repo)
-        return {"success": True, "commitUrl": f"{self.address}/{repo}/commit/{oid}", "commitOid": oid}
-
-
-class Handler(BaseHTTPRequestHandler):
-    """HTTP over a Hub, which hangs on the server."""
-
-    @property
-    def hub(self) -> Hub:
-        return self.server.hub  # type: ignore[attr-defined]
-
-    def log_message(self, *_: Any) -> None:
-        """Silence."""
-
-    def body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        found = b""
-        while size := int(self.rfile.readline(), 16):
-            found += self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-        return found
-
-    def answer(self, status: int, data: bytes = b"", **headers: str) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
-
-    def allowed(self) -> bool:
-        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
-
-    def do_POST(self) -> None:
-        path, body = urlsplit(self.path).path, self.body()
-        self.hub.asked.append(f"POST {path}")
-        if not self.allowed():
-            self.answer(401, b'{"error": "Invalid credentials"}')
-            return
-        self.answer(200, json.dumps(self.hub.post(path, body)).encode(), Content_Type="application/json")
-
-    def do_PUT(self) -> None:
-        data = self.body()
-        oid = self.path.rsplit("/", 1)[1]
-        self.hub.asked.append(f"PUT {oid}")
-        assert hashlib.sha256(data).hexdigest() == oid
-        self.hub.objects[oid] = data
-        self.answer(200)
-
-    def do_GET(self) -> None:
-        """/owner/name/resolve/revision/file"""
-        if self.path.startswith("/api/"):  # whether a repository is there that may not be made
-            self.answer(401 if not self.allowed() else 404)
-            return
-        owner, name, verb, revision, file = urlsplit(self.path).path[1:].split("/", 4)
-        repo = f"{owner}/{name}"
-        self.hub.asked.append(f"{self.command} {file}")
-        if verb != "resolve" or repo not in self.hub.files or (repo in self.hub.private and not self.allowed()):
-            self.answer(404, X_Error_Code="RepoNotFound")
-        elif revision not in ("main", self.hub.commit(repo)):
-            self.answer(404, X_Error_Code="RevisionNotFound")
-        elif file not in self.hub.files[repo]:
-            self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=self.hub.commit(repo))
-        else:
-            data = self.hub.files[repo][file]
-            etag = f'"{hashlib.sha256(data).hexdigest()}"'
-            self.answer(200, data, ETag=etag, X_Repo_Commit=self.hub.commit(repo))
-
-    do_HEAD = do_GET
-
-
-@pytest.fixture
-def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub on this machine, which the client takes for the real one."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    found = Hub()
-    found.address = f"http://127.0.0.1:{server.server_address[1]}"
-    server.hub = found  # type: ignore[attr-defined]
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    monkeypatch.setenv("HF_ENDPOINT", found.address)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)  # the hub's other way of large files
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"), raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    yield found
-    server.shutdown()
-    server.server_close()
 
 
 def make_run(folder: Path, **changes: Any) -> Path:

@@ -17,13 +17,13 @@ from torch import Tensor
 from weight_files import WHOLE, assert_close, said_for
 
 from maekit.config import SourceConfig, UserError
+from maekit.hub import offline_at_once
 from maekit.models.encoder import sincos_positions
 from maekit.models.mae import MaskedAutoencoder
 from maekit.models.masking import make_masks
 from maekit.weights import facts
 from maekit.weights.files import Raw
 from maekit.weights.foreign import Hints, Material, identify
-from maekit.weights.hub import offline_at_once
 from maekit.weights.sources import gather
 from maekit.weights.store import load, require_decoder
 
@@ -228,11 +228,11 @@ def test_a_missing_network_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.delenv(name, raising=False)
     constants: Any = huggingface_hub.constants
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("maekit.weights.hub.socket.getaddrinfo", unknown_host)
+    monkeypatch.setattr("maekit.hub.socket.getaddrinfo", unknown_host)
     with offline_at_once():
         assert constants.HF_HUB_OFFLINE
     assert not constants.HF_HUB_OFFLINE
-    monkeypatch.setattr("maekit.weights.hub.socket.getaddrinfo", lambda *_: [])
+    monkeypatch.setattr("maekit.hub.socket.getaddrinfo", lambda *_: [])
     with offline_at_once():
         assert not constants.HF_HUB_OFFLINE
 

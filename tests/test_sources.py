@@ -290,7 +290,7 @@ def test_what_cannot_be_data_is_explained(tmp_path: Path) -> None:
     assert "did you mean cifar10" in problem("cifar-10")
     assert "no such file or folder" in problem(tmp_path / "nowhere")
     assert "photos" in problem(tmp_path / "nowhere")
-    assert "hf download uoft-cs/cifar10 --repo-type dataset" in problem("uoft-cs/cifar10")
+    assert "on the Hugging Face hub: --data hub:uoft-cs/cifar10" in problem("uoft-cs/cifar10")
     (tmp_path / "one.png").write_bytes(png())
     assert "one image" in problem(tmp_path / "one.png")
     (tmp_path / "x.zip").write_bytes(b"PK")

@@ -18,7 +18,7 @@ class CheckDataConfig(PairsConfig):
 
     data: str
     """What to read: a known name, a folder, a Parquet file or folder, a .tar or .zip or a folder of them, a text file
-    of paths, or a CSV of paths and labels."""
+    of paths, a CSV of paths and labels, or a data set of the Hugging Face hub, hub:OWNER/NAME."""
     in_chans: int = 3
     """Channels of the model to come. With 3, grayscale images are replicated."""
     label_column: str | None = None
@@ -35,7 +35,7 @@ class PackConfig:
 
     data: str
     """What to pack: a known name, a folder, a Parquet file or folder, a .tar or .zip or a folder of them, a text file
-    of paths, or a CSV of paths and labels."""
+    of paths, a CSV of paths and labels, or a data set of the Hugging Face hub, hub:OWNER/NAME."""
     out: str
     """Folder for the shards; it must not exist, or be empty. It appears whole, when all is written."""
     size: int = 256

@@ -18,7 +18,7 @@ class ProbeConfig(SourceConfig):
 
     data: str
     """Labelled images: a known name, a folder with one folder per class, a .tar or .zip of such a folder, WebDataset's
-    shards with .cls files, or a Parquet file or folder."""
+    shards with .cls files, a Parquet file or folder, or hub:OWNER/NAME."""
     out: str | None = None
     """Folder for card.json and card.png. Default: probe-NAME, in the run's folder if the only source is a run; the
     protocols paper and keras have one of their own, such as probe-NAME-paper. An earlier card in it that says something

@@ -254,7 +254,8 @@ class PredictConfig(SourceConfig):
 
     data: str = ""
     """What to look at: a folder, a Parquet file or folder, a .tar or .zip or a folder of them, a text file or CSV of
-    paths, or a known name. Where it has labels of the classifier's classes, the accuracy is told too."""
+    paths, a known name, or hub:OWNER/NAME. Where it has labels of the classifier's classes, the accuracy is told
+    too."""
     out: str = "predictions.parquet"
     """File to write; its ending says which form: .parquet or .csv."""
     part: Literal["train", "val", "test", "all"] = "all"

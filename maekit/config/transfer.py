@@ -13,8 +13,8 @@ class EmbedConfig(SourceConfig):
     """Write the features of every image to a file, in the order of the data. An interrupted call continues."""
 
     data: str
-    """Images: a known name, a folder, a Parquet file or folder, a .tar or .zip or a folder of them, or a text file or
-    CSV of paths. Labels are taken along."""
+    """Images: a known name, a folder, a Parquet file or folder, a .tar or .zip or a folder of them, a text file or CSV
+    of paths, or hub:OWNER/NAME. Labels are taken along."""
     out: str
     """File to write, .parquet or .npz. It appears when it is complete; until then the work lies in OUT.partial."""
     pool: Literal["cls", "mean", "tokens"] = "mean"

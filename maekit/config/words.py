@@ -17,7 +17,8 @@ PAGE = "docs/coming-from.md has the flags of other codes in ours"
 HABITS: dict[str, str] = {
     "data_path": "--data",
     "train_dir": "--data",
-    "dataset_name": "--data: a folder, after hf download",
+    "dataset_name": "--data hub:OWNER/NAME",
+    "dataset_config_name": "--data hub:OWNER/NAME/CONFIGURATION",
     "output_dir": "--out",
     "accum_iter": "--accum, and --batch-size counts all processes and accumulation steps",
     "gradient_accumulation_steps": "--accum, and --batch-size counts all processes and accumulation steps",

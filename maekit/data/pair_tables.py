@@ -17,23 +17,30 @@ from maekit.data.images import IMAGE_SUFFIXES
 from maekit.data.lists import PART_COLUMNS, PATH_COLUMNS, find_column, read_rows
 from maekit.data.pair_files import PATTERNS_HELP, pair_part
 from maekit.data.pair_parts import PairPart
-from maekit.data.parquet import TablePart, by_part, described, find_files, holds_encoded, image_columns
+from maekit.data.parquet import TablePart, described, find_files, holds_encoded, image_columns, sorted_files
 from maekit.data.parts import FilePart, part_of, printable
 
 _ANNOTATION_COLUMNS = ("annotation", "annotations", "label", "labels", "mask", "masks", "segmentation", "semantic_mask")
 _PATH_COLUMNS = (*_ANNOTATION_COLUMNS, "mask_path", "annotation_path", "label_path")
 
 
-def open_tables(root: str, shown: str, columns: tuple[str | None, str | None], in_chans: int) -> dict[str, PairPart]:
-    """Parts of Parquet files with a column of images and a column of annotations."""
-    files = find_files(root, shown) if os.path.isdir(root) else [root] if root.lower().endswith(".parquet") else []
+def open_tables(
+    root: str,
+    shown: str,
+    columns: tuple[str | None, str | None],
+    in_chans: int,
+    given: dict[str, list[str]] | None = None,
+) -> dict[str, PairPart]:
+    """Parts of Parquet files with a column of images and a column of annotations: of those `given`, or in `root`."""
+    files: list[str] | dict[str, list[str]]
+    files = given or (find_files(root, shown) if os.path.isdir(root) else [root] if _is_parquet(root) else [])
     if not files:
         raise UserError(
             f"--data {shown}: no annotations are found: neither images/ and masks/ (or annotations/, labels/), also "
             "below train/ and val/, nor train/ and train_masks/, nor files a.jpg and a_mask.png, nor Parquet; for "
             f"another layout, {PATTERNS_HELP}"
         )
-    parts = {"train": files} if len(files) == 1 else by_part(files, shown)
+    parts = sorted_files(files, shown)
     try:
         image, annotation = _two_columns(pq.ParquetFile(parts["train"][0]).schema_arrow, columns, shown)
         opened = {
@@ -53,14 +60,19 @@ def open_tables(root: str, shown: str, columns: tuple[str | None, str | None], i
     return {part: pairs for part, pairs in opened.items() if len(pairs)}
 
 
-def names_annotations(path: str, shown: str) -> bool:
+def _is_parquet(path: str) -> bool:
+    return path.lower().endswith(".parquet")
+
+
+def names_annotations(path: str, shown: str, given: dict[str, list[str]] | None = None) -> bool:
     """Whether a table or Parquet seems to have a column of annotations: by its heading and first row, or its schema."""
     if path.lower().endswith((".csv", ".tsv")):
         rows = read_rows(os.fsencode(path), shown)
         column = find_column(next(rows, []), None, _PATH_COLUMNS, "", shown)
         first = next(rows, [])
         return column is not None and len(first) > column and first[column].lower().endswith(tuple(IMAGE_SUFFIXES))
-    files = find_files(path, shown) if os.path.isdir(path) else [path] if path.lower().endswith(".parquet") else []
+    files = given["train"] if given else find_files(path, shown) if os.path.isdir(path) else []
+    files = [path] if _is_parquet(path) and os.path.isfile(path) else files
     try:
         return bool(files) and len(image_columns(pq.ParquetFile(files[0]).schema_arrow)) > 1
     except (OSError, pa.ArrowException):

@@ -6,6 +6,7 @@
 - Two patterns with one {} each, which stands for the name that both share, slashes included:
   "leftImg8bit/{}_leftImg8bit.png" and "gtFine/{}_gtFine_labelIds.png". Parts by the name's first folder (train, val),
   or by {part} in both.
+- A data set of the hub in one of these forms.
 
 Numbers on disk and class ids in memory (annotations.py): with `void` 0, the value 1 is class 0 and the first line of
 the class file; with another void, such as 255, or none, the value 0 is class 0 and the first line. Annotations that are
@@ -25,6 +26,7 @@ from maekit.config import UserError
 from maekit.config.segmentation import PairsConfig
 from maekit.data.annotations import VOID, Numbering
 from maekit.data.archive_trees import refuse_archives
+from maekit.data.hub import fetch, hub_hint, is_hub
 from maekit.data.pair_classes import Asked, name_classes
 from maekit.data.pair_layouts import find_sides, open_layout
 from maekit.data.pair_parts import PairPart, PartCheck, Progress, check_parts, complain, count_values
@@ -102,11 +104,13 @@ def open_pairs(
             one class only.
     """
     shown = printable(spec)
-    root = os.path.expanduser(spec)
+    local = fetch(spec) if is_hub(spec) else None
+    root = os.path.expanduser(spec) if local is None else local.root
     if not spec or not os.path.exists(root):
-        raise UserError(f"--data {shown}: no such file or folder")
+        raise UserError(f"--data {shown}: no such file or folder{hub_hint(shown)}")
     refuse_archives(root, shown)
-    notes: list[str] = []
+    notes: list[str] = [] if local is None else list(local.notes)
+    tables = None if local is None else local.parts
     patterns = (image_pattern, annotation_pattern)
     columns = (image_column, annotation_column)
     if any(pattern is not None for pattern in patterns):
@@ -114,11 +118,11 @@ def open_pairs(
         _refuse_columns(columns, shown)
     elif os.path.splitext(root)[1].lower() in (".csv", ".tsv") and os.path.isfile(root):
         found = open_paths(root, shown, columns, in_chans)
-    elif os.path.isdir(root) and (sides := find_sides(root, shown)):
+    elif tables is None and os.path.isdir(root) and (sides := find_sides(root, shown)):
         found = open_layout(root, shown, sides, in_chans, notes)
         _refuse_columns(columns, shown)
     else:
-        found = open_tables(root, shown, columns, in_chans)
+        found = open_tables(root, shown, columns, in_chans, tables)
     if class_values is not None and not void_is_asked:
         void = None
     asked = Asked(void, void_is_asked or void != 0 or class_values is not None, class_values)
@@ -126,7 +130,9 @@ def open_pairs(
     names, numbering, assumed = name_classes(root, shown, classes, asked, count, found["train"], notes)
     for part in found.values():
         part.numbering = numbering
-    return Pairs(short_name(root), found["train"], found.get("val"), names, numbering, assumed, notes)
+    return Pairs(
+        short_name(root if local is None else spec), found["train"], found.get("val"), names, numbering, assumed, notes
+    )
 
 
 def open_checked(

@@ -177,7 +177,7 @@ def has_image_column(file: str, image_column: str | None) -> bool:
 
 
 def open_parquet(
-    files: list[str],
+    files: list[str] | dict[str, list[str]],
     spec: str,
     name: str,
     in_chans: int,
@@ -187,10 +187,12 @@ def open_parquet(
 ) -> Source:
     """Parquet files as a source; more than one file is sorted into parts by name, one file is the training part.
 
+    files: or the files of each part, 'train' among them.
+
     Raises:
         UserError: no Parquet, no image column, a column that does not exist or is of another kind, no training part.
     """
-    parts = {"train": files} if len(files) == 1 else by_part(files, spec)
+    parts = sorted_files(files, spec)
     try:
         schemas = {part: pq.ParquetFile(found[0]).schema_arrow for part, found in parts.items()}
         image = _image_column(schemas["train"], image_column, spec)
@@ -215,6 +217,22 @@ def open_parquet(
     return Source(name, opened["train"], rest.get("val"), rest.get("test"), empty=empty)
 
 
+def sorted_files(files: list[str] | dict[str, list[str]], spec: str) -> dict[str, list[str]]:
+    """Part -> files: as they are given, or by name; one file alone is the training part."""
+    if isinstance(files, dict):
+        return files
+    return {"train": files} if len(files) == 1 else by_part(files, spec)
+
+
+def part_by_name(file: str) -> str:
+    """The part that a file's name says, or its folder's; empty where neither does."""
+    words = re.findall("[a-z]+", os.path.splitext(os.path.basename(file))[0].lower())
+    said = [PART_WORDS[word] for word in words if word in PART_WORDS]
+    if len(set(said)) == 1 or (said and words[0] in PART_WORDS):
+        return said[0]
+    return PART_WORDS.get(os.path.basename(os.path.dirname(file)).lower(), "")
+
+
 def by_part(files: list[str], spec: str) -> dict[str, list[str]]:
     """Part -> files: by the word in a file's name (train-00000-of-00001, cifar-test), else by its folder's name.
 
@@ -222,11 +240,7 @@ def by_part(files: list[str], spec: str) -> dict[str, list[str]]:
     """
     parts: dict[str, list[str]] = {}
     for file in files:
-        words = re.findall("[a-z]+", os.path.splitext(os.path.basename(file))[0].lower())
-        said = [PART_WORDS[word] for word in words if word in PART_WORDS]
-        clear = len(set(said)) == 1 or (said and words[0] in PART_WORDS)
-        folder = os.path.basename(os.path.dirname(file)).lower()
-        parts.setdefault(said[0] if clear else PART_WORDS.get(folder, ""), []).append(file)
+        parts.setdefault(part_by_name(file), []).append(file)
     unnamed = parts.pop("", [])
     if unnamed and parts:
         raise UserError(

@@ -1,4 +1,6 @@
-"""Every form of `--data`: a known name, a folder, Parquet in the hub's schema, archives, a list or a table of paths."""
+"""Every form of `--data`: a known name, a folder, Parquet in the hub's schema, archives, a list or a table of paths, or
+a data set of the hub, of one of these forms.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,8 @@ from maekit.config import UserError, did_you_mean
 from maekit.data.archive_trees import find_archives, open_archive, open_archives
 from maekit.data.archives import is_archive
 from maekit.data.folders import holds_images, open_folder
+from maekit.data.hub import hub_hint, is_hub, open_hub, pinned
+from maekit.data.hub import short_name as hub_name
 from maekit.data.images import IMAGE_SUFFIXES
 from maekit.data.known import KNOWN, open_known
 from maekit.data.lists import open_list, open_table
@@ -33,12 +37,15 @@ def open_source(
     """
     if not spec:
         raise UserError(
-            "--data is empty: give a folder, a Parquet file, an archive, a list or table of paths, or a known name"
+            "--data is empty: give a folder, a Parquet file, an archive, a list or table of paths, hub:OWNER/NAME, or "
+            "a known name"
         )
     columns = {"--image-column": image_column, "--label-column": label_column}
     if spec in KNOWN:
         _refuse(columns, spec)
         return open_known(spec, in_chans)
+    if is_hub(spec):
+        return open_hub(spec, in_chans, image_column=image_column, label_column=label_column)
     path = os.path.expanduser(spec)
     shown = printable(spec)
     mode = _mode(path, shown)
@@ -86,7 +93,10 @@ def is_run(folder: str) -> bool:
 
 
 def lasting(spec: str) -> str:
-    """What `--data` must be where it is said again from another folder: the same known name, or an absolute path."""
+    """What `--data` must be where it is said again from another folder, or later: the same known name, an absolute
+    path, or a data set of the hub at its commit."""
+    if is_hub(spec):
+        return pinned(spec)
     path = os.path.expanduser(spec)
     return spec if spec in KNOWN or not os.path.exists(path) else os.path.abspath(path)
 
@@ -98,8 +108,7 @@ def _mode(path: str, shown: str) -> int:
         known = ", ".join(KNOWN)
         guess = did_you_mean(shown, KNOWN)
         hint = f"; {guess}" if guess.startswith("did") else ""
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", shown):
-            hint = f"; a data set on the Hugging Face hub: hf download {shown} --repo-type dataset --local-dir DIR"
+        hint = hub_hint(shown) or hint
         above = next((one for one in map(str, Path(path).parents) if os.path.isfile(one)), None)
         if above is not None:
             whole = "an archive is given whole, or unpacked" if is_archive(above) else "nothing lies below it"
@@ -113,6 +122,8 @@ def _mode(path: str, shown: str) -> int:
 
 def short_name(path: str) -> str:
     """The last part of the path without a file's suffix, in characters that suit any folder's name."""
+    if is_hub(path):
+        return hub_name(path)
     base = os.path.basename(os.path.realpath(path))
     base = base if os.path.isdir(path) else os.path.splitext(base)[0]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", base).strip("-.") or "data"

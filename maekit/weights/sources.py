@@ -15,6 +15,7 @@ import timm
 from safetensors import SafetensorError
 
 from maekit.config import SourceConfig, UserError, did_you_mean
+from maekit.hub import offline_at_once
 from maekit.models.encoder import EPS, plain_vit
 from maekit.weights import facts, heads, hub
 from maekit.weights.files import PICKLES, Raw, is_pickle, one_line, open_once, read, read_json, weights_in
@@ -325,7 +326,7 @@ def _from_timm(name: str, given: SourceConfig) -> Material:
     if not timm.is_model_pretrained(name):
         raise UserError(f"timm:{name}: timm has no pretrained weights of this name; {did_you_mean(name, known)}")
     try:
-        with hub.offline_at_once():
+        with offline_at_once():
             model: Any = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # the hub, the network and the disk raise what they like
         raise UserError(
