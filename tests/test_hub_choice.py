@@ -147,6 +147,24 @@ def test_what_is_neither_is_left_to_the_hubs_copy() -> None:
     assert what_is_there(archives) == "2 .png, 1 .zip"
 
 
+def test_shards_of_webdataset_and_archives_by_name() -> None:
+    shards = ["in-train-0000.tar", "in-train-0001.tar", "in-validation-0000.tar"]
+    files = listed("README.md", "sample.png", *shards)
+    configs = [{"config_name": "default", "data_files": [{"split": "train", "path": "in-train-*.tar"}]}]
+    for given in (None, configs):
+        assert chosen(files, configs=given) == Choice(tuple(shards), archives=True)
+    assert chosen(files, "in-train-0001.tar") == Choice((shards[1],), archives=True)
+    nested = listed("data/train-0.tar", "data/test-0.tar", "notes.txt")
+    assert chosen(nested).files == ("data/test-0.tar", "data/train-0.tar")
+    assert choose(listed("load.py", "a.tar"), {}, "", NAME) is None, "what a script unpacks"
+    assert choose(listed("a.tar", "b.tar.gz"), {}, "", NAME) is None, "one that cannot be read"
+    assert choose(listed("images.zip", "annotations.zip"), {}, "", NAME) is None
+    assert chosen(listed("images.zip", "annotations.zip"), "images.zip") == Choice(("images.zip",), archives=True)
+    assert "several folders of archives, each a configuration; choose --data hub:o/n/en" in refusal(
+        listed("en/0.tar", "fr/0.tar")
+    )
+
+
 def test_a_part_of_a_split_is_marked() -> None:
     files = listed("default/partial-train/0000.parquet", "default/test/0000.parquet")
     found = chosen(files)

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from archive_files import shard
 from fake_hub import Hub, stand_in
 from PIL import Image
 
@@ -167,6 +168,24 @@ def test_a_table_among_images(stand_in: Hub) -> None:
     assert (source.name, len(source.train), source.train.class_names) == ("listed-data-metadata", 4, ["x", "y"])
 
 
+def test_shards_of_webdataset(stand_in: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def sample(i: int) -> tuple[str, dict[str, bytes]]:
+        return f"{i:03d}", {"png": picture(i), "cls": b"%d" % (i % 2)}
+
+    of = {"x-train-0.tar": range(4), "x-train-1.tar": range(4, 10), "x-test-0.tar": range(20, 23)}
+    made = {name: shard(tmp_path / name, *map(sample, ids)).read_bytes() for name, ids in of.items()}
+    stand_in.push("my/shards", {"README.md": CARD, "sample.png": picture(0), **made})
+    source = open_source("hub:my/shards")
+    assert source.test is not None
+    assert source.train.labels is not None
+    assert (len(source.train), len(source.test), source.train.labels[:4].tolist()) == (10, 3, [0, 1, 0, 1])
+    assert (source.train.read(7) == np.array(Image.open(io.BytesIO(picture(7))))).all()
+    assert sorted(stand_in.downloads()) == ["x-test-0.tar", "x-train-0.tar", "x-train-1.tar"]
+    assert len(open_source("hub:my/shards/x-train-1.tar").train) == 6
+    with pytest.raises(UserError, match="pairs of images and annotations are read from files on disk only"):
+        open_pairs("hub:my/shards")
+
+
 def test_the_hubs_own_copy_of_other_forms(stand_in: Hub) -> None:
     stand_in.push("old/script", {"README.md": CARD, "script.py": b"evil()", "images.zip": b"zip"})
     with pytest.raises(UserError, match=r"\(1 \.md, 1 \.py, 1 \.zip\), and the hub has made no Parquet of it"):
@@ -198,7 +217,7 @@ def test_the_hubs_own_copy_of_other_forms(stand_in: Hub) -> None:
         ("hub:", "write hub:OWNER/NAME, hub:OWNER/NAME@REVISION"),
         ("hub:them/pets/../../etc", "write hub:OWNER/NAME"),
         ("hub:a b/c", "no name of a repository"),
-        ("hub:them/empty", "holds neither Parquet nor folders of images (1 .md)"),
+        ("hub:them/empty", "holds neither Parquet, WebDataset's shards nor folders of images (1 .md)"),
         ("them/pets", "no such file or folder, and not a known name"),
         ("them/pets", "a data set on the Hugging Face hub: --data hub:them/pets"),
         ("https://huggingface.co/datasets/them/pets/tree/main", "--data hub:them/pets"),

@@ -22,6 +22,7 @@ from typing import Any
 from rich.console import Console
 
 from maekit.config import UserError
+from maekit.data.archive_trees import open_archives
 from maekit.data.folders import open_folder
 from maekit.data.hub_choice import Choice, choose, what_is_there
 from maekit.data.hub_files import download, sized
@@ -83,6 +84,8 @@ class Local:
     """The folder of the images, the table, or the folder of all there is."""
     parts: dict[str, list[str]] | None
     """Parquet files of each part, if it is Parquet."""
+    archives: list[str]
+    """Archives, if it is these."""
     name: str
     notes: tuple[str, ...]
 
@@ -132,6 +135,8 @@ def open_hub(spec: str, in_chans: int, *, image_column: str | None = None, label
         source = open_table(root, shown, local.name, in_chans, **columns)
     elif given:
         raise UserError(f"{' and '.join(given)}: only for Parquet and tables, which --data {shown} is not")
+    elif local.archives:
+        source = open_archives(local.archives, local.root, shown, local.name, in_chans)
     elif os.path.isdir(root):
         source = open_folder(root, shown, local.name, in_chans)
     else:
@@ -152,7 +157,8 @@ def fetch(spec: str) -> Local:
         return os.path.join(folder, *path.split("/")) if path else str(folder)
 
     parts = choice.parts and {part: [local(path) for path in paths] for part, paths in choice.parts.items()}
-    return Local(local(choice.table or choice.root), parts, found.name, choice.notes)
+    archives = [local(path) for path in choice.files] if choice.archives else []
+    return Local(local(choice.table or choice.root), parts, archives, found.name, choice.notes)
 
 
 def _saying(found: Found) -> Any:
@@ -240,8 +246,10 @@ def _locate(address: Address) -> Found:
 
 
 def _converted(address: Address, sizes: dict[str, int], licence: str) -> Found:
-    """The hub's own copy in Parquet of a data set that holds neither Parquet nor folders of images."""
-    there = f"--data {address}: holds neither Parquet nor folders of images ({what_is_there(sizes)})"
+    """The hub's own copy in Parquet of a data set that holds neither Parquet, shards nor folders of images."""
+    there = (
+        f"--data {address}: holds neither Parquet, WebDataset's shards nor folders of images ({what_is_there(sizes)})"
+    )
     copy = replace(address, revision=CONVERTED)
     with offline_at_once(), _quietly(), explained(f"--data {copy.whole}", "it", "data set"):
         try:

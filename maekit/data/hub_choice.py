@@ -16,6 +16,7 @@ from typing import Any
 
 from maekit.config import UserError, did_you_mean
 from maekit.data.annotations import TABLES
+from maekit.data.archives import SUFFIXES
 from maekit.data.folders import METADATA
 from maekit.data.images import IMAGE_SUFFIXES
 from maekit.data.parquet import part_by_name
@@ -35,10 +36,12 @@ _SHOWN = 12
 
 @dataclass(frozen=True)
 class Choice:
-    """What is read: `parts` of Parquet files, or a `table` of paths, or the images below `root`."""
+    """What is read: `parts` of Parquet files, `archives`, a `table` of paths, or the images below `root`."""
 
     files: tuple[str, ...]
     """All that is needed."""
+    archives: bool = False
+    """Whether the files are archives: WebDataset's shards, or one that was asked for by its name."""
     parts: dict[str, list[str]] | None = None
     table: str = ""
     root: str = ""
@@ -107,6 +110,8 @@ def _named(seen: Files, found: list[_Configuration], inside: str, shown: str) ->
     if inside in seen and _suffix(inside) in _TABLES:
         images = _images_below(seen, head + "/" if head else "")
         return Choice(tuple({inside, *images}), table=inside)
+    if inside in seen and _suffix(inside) in SUFFIXES:
+        return Choice((inside,), archives=True)
     if inside in seen:
         kind = "one image; give its folder" if _is_image(inside) else f"a {_suffix(inside) or 'nameless'} file"
         raise UserError(
@@ -148,7 +153,7 @@ def _by_names(seen: Files, base: str, shown: str) -> Choice | None:
     images = [path for path in paths if _is_image(path)]
     tables, archives = [path for path in paths if _is_parquet(path)], [path for path in paths if _is_archive(path)]
     in_tables, in_images, in_archives = (sum(seen[path] for path in some) for some in (tables, images, archives))
-    tables = _tables_below(tables, base, shown) if in_tables >= in_images else []
+    tables = _shards_below(tables, base, shown, "Parquet files") if in_tables >= in_images else []
     if tables:
         parts: dict[str, list[str]] = {}
         for path in tables:
@@ -162,13 +167,16 @@ def _by_names(seen: Files, base: str, shown: str) -> Choice | None:
         return _sorted(seen, parts, stems, left, shown)
     # A few pictures beside archives, as in a README, are no data set; nor are those of a script that fetches others.
     script = not base and any(_suffix(path) == ".py" and "/" not in path for path in seen)
-    if not images or (not base and (in_archives > in_images or script)):
-        return None
-    return _images(seen, base)
+    if images and (base or not (in_archives > in_images or script)):
+        return _images(seen, base)
+    # Tars are WebDataset's shards; a zip is as likely what a script unpacks, or the annotations.
+    if archives and not script and all(_suffix(path) == ".tar" for path in archives):
+        return Choice(tuple(_shards_below(archives, base, shown, "archives")), archives=True)
+    return None
 
 
-def _tables_below(tables: list[str], base: str, shown: str) -> list[str]:
-    """Parquet files in a folder itself, in its data/, in folders named by split, or in one other folder.
+def _shards_below(tables: list[str], base: str, shown: str, what: str) -> list[str]:
+    """Files (`what` in words) in a folder itself, in its data/, in folders named by split, or in one other folder.
 
     Raises:
         UserError: several other folders, each a configuration.
@@ -183,8 +191,8 @@ def _tables_below(tables: list[str], base: str, shown: str) -> list[str]:
             return found
     others = sorted({top for top in tops.values() if top not in splits})
     if len(others) > 1:
-        raise _several([base + other for other in others], shown, "folders of Parquet files, each a configuration")
-    return _tables_below(tables, f"{base}{others[0]}/", shown) if others else []
+        raise _several([base + other for other in others], shown, f"folders of {what}, each a configuration")
+    return _shards_below(tables, f"{base}{others[0]}/", shown, what) if others else []
 
 
 def _sorted(seen: Files, parts: dict[str, list[str]], ways: list[str], left: list[str], shown: str) -> Choice:

@@ -52,20 +52,7 @@ def open_source(
     name = short_name(path)
     suffix = os.path.splitext(path)[1].lower()
     if stat.S_ISDIR(mode):
-        if is_run(path):
-            raise UserError(f"--data {shown}: is the folder of a run, not of images; a run stands first, before --data")
-        try:
-            files = find_files(path, shown)
-        except OSError as error:
-            raise UserError(f"--data {shown}: the folder cannot be read ({error.strerror})") from None
-        # A table of something else, such as features, may lie beside images.
-        if not files or not (has_image_column(files[0], image_column) or not holds_images(os.fsencode(path))):
-            _refuse(columns, shown)
-            archives = [] if holds_images(os.fsencode(path)) else find_archives(path, shown)
-            if archives:
-                return open_archives(archives, path, shown, name, in_chans)
-            return open_folder(os.fsencode(path), shown, name, in_chans)
-        return open_parquet(files, shown, name, in_chans, image_column=image_column, label_column=label_column)
+        return _open_directory(path, shown, name, in_chans, columns)
     if not stat.S_ISREG(mode):
         raise UserError(f"--data {shown}: neither a folder nor a regular file")
     if suffix == ".parquet":
@@ -85,6 +72,26 @@ def open_source(
         f"--data {shown}: a {suffix or 'nameless'} file; folders, .parquet, .tar and .zip, .txt (paths), and .csv or "
         ".tsv (paths and labels) are read"
     )
+
+
+def _open_directory(path: str, shown: str, name: str, in_chans: int, columns: dict[str, str | None]) -> Source:
+    """A folder of Parquet files, of images, or of archives."""
+    if is_run(path):
+        raise UserError(f"--data {shown}: is the folder of a run, not of images; a run stands first, before --data")
+    try:
+        files = find_files(path, shown)
+    except OSError as error:
+        raise UserError(f"--data {shown}: the folder cannot be read ({error.strerror})") from None
+    image_column, label_column = columns.values()
+    # A table of something else, such as features, may lie beside images.
+    has_images = (not files or not has_image_column(files[0], image_column)) and holds_images(os.fsencode(path))
+    if files and not has_images:
+        return open_parquet(files, shown, name, in_chans, image_column=image_column, label_column=label_column)
+    _refuse(columns, shown)
+    archives = [] if has_images else find_archives(path, shown)
+    if archives:
+        return open_archives(archives, path, shown, name, in_chans)
+    return open_folder(os.fsencode(path), shown, name, in_chans)
 
 
 def is_run(folder: str) -> bool:
