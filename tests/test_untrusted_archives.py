@@ -188,7 +188,7 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "cut behind a member": ("x.tar", WHOLE[:700], "cut short within 'a/1.png'"),
     "damaged header": ("x.tar", WHOLE[:1030] + b"!!" + WHOLE[1032:], "damaged at byte 1,024, behind 'a/1.png'"),
     "cut zip": ("x.zip", ZIP.getvalue()[:-40], "its directory, which stands at the end, is missing; fetch it again"),
-    "damaged directory": ("x.zip", ZIP.getvalue().replace(b"PK\1\2", b"PK\1\3"), "damaged: its directory breaks off"),
+    "damaged directory": ("x.zip", ZIP.getvalue().replace(b"PK\1\2", b"PK\1\3"), "damaged: Bad magic number"),
     "size beyond the end": ("x.tar", raw_header(b"a.png", b"77777777777\0"), "at least 8,589,934,"),
     "endless size": ("x.tar", raw_header(b"a.png", b"\x80" + b"\xff" * 11), "cut short within 'a.png'"),
     "size below 0": ("x.tar", raw_header(b"a.png", b"\xff" * 12), "a size that is no number"),

@@ -1,7 +1,7 @@
 """What the readers of tar and zip share: how a member is told, how its name becomes a path, and reading at a place.
 
-Both formats are read here and not by Python's tarfile and zipfile, which need 150 and 48 microseconds and, for as long
-as they list, 0.5 and 0.7 KB a member: minutes for a million images.
+Headers of tar are read here and not by Python's tarfile, which takes 4.4 times as long (43 microseconds a member):
+minutes, at the start of every command, for WebDataset's shards of a million images with two or three members each.
 """
 
 from __future__ import annotations

@@ -1,29 +1,31 @@
-"""The members of a zip by its central directory (PKWARE's APPNOTE.TXT 6.3.10, sections 4.3 to 4.5), zip64 included."""
+"""The members of a zip, listed by Python's zipfile and read at their places, from any process or thread.
+
+PKWARE's APPNOTE.TXT 6.3.10 has the local header (4.3.7), the end record (4.3.16) and the methods (4.4.5).
+"""
 
 from __future__ import annotations
 
+import os
 import stat
 import struct
+import zipfile
 import zlib
 from collections.abc import Iterator
 
-from maekit.data.archive_members import BrokenArchive, Kind, Member, Method, OpenFile, Window
+from maekit.data.archive_members import BrokenArchive, Kind, Member, Method, OpenFile
 from maekit.data.images import BadImage
 
-_END = struct.Struct("<4s4H2LH")
-_END64 = struct.Struct("<4sQ2H2L4Q")
-_LOCATOR = struct.Struct("<4sLQL")
-_ENTRY = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
-_METHODS = {0: Method.STORED, 8: Method.DEFLATED}
+_END = struct.Struct("<4s4H2LH")
+_METHODS = {zipfile.ZIP_STORED: Method.STORED, zipfile.ZIP_DEFLATED: Method.DEFLATED}
 _NAMES = {
     1: "shrink", 6: "implode", 9: "Deflate64", 12: "bzip2", 14: "LZMA", 93: "Zstandard", 95: "xz", 98: "PPMd",
     99: "AES encryption",
 }  # fmt: skip
 _ENCRYPTED = 1 | 1 << 6 | 1 << 13
-_FROM_UNIX = (3, 19)
-_FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF
-_WINDOW = 1 << 20
+_UTF8 = 1 << 11
+_DOS, _FROM_UNIX = 0, (3, 19)
+_MOST = 1 << 62
 _SLACK = 256
 """Bytes of a local header's extra fields that are read together with the data."""
 
@@ -36,29 +38,25 @@ def members(file: OpenFile) -> Iterator[Member]:
         BrokenArchive: no zip, cut short, damaged, or split into several files.
         OSError: the file cannot be read.
     """
-    at, end, shift = _directory(file)
-    window = Window(file, _WINDOW)
-    while at < end:
-        entry = window.read(at, _ENTRY.size)
-        if len(entry) < _ENTRY.size or not entry.startswith(b"PK\1\2"):
-            raise BrokenArchive(f"damaged: its directory breaks off at byte {at:,}")
-        (_, made_by, _, flags, method, _, _, check, stored, size, name_length, extra_length, comment_length, _, _,
-         mode, start) = _ENTRY.unpack(entry)  # fmt: skip
-        rest = window.read(at + _ENTRY.size, name_length + extra_length)
-        name = rest[:name_length]
-        if _FULL32 in (stored, size, start):
-            size, stored, start = _wide(rest[name_length:], size, stored, start)
-        system = made_by >> 8
-        if system == 0 and b"/" not in name:
+    _refuse_pieces(file)
+    try:
+        with os.fdopen(os.dup(file.descriptor), "rb") as handle, zipfile.ZipFile(handle) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as error:
+        raise BrokenArchive(_why(file, error)) from None
+    for entry in entries:
+        name = entry.orig_filename.encode("utf-8" if entry.flag_bits & _UTF8 else "cp437")
+        if entry.create_system == _DOS and b"/" not in name:
             name = name.replace(b"\\", b"/")
-        how, why = _METHODS.get(method, Method.REFUSED), ""
+        how, why = _METHODS.get(entry.compress_type, Method.REFUSED), ""
         if how is Method.REFUSED:
-            why = f"compressed by {_NAMES.get(method, f'method {method}')}"
-        if flags & _ENCRYPTED or method == 99:
+            why = f"compressed by {_NAMES.get(entry.compress_type, f'method {entry.compress_type}')}"
+        if entry.flag_bits & _ENCRYPTED or entry.compress_type == 99:
             how, why = Method.REFUSED, "encrypted"
-        yield Member(name, _kind(name, mode >> 16 if system in _FROM_UNIX else 0), how, start + shift, stored, size,
-                     check, why)  # fmt: skip
-        at += _ENTRY.size + name_length + extra_length + comment_length
+        if max(entry.file_size, entry.compress_size, entry.header_offset) >= _MOST:
+            raise BrokenArchive("damaged: a member of more than 4 EB")
+        kind = _kind(name, entry.external_attr >> 16 if entry.create_system in _FROM_UNIX else 0)
+        yield Member(name, kind, how, entry.header_offset, entry.compress_size, entry.file_size, entry.CRC, why)
 
 
 def _kind(name: bytes, mode: int) -> Kind:
@@ -69,58 +67,24 @@ def _kind(name: bytes, mode: int) -> Kind:
     return Kind.FILE if stat.S_IFMT(mode) in (0, stat.S_IFREG) else Kind.OTHER
 
 
-def _directory(file: OpenFile) -> tuple[int, int, int]:
-    """Where the directory begins and ends, and by how much all places are shifted by what stands before the zip."""
-    tail_start = max(0, file.size - _END.size - _FULL16)
-    tail = file.read(tail_start, file.size - tail_start)
+def _refuse_pieces(file: OpenFile) -> None:
+    """Raise BrokenArchive for one piece of several, which zipfile would read as if it were the whole."""
+    tail = file.read(max(0, file.size - _END.size - 0xFFFF), _END.size + 0xFFFF)
     found = tail.rfind(b"PK\5\6")
-    if found < 0 or len(tail) - found < _END.size:
-        begins = file.read(0, 4)
-        if begins in (b"PK\3\4", b"PK\7\x08"):
-            raise BrokenArchive("cut short: its directory, which stands at the end, is missing; fetch it again")
-        raise BrokenArchive("no zip archive")
-    _, disk, first_disk, on_disk, count, length, start, _ = _END.unpack_from(tail, found)
-    end = tail_start + found
-    locator = file.read(end - _LOCATOR.size, _LOCATOR.size) if end >= _LOCATOR.size else b""
-    if locator.startswith(b"PK\6\7"):
-        _, _, place, disks = _LOCATOR.unpack(locator)
-        record, end = _end64(file, (end - _LOCATOR.size - _END64.size, place))
-        _, _, _, _, disk, first_disk, on_disk, count, length, start = _END64.unpack(record)
-        disk += disks > 1
-    if disk or first_disk or on_disk != count:
-        raise BrokenArchive(
-            "one piece of a zip that was split: put the pieces together (zip -s 0 PIECES.zip --out whole.zip)"
-        )
-    shift = end - length - start
-    if shift < 0:
-        raise BrokenArchive("damaged: its directory does not fit into the file")
-    return end - length, end, shift
+    if found >= 0 and len(tail) - found >= _END.size:
+        _, disk, first_disk, on_disk, count, *_ = _END.unpack_from(tail, found)
+        if {disk, first_disk} - {0, 0xFFFF} or on_disk != count:
+            raise BrokenArchive(
+                "one piece of a zip that was split: put the pieces together (zip -s 0 PIECES.zip --out whole.zip)"
+            )
 
 
-def _end64(file: OpenFile, places: tuple[int, int]) -> tuple[bytes, int]:
-    """The end record of a zip64 and where it begins: it stands before its locator, or where that says."""
-    for place in places:
-        record = file.read(place, _END64.size) if 0 <= place < file.size else b""
-        if len(record) == _END64.size and record.startswith(b"PK\6\6"):
-            return record, place
-    raise BrokenArchive("damaged: the end of its directory (zip64) is missing")
-
-
-def _wide(extra: bytes, size: int, stored: int, start: int) -> tuple[int, int, int]:
-    """Size, stored size and place, where those that do not fit into 32 bits stand in an extra field."""
-    numbers = [size, stored, start]
-    while len(extra) >= 4:
-        kind, length = struct.unpack_from("<HH", extra)
-        if kind == 1:
-            wide = [value for (value,) in struct.iter_unpack("<Q", extra[4 : 4 + length // 8 * 8])]
-            for place, number in enumerate(numbers):
-                if number == _FULL32 and wide:
-                    numbers[place] = wide.pop(0)
-            break
-        extra = extra[4 + length :]
-    if max(numbers) >= 1 << 62:
-        raise BrokenArchive("damaged: a member of more than 4 EB")
-    return numbers[0], numbers[1], numbers[2]
+def _why(file: OpenFile, error: Exception) -> str:
+    if str(error) != "File is not a zip file":
+        return f"damaged: {' '.join(str(error).split())[:100]}"
+    if file.read(0, 4) in (b"PK\3\4", b"PK\7\x08"):
+        return "cut short: its directory, which stands at the end, is missing; fetch it again"
+    return "no zip archive"
 
 
 def read(file: OpenFile, start: int, stored: int, size: int, check: int, name_length: int, deflated: bool) -> bytes:
