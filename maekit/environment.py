@@ -62,8 +62,9 @@ def environment(device: torch.device) -> dict[str, Any]:
     """What env.json holds: versions, hardware, commit and command."""
     import torch
 
+    program = Path(sys.argv[0]).name
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": ["maekit" if program == "__main__.py" else program, *sys.argv[1:]],  # python -m maekit
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": package_versions(),

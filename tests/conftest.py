@@ -35,9 +35,14 @@ TINY: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread_from_the_start() -> None:
-    """For the runs of module fixtures, which come before the fixture of a test."""
+def _one_thread_and_a_backward_pass_first() -> None:
+    """For the runs of module fixtures, which come before the fixture of a test.
+
+    And a first backward pass: after anything was compiled or exported, torch would count a GPU that is not there when
+    it first looks for devices to go back on, and refuse backward passes in every process that is forked from then on.
+    """
     torch.set_num_threads(1)
+    torch.ones(1, requires_grad=True).sum().backward()
 
 
 @pytest.fixture(autouse=True)

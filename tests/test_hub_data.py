@@ -272,6 +272,7 @@ def test_a_full_disk(stand_in: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check(answer: Any) -> None:
     """What a user's process does."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that a shell runs in the background ignore it
     answer.put(os.getpid())
     os._exit(cli.main(["check-data", "--data", "hub:them/pets"]))
 

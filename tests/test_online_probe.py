@@ -20,7 +20,7 @@ from maekit.viz.plots import collect, figure_of
 
 
 def test_the_number_of_images_stands_beside_the_accuracies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In the log, on the screen, and over the curves; unlabelled ones do not count."""
+    """In the log, on the screen, and beside the curves; unlabelled ones do not count."""
     folder = write_images(tmp_path / "set", {"cat": 30, "dog": 30})
     assert cli.main([*folder_words(folder), "--epochs", "1", "--probe-every", "1", "--out", str(tmp_path / "run")]) == 0
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -29,7 +29,7 @@ def test_the_number_of_images_stands_beside_the_accuracies(tmp_path: Path, capsy
     said = " ".join(capsys.readouterr().out.split())
     assert "% of 8 images, rank" in said
     axes = figure_of(collect(records), title="t").axes
-    assert "Probes, 8 held-out images" in [one.get_title() for one in axes]
+    assert "accuracy, % of 8 held-out images" in [one.get_ylabel() for one in axes]
 
 
 def test_an_image_that_two_sources_cannot_read_is_counted_once(tmp_path: Path) -> None:
