@@ -24,9 +24,8 @@ from maekit.data import archive_tar, archive_zip
 from maekit.data.archive_labels import SIDES, SideLabels
 from maekit.data.archive_members import BrokenArchive, Kind, Member, Method, OpenFile, Window, is_unsafe, path_of
 from maekit.data.folders import METADATA
-from maekit.data.images import IMAGE_SUFFIXES, MAX_PIXELS, BadImage, decode, frames_left_out, probe_size
-from maekit.data.parts import FINGERPRINT_SAMPLES, Labels, evenly_spaced, name_blob, printable
-from maekit.data.pixels import Look, Pixels
+from maekit.data.images import IMAGE_SUFFIXES, MAX_PIXELS, BadImage
+from maekit.data.parts import FINGERPRINT_SAMPLES, EncodedPart, Labels, evenly_spaced, name_blob, printable
 
 SUFFIXES = (".tar", ".zip")
 _IMAGES = frozenset(suffix.encode() for suffix in IMAGE_SUFFIXES)
@@ -240,7 +239,7 @@ def _reason(error: BrokenArchive, file: OpenFile) -> str:
     return f"{reason}; it begins with {_short(begins[:24])}" + (" as a page of the web does" if page else "")
 
 
-class ArchivePart:
+class ArchivePart(EncodedPart):
     """Images of archives, in the order of the archives and of the members' names in byte order.
 
     A copy that was pickled for a spawned worker opens the archives anew; forked ones and threads share what is open.
@@ -313,18 +312,6 @@ class ArchivePart:
                 self._open.clear()  # a thread that reads holds its own, and it stays open as long
             file = self._open[number] = OpenFile(self.archives[number].path)
         return file
-
-    def read(self, index: int, look: Look | None = None) -> Pixels:
-        """The image H W C or the window that `look` chooses; raises BadImage."""
-        return decode(self.data(index), self.in_chans, look)
-
-    def size(self, index: int) -> tuple[int, int]:
-        """Height and width in pixels from the header; raises BadImage."""
-        return probe_size(self.data(index))
-
-    def frames_left_out(self, index: int) -> int:
-        """Pages or frames of the image that `read` does not return; raises BadImage."""
-        return frames_left_out(self.data(index), self.in_chans)
 
     def name(self, index: int) -> str:
         """The path in the archive, behind the archive's name where there are several, on one printable line."""

@@ -22,9 +22,8 @@ import pyarrow.parquet as pq
 
 from maekit.config import UserError, did_you_mean
 from maekit.data.folders import holds_images
-from maekit.data.images import BadImage, decode, frames_left_out, probe_size
-from maekit.data.parts import PART_WORDS, Labels, Source, class_order, evenly_spaced, is_folder, printable
-from maekit.data.pixels import Look, Pixels
+from maekit.data.images import BadImage
+from maekit.data.parts import PART_WORDS, EncodedPart, Labels, Source, class_order, evenly_spaced, is_folder, printable
 from maekit.data.rows import Rows, open_rows
 
 _LABEL_NAMES = ("label", "labels", "fine_label")
@@ -32,7 +31,7 @@ MAX_CLASSES = 1_000_000
 _FINGERPRINT_SAMPLES = 100
 
 
-class TablePart:
+class TablePart(EncodedPart):
     """The rows of one split's Parquet files, in the order of file names and rows.
 
     A copy that was pickled for a spawned worker carries the files' names only and reads them again when first used.
@@ -76,18 +75,6 @@ class TablePart:
         if not inside:  # a table from elsewhere must not read this machine's files
             raise BadImage(f"the path {printable(relative)[:120]} leaves the Parquet file's folder")
         return path
-
-    def read(self, index: int, look: Look | None = None) -> Pixels:
-        """The image H W C or the window that `look` chooses; raises BadImage."""
-        return decode(self.data(index), self.in_chans, look)
-
-    def size(self, index: int) -> tuple[int, int]:
-        """Height and width in pixels from the header; raises BadImage."""
-        return probe_size(self.data(index))
-
-    def frames_left_out(self, index: int) -> int:
-        """Pages or frames of the image that `read` does not return; raises BadImage."""
-        return frames_left_out(self.data(index), self.in_chans)
 
     def name(self, index: int) -> str:
         """'row 17'."""

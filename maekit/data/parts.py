@@ -159,7 +159,29 @@ def name_blob(names: list[bytes]) -> tuple[bytes, Labels]:
     return blob.getvalue(), starts
 
 
-class FilePart:
+class EncodedPart:
+    """Images that are decoded as they are asked for, out of what `data` gives."""
+
+    in_chans: int
+
+    def data(self, index: int) -> bytes | str:
+        """The encoded image, or the path of its file; raises BadImage."""
+        raise NotImplementedError
+
+    def read(self, index: int, look: Look | None = None) -> Pixels:
+        """The image H W C or the window that `look` chooses; raises BadImage."""
+        return decode(self.data(index), self.in_chans, look)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width in pixels from the header; raises BadImage."""
+        return probe_size(self.data(index))
+
+    def frames_left_out(self, index: int) -> int:
+        """Pages or frames of the file that `read` does not return; raises BadImage."""
+        return frames_left_out(self.data(index), self.in_chans)
+
+
+class FilePart(EncodedPart):
     """Image files below one root, their names in byte order."""
 
     def __init__(
@@ -191,17 +213,9 @@ class FilePart:
         """The file's path, ready to open."""
         return os.fsdecode(os.path.join(self.root, self._relative(index)))
 
-    def read(self, index: int, look: Look | None = None) -> Pixels:
-        """The image H W C or the window that `look` chooses; raises BadImage."""
-        return decode(self.path(index), self.in_chans, look)
-
-    def size(self, index: int) -> tuple[int, int]:
-        """Height and width in pixels from the header; raises BadImage."""
-        return probe_size(self.path(index))
-
-    def frames_left_out(self, index: int) -> int:
-        """Pages or frames of the file that `read` does not return; raises BadImage."""
-        return frames_left_out(self.path(index), self.in_chans)
+    def data(self, index: int) -> str:
+        """The file's path."""
+        return self.path(index)
 
     def name(self, index: int) -> str:
         """The path relative to the folder that `--data` names, with slashes, on one printable line."""
