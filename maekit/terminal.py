@@ -28,6 +28,14 @@ def make_console() -> Console:
     return Console(quiet=quiet, highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
+def say_of_own(console: Console, line: str) -> None:
+    """Print what only this process knows: one that is not the first, whose console is silent, says which it is."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        console, line = Console(stderr=True, highlight=False, soft_wrap=True), f"\\[process {rank}] {line}"
+    console.print(line)
+
+
 def complain(problems: Sequence[str]) -> int:
     """Print problems to stderr, one a line.
 

@@ -18,6 +18,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from maekit import cli, processes, recipes, terminal
 from maekit.config import UserError
+from maekit.data.quarantine import Quarantine
 from maekit.failures import in_words
 from maekit.models.classifier import Classifier
 from maekit.models.mae import MaskedAutoencoder
@@ -38,6 +39,21 @@ def test_the_others_let_the_first_process_speak(second: None, capsys: pytest.Cap
     assert cli.main(["pretrain", "nothing"]) == 2
     assert time.monotonic() - begun > 0.25
     assert capsys.readouterr().err.startswith("maekit: error [process 1]: ")
+
+
+def test_each_process_names_the_files_that_it_could_not_read(
+    second: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are read by one process each, and the console of all but the first is silent."""
+    part: Any = type("Part", (), {"name": lambda _, i: f"[{i}].png", "__len__": lambda _: 100})()
+    quarantine = Quarantine(tmp_path / "quarantine.jsonl", part, 0.5)
+    quarantine.report([(7, "empty file")], terminal.make_console())
+    quarantine.report([(7, "empty file")], terminal.make_console())
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "[process 1] unreadable, the next image takes its place: [7].png: empty file\n")
+    monkeypatch.setenv("RANK", "0")
+    quarantine.report([(8, "empty file")], terminal.make_console(), "another image")
+    assert capsys.readouterr() == ("unreadable, another image takes its place: [8].png: empty file\n", "")
 
 
 def test_the_first_process_speaks_at_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,7 +111,7 @@ def test_gradients_lie_in_memory_as_their_weights_do(channels: int) -> None:
     config = dataclasses.replace(recipes.get("digits"), in_chans=channels)
     middle = (0.5,) * channels
     model = MaskedAutoencoder(config, middle, middle)
-    images = torch.rand(2, channels, *config.size_hw)
+    images = torch.randn(2, channels, *config.size_hw)
     model(images).loss.backward()
     classifier: Any = Classifier(model.config, ("a", "b"), middle, middle, "mean")
     classifier(images).sum().backward()

@@ -7,8 +7,12 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
+from rich.console import Console
+from rich.markup import escape
+
 from maekit.config import UserError
 from maekit.data.parts import Part
+from maekit.terminal import say_of_own
 
 ALWAYS_ALLOWED = 10
 """A few unreadable files end no run, however small their share makes the data: so many, up to a quarter of all."""
@@ -77,6 +81,22 @@ class Quarantine:
             self._known |= self._read()
             self._check()
         return lines
+
+    def report(self, bad: list[tuple[int, str]], console: Console, instead: str = "the next image") -> None:
+        """Record (sample id, reason) pairs and name the new ones; where the file cannot be written, say that.
+
+        Raises:
+            UserError: as of `add`.
+        """
+        if not bad:
+            return
+        try:
+            lines = self.add(bad)
+        except OSError as error:
+            say_of_own(console, f"[red]{escape(str(self.path))} cannot be written:[/red] {error}; training goes on")
+            return
+        for line in lines:
+            say_of_own(console, f"[yellow]unreadable, {instead} takes its place:[/yellow] {escape(line)}")
 
     def _check(self) -> None:
         """Stop above what is allowed."""

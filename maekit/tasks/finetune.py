@@ -146,7 +146,7 @@ def main(source: str, config: FinetuneConfig, resumed: bool = False) -> int:
                     batch = next_batch(job, batches, begun=part_number > 0)
                     if batch is None:
                         break
-                    report_unreadable(job, batch)
+                    job.quarantine.report(batch.bad, job.run.console, "another image")
                     images, ids, any_good = take_good_slots(batch, job.pool.unreadable)
                     labels = job.labels[to_device(torch.from_numpy(ids), accelerator.device)]
                     images, targets = job.mixing(model.normalize(images), labels)
@@ -212,17 +212,6 @@ def next_batch(job: FinetuneJob, batches: Iterator[Batch], begun: bool) -> Batch
     """The next part of a step; None where a signal came and it does not: at once, or soon where the step was begun."""
     stop = job.run.stop
     return stop.unless_stopped(job.run.accelerator, lambda: next(batches), stop.GRACE if begun else 0.0)
-
-
-def report_unreadable(job: FinetuneJob, batch: Batch) -> None:
-    """Name files that could not be read; stops the run above --max-bad-share."""
-    try:
-        lines = job.quarantine.add(batch.bad) if batch.bad else []
-    except OSError as error:
-        job.run.console.print(f"[red]{job.quarantine.path} cannot be written:[/red] {error}; training goes on")
-        return
-    for line in lines:
-        job.run.console.print(f"[yellow]unreadable, another image takes its place:[/yellow] {escape(line)}")
 
 
 def watch(job: FinetuneJob, pace: Pace) -> bool:

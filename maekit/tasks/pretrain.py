@@ -43,7 +43,6 @@ from maekit.training.run import (
     next_part,
     open_parts,
     probe,
-    report_unreadable,
     say_heldout,
     settle,
 )
@@ -159,7 +158,7 @@ def main(config: PretrainConfig, resume_from: Path | None = None, again: bool = 
                         break
                     pixels, masks = part.batch.images, part.masks
                     if part.batch.bad:
-                        report_unreadable(job, part.batch.bad)
+                        job.quarantine.report(part.batch.bad, job.console)
                     if replayed is not None:  # the whole step at once: it has this part only
                         loss_of_step, verdict = replayed(pixels, masks.ids_keep_BV, masks.ids_masked_BM)
                         skip = guard.note(step, verdict.clone())

@@ -22,7 +22,6 @@ import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from rich.markup import escape
 
 from maekit.config import PretrainConfig, UserError
 from maekit.data.loader import Batch, Pool, Quarantine, SampleOrder, lowest_hash
@@ -383,14 +382,3 @@ def probe(job: Job) -> bool:
             accuracies = f"k-NN {found['knn']:.1%}, linear {found['linear']:.1%} of {found['images']:,} images"
             job.console.print(f"  held-out {accuracies}, rank {found['rankme']:.0f}")
     return True
-
-
-def report_unreadable(job: Job, bad: list[tuple[int, str]]) -> None:
-    """Name files that could not be read; stops the run above --max-bad-share."""
-    try:
-        lines = job.quarantine.add(bad)
-    except OSError as error:
-        job.console.print(f"[red]{job.quarantine.path} cannot be written:[/red] {error}; training goes on")
-        return
-    for line in lines:
-        job.console.print(f"[yellow]unreadable, the next image takes its place:[/yellow] {escape(line)}")

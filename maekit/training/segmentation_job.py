@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from rich.markup import escape
 from torch import Tensor
 
 from maekit.config.segmentation import SegmentConfig
@@ -82,7 +81,7 @@ def next_parts(job: SegmentJob, batches: Iterator[PairBatch]) -> list[tuple[Tens
     parts = job.run.stop.unless_stopped(job.run.accelerator, lambda: [next(batches) for _ in range(accum)])
     if parts is None:
         return None
-    report_unreadable(job, [item for part in parts for item in part.bad])
+    job.quarantine.report([item for part in parts for item in part.bad], job.run.console)
     return [(job.model.normalize(to_device(part.images, device)), to_device(part.labels, device)) for part in parts]
 
 
@@ -97,19 +96,6 @@ def step_denominator(job: SegmentJob, labels: Sequence[Tensor]) -> Tensor:
         return own
     whole: Tensor = accelerator.reduce(own, "sum") / accelerator.num_processes
     return whole
-
-
-def report_unreadable(job: SegmentJob, bad: list[tuple[int, str]]) -> None:
-    """Name images that could not be read; stops the run above --max-bad-share."""
-    if not bad:
-        return
-    try:
-        lines = job.quarantine.add(bad)
-    except OSError as error:
-        job.run.console.print(f"[red]{job.quarantine.path} cannot be written:[/red] {error}; training goes on")
-        return
-    for line in lines:
-        job.run.console.print(f"[yellow]unreadable, the next image takes its place:[/yellow] {escape(line)}")
 
 
 def measure(job: SegmentJob, part: PairPart, ids: Ids, on_progress: Any = None) -> tuple[Tensor, int] | None:
