@@ -266,6 +266,20 @@ def test_sizes_that_the_tensors_do_not_have_are_refused_too(
         load(path)
 
 
+@pytest.mark.parametrize("field", sorted(PASSPORT["model"]))
+@pytest.mark.parametrize("null", [True, False])
+def test_a_setting_that_is_missing_is_a_default_or_an_error(field: str, null: bool) -> None:
+    """Long fuzzing found that a passport without a patch size ended in an assertion."""
+    model = {name: value for name, value in PASSPORT["model"].items() if name != field}
+    path = write_weights(PASSPORT | {"model": model | ({field: None} if null else {})})
+    try:
+        found = load(path)
+    except UserError as error:
+        refused(error)
+    else:
+        found.encode(torch.zeros(1, 3, 16, 24))
+
+
 def test_headers_without_a_passport_and_tensors_of_other_types() -> None:
     with pytest.raises(UserError, match="no maekit passport"):
         load(write_weights("", header={}))

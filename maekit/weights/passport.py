@@ -123,6 +123,8 @@ class Passport:
             return too_large
         config = PretrainConfig(**vars(self.model), data="-", mean=self.mean, std=self.std)
         found = config.problems()
+        if self.model.patch_size is None:
+            found.append("patch_size is missing; every passport has it")
         if not all(math.isfinite(value) for value in (*self.mean, *self.std, self.eps, self.epochs)):
             found.append("a number in it is not finite")
         if not 0 < self.crop_pct <= 1:
