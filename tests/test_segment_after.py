@@ -79,8 +79,9 @@ def test_training_normalises_floats_as_scoring_does(place: Path) -> None:
     model, _ = load_segmenter(place / "run" / "model.safetensors")
     pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     stop = SimpleNamespace(unless_stopped=lambda _, work: work())
-    run = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cpu")), stop=stop)
-    job: Any = SimpleNamespace(config=SimpleNamespace(accum=1), run=run, model=model)
+    run = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cpu")), stop=stop, console=None)
+    quarantine = SimpleNamespace(report=lambda bad, console: None)
+    job: Any = SimpleNamespace(config=SimpleNamespace(accum=1), run=run, model=model, quarantine=quarantine)
     seen = []
     for images in (pixels, pixels / 255):
         parts = next_parts(job, iter([PairBatch(images, torch.zeros(2, 16, 16, dtype=torch.int64), np.arange(2), [])]))
