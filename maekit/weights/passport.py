@@ -108,6 +108,8 @@ class Passport:
             raise UserError(f"{source}: passport format {passport.format}, this maekit reads {FORMAT}: upgrade maekit")
         if problems := passport.problems():
             raise UserError(*(f"{source}, passport: {problem}" for problem in problems))
+        if passport.model.patch_size is None:
+            raise UserError(f"{source}, passport: patch_size is missing; every file has it")
         return passport
 
     def reading(self, data: str, **more: Any) -> PretrainConfig:
@@ -123,8 +125,6 @@ class Passport:
             return too_large
         config = PretrainConfig(**vars(self.model), data="-", mean=self.mean, std=self.std)
         found = config.problems()
-        if self.model.patch_size is None:
-            found.append("patch_size is missing; every passport has it")
         if not all(math.isfinite(value) for value in (*self.mean, *self.std, self.eps, self.epochs)):
             found.append("a number in it is not finite")
         if not 0 < self.crop_pct <= 1:
