@@ -82,8 +82,8 @@ usage: maekit COMMAND ...
   selftest resume RECIPE              prove here that a stopped run continues bit for bit
 
 SRC   a run's folder, a weights file or folder of any known layout, timm:NAME, hub:OWNER/NAME, or random:MODEL
-D     photos, digits, cifar10, cifar100, a folder of images, Parquet, a .txt of paths, a .csv of paths and labels, or
-      hub:OWNER/NAME[@REVISION][/CONFIGURATION], a data set of the Hugging Face hub
+D     photos, digits, cifar10, cifar100, a folder of images, a .zip or .tar, Parquet, a .txt of paths, a .csv of paths
+      and labels, or hub:OWNER/NAME[@REVISION][/CONFIGURATION], a data set of the Hugging Face hub
 
 maekit COMMAND --help tells every flag; maekit --version; start with: maekit demo
 """

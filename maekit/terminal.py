@@ -97,6 +97,14 @@ def short_time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
+def short_size(count: float) -> str:
+    """Bytes as a person says them: 900 bytes, 12.5 kB, 1.23 GB."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} bytes"
+
+
 class Pace:
     """Images a second and the time left, evaluation included, by the last few times of asking: an hour in which the
     machine was slow or asleep is soon forgotten."""

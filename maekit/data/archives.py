@@ -25,7 +25,7 @@ from maekit.data.archive_labels import SIDES, SideLabels
 from maekit.data.archive_members import BrokenArchive, Kind, Member, Method, OpenFile, Window, is_unsafe, path_of
 from maekit.data.folders import METADATA
 from maekit.data.images import IMAGE_SUFFIXES, MAX_PIXELS, BadImage
-from maekit.data.parts import FINGERPRINT_SAMPLES, EncodedPart, Labels, evenly_spaced, name_blob, printable
+from maekit.data.parts import FINGERPRINT_SAMPLES, Labels, PlacedPart, evenly_spaced, name_blob, printable
 
 SUFFIXES = (".tar", ".zip")
 _IMAGES = frozenset(suffix.encode() for suffix in IMAGE_SUFFIXES)
@@ -239,7 +239,7 @@ def _reason(error: BrokenArchive, file: OpenFile) -> str:
     return f"{reason}; it begins with {_short(begins[:24])}" + (" as a page of the web does" if page else "")
 
 
-class ArchivePart(EncodedPart):
+class ArchivePart(PlacedPart):
     """Images of archives, in the order of the archives and of the members' names in byte order.
 
     A copy that was pickled for a spawned worker opens the archives anew; forked ones and threads share what is open.
@@ -320,7 +320,7 @@ class ArchivePart(EncodedPart):
         return f"{self.archives[self.archive(index)].shown}: {printable(self.member(index))}"
 
     def place(self, index: int) -> str:
-        """The member as a path below its archive's, which is the same whatever way led to it."""
+        """The member as a path below its archive's."""
         return os.path.join(self.archives[self.archive(index)].path, os.fsdecode(self.member(index)))
 
     def stored_bytes(self, index: int) -> int:

@@ -25,12 +25,13 @@ from maekit.config import UserError
 from maekit.data.archive_trees import open_archives
 from maekit.data.folders import open_folder
 from maekit.data.hub_choice import Choice, choose, what_is_there
-from maekit.data.hub_files import download, sized
+from maekit.data.hub_files import download
 from maekit.data.known import cache_folder
 from maekit.data.lists import open_list, open_table
 from maekit.data.parquet import open_parquet
 from maekit.data.parts import Source, printable
 from maekit.hub import PREFIX, cannot_be_reached, client, endpoint, explained, offline_at_once
+from maekit.terminal import short_size
 
 CONVERTED = "refs/convert/parquet"
 """Where the hub keeps its own copy in Parquet of data sets in other forms."""
@@ -78,7 +79,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Local:
-    """Files of a data set of the hub on this machine."""
+    """Data on this machine; of a data set of the hub, which of its files they are."""
 
     root: str
     """The folder of the images, the table, or the folder of all there is."""
@@ -87,6 +88,7 @@ class Local:
     archives: list[str]
     """Archives, if it is these."""
     name: str
+    """Short, of a data set of the hub; empty otherwise."""
     notes: tuple[str, ...]
 
 
@@ -161,6 +163,11 @@ def fetch(spec: str) -> Local:
     return Local(local(choice.table or choice.root), parts, archives, found.name, choice.notes)
 
 
+def located(spec: str) -> Local:
+    """What `--data` names on this machine: of the hub, downloaded where the cache does not hold it, or as it is."""
+    return fetch(spec) if is_hub(spec) else Local(os.path.expanduser(spec), None, [], "", ())
+
+
 def _saying(found: Found) -> Any:
     """Says which commit is read and how much is downloaded, in one process of each machine."""
     address, size = found.address, sum(found.sizes[path] for path in found.choice.files)
@@ -172,9 +179,9 @@ def _saying(found: Found) -> Any:
         what = f"{PREFIX}{address.repo} at commit {address.revision[:12]}{licence}"
         if missing:
             count = f"{len(missing):,} of {len(found.choice.files):,} files"
-            line = f"{what}; downloading {count}, {sized(sum(missing.values()))} of {sized(size)}, to {place}"
+            line = f"{what}; downloading {count}, {short_size(sum(missing.values()))} of {short_size(size)}, to {place}"
         else:
-            line = f"{what}; {sized(size)}, in the hub's cache"
+            line = f"{what}; {short_size(size)}, in the hub's cache"
         Console(stderr=True, highlight=False, soft_wrap=True).print(line, style="dim", markup=False)
 
     return say

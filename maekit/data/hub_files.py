@@ -22,6 +22,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from maekit.config import UserError
 from maekit.hub import client, endpoint
+from maekit.terminal import short_size
 
 WORKERS = 8
 """Files at a time, as many as the client takes by itself."""
@@ -54,14 +55,6 @@ class _Shared:
             self.done += count
 
 
-def sized(count: int) -> str:
-    """Bytes as a person says them."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes"
-
-
 def download(repo: str, commit: str, files: dict[str, int], say: Say) -> Path:
     """The folder in the hub's cache with these files (path -> bytes) of a data set at a commit.
 
@@ -92,8 +85,8 @@ def _check_room(size: int, place: str, shown: str) -> None:
     free = shutil.disk_usage(folder).free
     if size + _ROOM > free:
         raise UserError(
-            f"{shown}: {sized(size)} are to be downloaded, and the disk of the hub's cache has {sized(free)} free "
-            f"({place}); HF_HOME names another place"
+            f"{shown}: {short_size(size)} are to be downloaded, and the disk of the hub's cache has "
+            f"{short_size(free)} free ({place}); HF_HOME names another place"
         )
 
 

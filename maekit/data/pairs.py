@@ -26,7 +26,7 @@ from maekit.config import UserError
 from maekit.config.segmentation import PairsConfig
 from maekit.data.annotations import VOID, Numbering
 from maekit.data.archive_trees import refuse_archives
-from maekit.data.hub import fetch, hub_hint, is_hub
+from maekit.data.hub import hub_hint, located
 from maekit.data.pair_classes import Asked, name_classes
 from maekit.data.pair_layouts import find_sides, open_layout
 from maekit.data.pair_parts import PairPart, PartCheck, Progress, check_parts, complain, count_values
@@ -104,13 +104,12 @@ def open_pairs(
             one class only.
     """
     shown = printable(spec)
-    local = fetch(spec) if is_hub(spec) else None
-    root = os.path.expanduser(spec) if local is None else local.root
+    local = located(spec)
+    root = local.root
     if not spec or not os.path.exists(root):
         raise UserError(f"--data {shown}: no such file or folder{hub_hint(shown)}")
     refuse_archives(root, shown)
-    notes: list[str] = [] if local is None else list(local.notes)
-    tables = None if local is None else local.parts
+    notes = [*local.notes]
     patterns = (image_pattern, annotation_pattern)
     columns = (image_column, annotation_column)
     if any(pattern is not None for pattern in patterns):
@@ -118,11 +117,11 @@ def open_pairs(
         _refuse_columns(columns, shown)
     elif os.path.splitext(root)[1].lower() in (".csv", ".tsv") and os.path.isfile(root):
         found = open_paths(root, shown, columns, in_chans)
-    elif tables is None and os.path.isdir(root) and (sides := find_sides(root, shown)):
+    elif local.parts is None and os.path.isdir(root) and (sides := find_sides(root, shown)):
         found = open_layout(root, shown, sides, in_chans, notes)
         _refuse_columns(columns, shown)
     else:
-        found = open_tables(root, shown, columns, in_chans, tables)
+        found = open_tables(root, shown, columns, in_chans, local.parts)
     if class_values is not None and not void_is_asked:
         void = None
     asked = Asked(void, void_is_asked or void != 0 or class_values is not None, class_values)
@@ -130,9 +129,7 @@ def open_pairs(
     names, numbering, assumed = name_classes(root, shown, classes, asked, count, found["train"], notes)
     for part in found.values():
         part.numbering = numbering
-    return Pairs(
-        short_name(root if local is None else spec), found["train"], found.get("val"), names, numbering, assumed, notes
-    )
+    return Pairs(local.name or short_name(root), found["train"], found.get("val"), names, numbering, assumed, notes)
 
 
 def open_checked(

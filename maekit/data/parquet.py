@@ -87,11 +87,6 @@ class TablePart(EncodedPart):
             return printable(path) if path else None
         return None
 
-    def stored_bytes(self, index: int) -> int:
-        """Bytes of the encoded image."""
-        data = self.data(index)
-        return len(data) if isinstance(data, bytes) else os.path.getsize(data)
-
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the lengths of all images, the labels, and at most 100 evenly spaced images or paths.

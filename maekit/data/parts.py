@@ -180,8 +180,21 @@ class EncodedPart:
         """Pages or frames of the file that `read` does not return; raises BadImage."""
         return frames_left_out(self.data(index), self.in_chans)
 
+    def stored_bytes(self, index: int) -> int:
+        """Bytes of the encoded image; raises BadImage, or OSError where its file is gone."""
+        data = self.data(index)
+        return os.path.getsize(data) if isinstance(data, str) else len(data)
 
-class FilePart(EncodedPart):
+
+class PlacedPart(EncodedPart):
+    """Images that have a path of their own: on disk, or below an archive's."""
+
+    def place(self, index: int) -> str:
+        """That path."""
+        raise NotImplementedError
+
+
+class FilePart(PlacedPart):
     """Image files below one root, their names in byte order."""
 
     def __init__(
@@ -214,6 +227,10 @@ class FilePart(EncodedPart):
         return os.fsdecode(os.path.join(self.root, self._relative(index)))
 
     def data(self, index: int) -> str:
+        """The file's path."""
+        return self.path(index)
+
+    def place(self, index: int) -> str:
         """The file's path."""
         return self.path(index)
 

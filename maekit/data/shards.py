@@ -20,10 +20,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from maekit.config import UserError
-from maekit.data.archives import ArchivePart
 from maekit.data.images import BadImage
-from maekit.data.parquet import TablePart
-from maekit.data.parts import FilePart, Part
+from maekit.data.parts import EncodedPart, Part
 from maekit.data.pixels import Pixels, Window
 from maekit.data.rows import INDEX_KEY, make_index
 
@@ -90,9 +88,7 @@ def _pack(recipe: Recipe, part: Part, index: int) -> Packed:
 
 
 def _stored_bytes(part: Part, index: int, image_HWC: Pixels) -> int:
-    if isinstance(part, FilePart):
-        return os.path.getsize(part.path(index))
-    return part.stored_bytes(index) if isinstance(part, TablePart | ArchivePart) else image_HWC.nbytes
+    return part.stored_bytes(index) if isinstance(part, EncodedPart) else image_HWC.nbytes
 
 
 def encode(image_HWC: Pixels, size_wh: tuple[int, int], recipe: Recipe) -> bytes:

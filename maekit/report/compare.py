@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from matplotlib.axes import Axes
 
 from maekit.report.charts import charts
-from maekit.report.facts import Times
+from maekit.report.facts import MOST_POINTS, Times
 from maekit.report.folder import RunFolder
 from maekit.report.html import Html, code, heading, join, paragraph, table, tag
 from maekit.report.settings import NOT_COMPARED
@@ -158,8 +158,8 @@ def drawer(curves: Sequence[Curve], scale: float) -> Callable[[Axes], None]:
             axes.set_ylim(low - room, high + room)
         for number, curve in enumerate(curves):
             if curve.values:
-                every = max(1, len(curve.values) // 500)
-                places, values = curve.epochs[::every], [scale * value for value in curve.values[::every]]
+                few = curve.thinned(MOST_POINTS)
+                places, values = few.epochs, [scale * value for value in few.values]
                 colour, dash = look(number)
                 axes.plot(places, values, color=colour, linestyle=dash, linewidth=1.5,
                           marker="o" if len(values) < 30 else "", markersize=3.2)  # fmt: skip

@@ -15,6 +15,8 @@ from maekit.report.values import count, items, mapping, number, shown, text
 from maekit.terminal import short_time
 from maekit.viz.plots import Curve, Drawing
 
+MOST_POINTS = 500
+"""Of a line in a chart."""
 NAMED = 10
 """Unreadable files and skipped steps that are named."""
 
@@ -66,8 +68,8 @@ def speed_drawings(run: RunFolder) -> list[Drawing]:
         return []
 
     def draw(axes: Axes) -> None:
-        every = max(1, len(curve.values) // 500)
-        axes.plot(curve.epochs[::every], curve.values[::every], color="#2a7f62", linewidth=1.2)
+        few = curve.thinned(MOST_POINTS)
+        axes.plot(few.epochs, few.values, color="#2a7f62", linewidth=1.2)
         axes.set_ylim(0.0, 1.1 * max(curve.values))
 
     along = "optimiser steps" if run.task == "segment" else "epochs"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -247,20 +246,9 @@ def holder_of(path: Path) -> str:
         if not is_inside(path / lock.FILE, path) or not (path / lock.FILE).is_file():
             return ""
         with (path / lock.FILE).open("rb") as file:
-            words = file.read(200).decode(errors="replace").strip()
+            return lock.named_in(file.read(200).decode(errors="replace"))
     except OSError:
         return ""
-    match = re.fullmatch(r"process (\d{1,9}) on (.{1,120})", words)
-    if not match:
-        return ""
-    if match[2] == (platform.node() or "this host"):
-        try:
-            os.kill(int(match[1]), 0)
-        except ProcessLookupError:
-            return ""
-        except (OSError, OverflowError):
-            pass
-    return words
 
 
 def kind_of(card: Mapping[str, Any]) -> Task | None:

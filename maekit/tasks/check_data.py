@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from maekit.config import CheckDataConfig, UserError
-from maekit.data.hub import fetch, is_hub
+from maekit.data.hub import located
 from maekit.data.pair_layouts import find_sides
 from maekit.data.pair_tables import names_annotations
 from maekit.data.pairs import open_checked, refuse_one_class
@@ -213,13 +213,13 @@ def show_copies(console: Console, parts: dict[str, Part], twice: Copies) -> None
 def has_annotations(config: CheckDataConfig) -> bool:
     """Whether the data look like images with annotations, or the flags say so."""
     named = (config.image_pattern, config.annotation_pattern, config.annotation_column)
-    local = fetch(config.data) if is_hub(config.data) else None
-    root, tables = (os.path.expanduser(config.data), None) if local is None else (local.root, local.parts)
+    local = located(config.data)
+    root = local.root
     if any(named) or not os.path.exists(root):
         return any(named)
-    if tables is None and os.path.isdir(root) and find_sides(root, config.data):
+    if local.parts is None and os.path.isdir(root) and find_sides(root, config.data):
         return True
-    return names_annotations(root, config.data, tables)
+    return names_annotations(root, config.data, local.parts)
 
 
 def show_annotations(console: Console, config: CheckDataConfig, workers: int) -> None:

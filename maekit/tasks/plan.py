@@ -33,7 +33,7 @@ from maekit.environment import environment
 from maekit.models.encoder import flops_per_image
 from maekit.models.mae import model_problems
 from maekit.runtime import Choice
-from maekit.terminal import counting, make_console, make_progress, print_settings, remark, short_time
+from maekit.terminal import counting, make_console, make_progress, print_settings, remark, short_size, short_time
 from maekit.training.advice import few_steps
 from maekit.training.batch import follow_images, short_run_rate
 from maekit.training.capacity import LARGEST_BATCH, RAM_SHARE, check_memory, find_limit, free_bytes, least_accum
@@ -110,8 +110,8 @@ def main(config: PlanConfig, base: PretrainConfig, name: str) -> int:
     accum = least_accum(share, fits, config.accum)
     if accum is None:
         raise UserError(
-            f"--model {config.model}: not even one image fits beside its weights into the {size(free)} that are free: "
-            "take a smaller model or smaller images"
+            f"--model {config.model}: not even one image fits beside its weights into the {short_size(free)} that are "
+            "free: take a smaller model or smaller images"
         )
     if accum > 1:
         choices["compile"] = choose_compile(config.compile, device.value, alone=False)
@@ -322,11 +322,6 @@ def rate(images_per_s: float) -> str:
     return f"{images_per_s:,.0f} images/s" if images_per_s >= 100 else f"{images_per_s:.3g} images/s"
 
 
-def size(count: float) -> str:
-    """Bytes as a person says them."""
-    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
-
-
 def describe(config: PlanConfig, data: Data, trial: Trial, timing: Timing, forecast: Forecast) -> dict[str, str]:
     """Speed and length in words."""
     forth, update = statistics.median(timing.gradients), statistics.median(timing.updates)
@@ -371,9 +366,9 @@ def describe_memory(
     world = config.processes or 1
     capped = "at least " if measured and fits >= LARGEST_BATCH else ""
     said = {
-        "needed": f"{size(trial.state_bytes)} of weights, gradients and moments, and {size(per_image)} "
+        "needed": f"{short_size(trial.state_bytes)} of weights, gradients and moments, and {short_size(per_image)} "
         f"an image ({'measured' if measured else 'estimated from what a forward pass keeps'})",
-        "fits": f"{capped}{fits:,} images a process at once, in {size(free)} that are free"
+        "fits": f"{capped}{fits:,} images a process at once, in {short_size(free)} that are free"
         + (
             " (tried)"
             if measured

@@ -11,6 +11,7 @@ import errno
 import functools
 import os
 import platform
+import re
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -83,7 +84,26 @@ def take(out: Path, fresh: bool = False) -> None:
     if fresh and not _is_bare(out):
         release()
         raise UserError(f"--out {out}: another run has just begun in it; maekit resume {out} continues that one")
-    _say(handle, f"process {os.getpid()} on {platform.node() or 'this host'}")
+    _say(handle, f"process {os.getpid()} on {_host()}")
+
+
+def named_in(text: str) -> str:
+    """Who holds a lock, by the text in it; empty for another text, or a process of this host that is gone."""
+    match = re.fullmatch(r"process (\d{1,9}) on (.{1,120})", text.strip())
+    if match is None:
+        return ""
+    if match[2] == _host():
+        try:
+            os.kill(int(match[1]), 0)
+        except ProcessLookupError:
+            return ""
+        except (OSError, OverflowError):
+            pass
+    return match[0]
+
+
+def _host() -> str:
+    return platform.node() or "this host"
 
 
 def release() -> None:

@@ -20,9 +20,8 @@ import numpy.typing as npt
 
 from maekit.config import FinetuneConfig, UserError
 from maekit.configfile import read
-from maekit.data.archives import ArchivePart
 from maekit.data.labelled import kept_for_report, part_for_report, split_labelled
-from maekit.data.parts import FilePart, Part
+from maekit.data.parts import Part, PlacedPart
 from maekit.data.sources import Source, lasting, open_source
 from maekit.weights.passport import Passport
 
@@ -43,7 +42,7 @@ class Training:
         used_N = np.zeros(len(part), np.bool_)
         if part.fingerprint == self.fingerprint:
             used_N[self.ids] = True
-        elif isinstance(part, FilePart | ArchivePart) and isinstance(self.part, FilePart | ArchivePart):
+        elif isinstance(part, PlacedPart) and isinstance(self.part, PlacedPart):
             places = set(places_of(self.part, self.ids.tolist()))
             used_N[:] = [place in places for place in places_of(part, range(len(part)))]
         return used_N
@@ -97,13 +96,10 @@ def run_of(source: str) -> FinetuneConfig | None:
     return run if run.task == "finetune" else None
 
 
-def places_of(part: FilePart | ArchivePart, ids: Iterable[int]) -> Iterable[str]:
-    """The files of a part as paths that are the same whatever way led to them, but for links to a file itself.
-
-    Members of an archive are paths below the archive's.
-    """
+def places_of(part: PlacedPart, ids: Iterable[int]) -> Iterable[str]:
+    """The files of a part as paths that are the same whatever way led to them, but for links to a file itself."""
     for index in ids:
-        folder, name = os.path.split(part.path(index) if isinstance(part, FilePart) else part.place(index))
+        folder, name = os.path.split(part.place(index))
         yield os.path.join(_real(folder), name)
 
 

@@ -39,6 +39,12 @@ class Curve:
     span: int = 0
     """Optimiser steps that the last value is the mean of; 0: not known, or none."""
 
+    def thinned(self, most: int) -> Curve:
+        """At most so many of its points, evenly, the last among them."""
+        every = max(1, -(-len(self.values) // most))
+        first = (len(self.values) - 1) % every if self.values else 0
+        return Curve(self.epochs[first::every], self.values[first::every], self.left_out, self.span)
+
     def add(self, epoch: float, value: object) -> None:
         """Take a number; None and words are absent values, NaN and infinities are counted."""
         if isinstance(value, bool) or not isinstance(value, int | float):
