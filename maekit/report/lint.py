@@ -34,8 +34,8 @@ TARGETS = {
 }  # fmt: skip
 DECODERS = {
     "self": "linear probe 65.5 with 1 block, 70.0 with 2, 71.9 with 4, 73.5 with 8; fine-tuned 84.4 to 84.9 with any",
-    "cross": "reads the encoder by cross-attention: 0.2 to 0.4 points of fine-tuning and 0.3 to 1.8 of the linear probe "
-             "more at ViT-S and B (CrossMAE, arXiv 2401.14391)",
+    "cross": "reads the encoder by cross-attention: 0.2 to 0.4 points of fine-tuning and 0.3 to 1.8 of the linear "
+             "probe more at ViT-S and B (CrossMAE, arXiv 2401.14391)",
     "flat": "one layer writes the whole image from all tokens: the Keras tutorial's, no part of MAE",
 }  # fmt: skip
 

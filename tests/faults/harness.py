@@ -67,9 +67,13 @@ class Instant:
 
 
 def hook(record: Path | None, instant: Instant | None) -> None:
-    """Write down what each part of a batch sees, and send the signal; only ever called in a child."""
+    """Write down what each part of a batch sees, and send the signal; only ever called in a child.
+
+    A part that was fetched when the signal came, and that a stop between two steps leaves, is not written down.
+    """
     counts = {"train": 0, "eval": 0, "write": 0}
-    draw, write = MaskedAutoencoder.draw_masks, checkpoint._write_tensors
+    draw, write, following = MaskedAutoencoder.draw_masks, checkpoint._write_tensors, pretrain.next_part
+    last: list[str] = []
 
     def count(where: str) -> None:
         if where != "train" and not counts["train"]:
@@ -82,11 +86,16 @@ def hook(record: Path | None, instant: Instant | None) -> None:
         training = "epoch" in key and self.training
         count("train" if training else "eval")
         masks = draw(self, sample_ids, **key)
-        if training and record is not None:
-            with record.open("a") as file:
-                line = [key["epoch"], [int(i) for i in sample_ids], masks.ids_keep_BV.tolist()]
-                file.write(json.dumps(line) + "\n")
+        if training:
+            last[:] = [json.dumps([key["epoch"], [int(i) for i in sample_ids], masks.ids_keep_BV.tolist()]) + "\n"]
         return masks
+
+    def followed(*arguments: Any, **named: Any) -> Any:
+        part = following(*arguments, **named)
+        if part is not None and record is not None:
+            with record.open("a") as file:
+                file.writelines(last)
+        return part
 
     def written(*arguments: Any) -> None:
         count("write")
@@ -94,6 +103,7 @@ def hook(record: Path | None, instant: Instant | None) -> None:
 
     MaskedAutoencoder.draw_masks = drawn  # type: ignore[method-assign]
     checkpoint._write_tensors = written  # type: ignore[assignment]
+    pretrain.next_part = followed
 
 
 def command(
