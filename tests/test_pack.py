@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from maekit.config import PackConfig, UserError
 from maekit.data import rows, shards
 from maekit.data.images import BadImage
 from maekit.data.parquet import TablePart
+from maekit.data.parts import EncodedPart
 from maekit.data.rows import INDEX_KEY, GroupedRows, LoadedRows, PlacedRows
 from maekit.data.sources import open_source
 from maekit.tasks import pack
@@ -271,6 +273,25 @@ def test_packing_shards_again_keeps_paths_and_labels(folders: tuple[Path, Path],
     assert [(row["image"]["path"], row["label"]) for row in after] == [
         (row["image"]["path"], row["label"]) for row in before
     ]
+
+
+def test_what_the_images_took_before_is_told_for_files_archives_and_shards(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (3, 400, 300, 3), np.uint8)
+    for index, image in enumerate(noise):
+        save(tmp_path / "data" / f"{index}.png", Image.fromarray(image))
+    taken = sum(path.stat().st_size for path in (tmp_path / "data").iterdir())
+    with zipfile.ZipFile(tmp_path / "data.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in (tmp_path / "data").iterdir():
+            archive.write(path, path.name)
+    for number, data in enumerate(("data", "data.zip")):
+        assert packed(tmp_path / data, tmp_path / f"shards-{number}", "--size", "64") == 0
+        assert f"{taken / 1e6:,.1f} MB before" in capsys.readouterr().out
+    stored = sum(len(row["image"]["bytes"]) for row in table(tmp_path / "shards-0"))
+    part = open_source(str(tmp_path / "shards-0")).train
+    assert isinstance(part, EncodedPart)
+    assert sum(map(part.stored_bytes, range(3))) == stored
 
 
 def test_small_images_of_one_size_are_told_to_gain_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
 import maekit
@@ -62,6 +63,13 @@ def test_sources_that_are_not_installed_still_run(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(metadata, "version", version)
     assert maekit.__version__ == "unknown (not installed)" == environment.package_versions()["maekit"]
+
+
+@pytest.mark.parametrize("program", ["/opt/bin/maekit", "/opt/lib/maekit/__main__.py"])
+def test_a_command_is_written_down_as_it_is_typed(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """python -m maekit and torchrun -m maekit name the file; nobody can type that from another folder."""
+    monkeypatch.setattr(sys, "argv", [program, "plan", "digits"])
+    assert environment.environment(torch.device("cpu"))["command"] == ["maekit", "plan", "digits"]
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed, so no run writes a commit down")

@@ -377,3 +377,13 @@ def test_long_curves_keep_their_spikes() -> None:
     (band,) = axes.collections
     assert np.asarray(band.get_paths()[0].vertices).max(axis=0)[1] == 5.5
     assert axes.get_ylim()[1] < 1.0, "one spike must not flatten the curve"
+
+
+@pytest.mark.parametrize(
+    ("points", "most", "kept"),
+    [(0, 5, []), (1, 5, [0]), (5, 5, [0, 1, 2, 3, 4]), (6, 5, [1, 3, 5]), (11, 5, [1, 4, 7, 10])]
+)  # fmt: skip
+def test_a_line_of_fewer_points_ends_where_it_ended(points: int, most: int, kept: list[int]) -> None:
+    curve = plots.Curve([float(place) for place in range(points)], [float(place) for place in range(points)])
+    few = curve.thinned(most)
+    assert few.values == few.epochs == kept
