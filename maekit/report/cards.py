@@ -125,7 +125,7 @@ def classifier_card(values: dict[str, Any], prefix: str) -> Html:
     if not images or top1 is None:
         return paragraph("This card has no score that can be read.", class_="note")
     names = [text(name, 100) for name in items(values.get("classes"))]
-    lines = [f"top-1 on the {text(values.get('test'), 60) or 'test images'}: {in_words(top1, images)}"]
+    lines = [f"top-1 ({text(values.get('test'), 100) or 'test images'}): {in_words(top1, images)}"]
     if top5 is not None and len(names) > 5:
         lines.append(f"top-5: {in_words(top5, images)}")
     if (balanced := share(values.get("balanced"))) is not None:

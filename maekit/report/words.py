@@ -133,7 +133,7 @@ def card_words(card: CardFile) -> str:
         if largest is not None:
             better = "better" if wilson(top1, images)[0] > largest else "no better"
             beside = f": {better} than one answer for all, which is right for {100 * largest:.1f} %"
-        return f"On the test split of {where} its classifier is right for {in_words(top1, images)}{beside}."
+        return f"On the test images of {where} its classifier is right for {in_words(top1, images)}{beside}."
     if card.kind == "segment":
         miou = share(mapping(values.get("score")).get("miou"))
         part = text(values.get("part"), 40)

@@ -288,7 +288,7 @@ def finish(job: FinetuneJob, first_step: int, seconds: float) -> bool:
         return False
     answers = of_all(run.accelerator, mine)
     if not len(answers.labels):
-        raise UserError(f"--data {config.data}: none of the images of its {splits.test_what} can be read")
+        raise UserError(f"--data {config.data}: none of the test images ({splits.test_what}) can be read")
     found = score(answers, len(splits.classes))
     if not run.accelerator.is_main_process:
         return True
