@@ -71,7 +71,7 @@ def main(source: str, config: FinetuneConfig) -> int:
     with counting(console, "scoring") as progress:
         answers = answer(model, pool, ids, labels, EVAL_BATCH, precision, progress)
     if not len(answers.labels):
-        raise UserError(f"--data {config.data}: none of the images of its {what} can be read")
+        raise UserError(f"--data {config.data}: none of the test images ({what}) can be read")
     found = score(answers, len(model.classes))
     facts = {
         "task": "eval", "source": source, "data": data.name, "fingerprint": part.fingerprint,
