@@ -32,8 +32,6 @@ class Purpose(IntEnum):
     PREDICT = 9
     AUGMENT = 10
     STEP = 11
-    LABELS = 12
-    PROBE_ORDER = 13
 
 
 def _mix(values: UInt64s) -> UInt64s:

@@ -113,8 +113,8 @@ class StopRequest:
         self.number = int(number)
         return None if lost else result
 
-    def agreed(self, accelerator: Accelerator, step: int, save_is_due: bool) -> tuple[bool, bool]:
-        """Whether any process was asked to stop after this step, and whether any finds a save due: the same on all."""
+    def agreed(self, accelerator: Accelerator, save_is_due: bool) -> tuple[bool, bool]:
+        """Whether any process was asked to stop, and whether any finds a save due: the same on all."""
         number, due = greatest(accelerator, self.number, save_is_due)
         self.number = int(number)
         return self.number != 0, bool(due)

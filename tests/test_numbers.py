@@ -247,7 +247,7 @@ def test_weights_stay_however_late_the_host_looks(fused: bool) -> None:
     seen = []
     for step, gradient in enumerate([1.0, NAN, 1.0, INF, NAN, -INF, 1.0, NAN, 1.0]):
         weight.grad = torch.full((3,), gradient)
-        update(optimizer, watch.see(step, weight.grad.norm()))
+        update(optimizer, watch.note(step, watch.judge(weight.grad.norm())))
         seen.append(float(weight.detach()[0]))
     assert seen[0] < 1
     assert seen[1] == seen[0]
@@ -259,10 +259,10 @@ def test_weights_stay_however_late_the_host_looks(fused: bool) -> None:
 
 def test_a_row_goes_on_over_a_look() -> None:
     watch = Guard(torch.device("cpu"), limit=3, row=1)
-    watch.see(7, torch.tensor(NAN))
+    watch.note(7, watch.judge(torch.tensor(NAN)))
     assert watch.look() == ([7], 2, False)
     assert watch.look() == ([], 2, False)
-    watch.see(8, torch.tensor(INF))
+    watch.note(8, watch.judge(torch.tensor(INF)))
     assert watch.look() == ([8], 3, True)
 
 

@@ -224,10 +224,10 @@ def test_what_may_not_be_resumed(tmp_path: Path) -> None:
 def test_a_row_of_bad_steps_ends_the_run(tmp_path: Path) -> None:
     run = open_run(tmp_path, max_bad_steps=2)
     guard = Guard(torch.device("cpu"), 2)
-    guard.see(0, torch.tensor(float("nan")))
+    guard.note(0, guard.judge(torch.tensor(float("nan"))))
     run.settle(guard)
     assert run.position.bad_steps == 1
-    guard.see(1, torch.tensor(float("nan")))
+    guard.note(1, guard.judge(torch.tensor(float("nan"))))
     with pytest.raises(UserError, match="--max-bad-steps 2"):
         run.settle(guard)
 

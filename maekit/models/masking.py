@@ -25,17 +25,12 @@ MASK_KINDS = ("random", "block", "grid")
 class Masks:
     """One mask a sample: ids_keep_BV and ids_masked_BM, int64 patch numbers in row-major order of the grid.
 
-    Where only a part of the hidden patches is predicted, ids_masked_BM is that part (`choose_predicted`); the two
-    properties below are those of whole masks.
+    Where only a part of the hidden patches is predicted, ids_masked_BM is that part (`choose_predicted`); masked_BN is
+    of whole masks.
     """
 
     ids_keep_BV: Tensor
     ids_masked_BM: Tensor
-
-    @property
-    def ids_restore_BN(self) -> Tensor:
-        """Where each patch stands in the sequence [visible, hidden]: gathering that sequence by it restores order."""
-        return torch.cat([self.ids_keep_BV, self.ids_masked_BM], dim=1).argsort(dim=1)
 
     @property
     def masked_BN(self) -> Tensor:

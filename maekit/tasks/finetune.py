@@ -98,7 +98,7 @@ def main(source: str, config: FinetuneConfig, resumed: bool = False) -> int:
             while True:
                 # ---- between two steps: what happens now and then, and never changes a weight ----
                 last = position.step == total
-                stopping, save_due = stop.agreed(accelerator, position.step, run.clock.is_due())
+                stopping, save_due = stop.agreed(accelerator, run.clock.is_due())
                 eval_due = position.watched != position.step and (last or position.step % eval_steps == 0)
                 log_due = position.step != logged_step and (last or position.step % config.log_every == 0)
                 if last or stopping or save_due or log_due or eval_due or accelerator.device.type == "cpu":

@@ -99,7 +99,7 @@ def main(config: PretrainConfig, resume_from: Path | None = None, again: bool = 
             while True:
                 # ---- between two steps: what happens now and then, and never changes a weight ----
                 last = position.step == position.total_steps
-                stopping, save_due = stop.agreed(accelerator, position.step, clock.is_due())
+                stopping, save_due = stop.agreed(accelerator, clock.is_due())
                 log_due = position.step != logged_step and (last or position.step % config.log_every == 0)
                 if last or stopping or save_due or log_due or accelerator.device.type == "cpu" or due(job):
                     hopeless = settle(job, guard)  # the only wait for the device

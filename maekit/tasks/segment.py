@@ -92,7 +92,7 @@ def main(config: SegmentConfig, resuming: bool = False) -> int:
             while True:
                 # ---- between two steps: what happens now and then, and never changes a weight ----
                 last = position.step == config.steps
-                stopping, save_due = stop.agreed(accelerator, position.step, run.clock.is_due())
+                stopping, save_due = stop.agreed(accelerator, run.clock.is_due())
                 log_due = position.step != logged_step and (last or position.step % config.log_every == 0)
                 if last or stopping or save_due or log_due or device.type == "cpu":
                     run.settle(guard)  # the only wait for the device

@@ -24,10 +24,6 @@ class Guard:
         self._full = torch.zeros((), device=device)
         self._unread: list[tuple[int, Tensor]] = []
 
-    def see(self, step: int, norm: Tensor) -> Tensor:
-        """1.0 on the device where this step must be skipped, else 0.0; `norm` is that of the whole gradient."""
-        return self.note(step, self.judge(norm))
-
     def judge(self, norm: Tensor) -> Tensor:
         """On the device: whether to skip this step, whether it is bad itself, and how many bad ones stand in a row.
 

@@ -15,9 +15,6 @@ Tensors = dict[str, Tensor]
 ParameterNames = Mapping[Parameter, str] | Iterable[tuple[str, Parameter]]
 """`model.named_parameters()`, or a mapping the other way round."""
 
-_MACHINE_SETTINGS = ("params", "param_names", "fused", "foreach", "capturable", "differentiable")
-"""Entries of a parameter group that the machine decides: a run may continue on another device."""
-
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: ParameterNames) -> Tensors:
     """AdamW's state under flat names, e.g. "exp_avg/blocks.0.attn.qkv.weight": the live tensors, not copies."""
@@ -57,34 +54,6 @@ def load_optimizer_tensors(
         for slot in _slots(group)[1:]:
             state[slot] = torch.empty_like(parameter, requires_grad=False).copy_(tensors[f"{slot}/{name}"])
         optimizer.state[parameter] = state
-
-
-def optimizer_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """The hyper-parameters of each parameter group (lr, betas, weight_decay, ...) as JSON values."""
-    settings = []
-    for group in optimizer.param_groups:
-        chosen = {key: value for key, value in group.items() if key not in _MACHINE_SETTINGS}
-        settings.append({key: value.item() if isinstance(value, Tensor) else value for key, value in chosen.items()})
-    return settings
-
-
-def load_optimizer_settings(optimizer: torch.optim.Optimizer, settings: list[dict[str, Any]]) -> None:
-    """Give the parameter groups what `optimizer_settings` took, exactly.
-
-    Raises:
-        UserError: the number of groups differs.
-    """
-    groups = optimizer.param_groups
-    if len(settings) != len(groups):
-        raise UserError(f"the saved optimizer has {len(settings)} parameter groups, this one has {len(groups)}")
-    for group, saved in zip(groups, settings, strict=True):
-        for key, value in saved.items():
-            if key in _MACHINE_SETTINGS:
-                continue
-            if isinstance(group.get(key), Tensor):
-                group[key].fill_(value)
-            else:
-                group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
 
 
 def rng_tensors(rank: int) -> Tensors:

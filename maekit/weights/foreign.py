@@ -104,7 +104,7 @@ def identify(raw: Raw, source: str, file_name: str, given: SourceConfig, hints: 
             needs.append("--target pixels or --target norm-pixels: what its decoder was trained to predict")
     if known.mask_ratio is not None and 0 < known.mask_ratio < 1:
         config.mask_ratio = float(known.mask_ratio)
-    mean, std = _statistics(config, layout, given, hints, source, needs)
+    mean, std = _statistics(config, layout, given, hints, needs)
     if layout.name == "crossmae" and "encoder.norm.weight" not in state and config.embed_dim:
         state["encoder.norm.weight"], state["encoder.norm.bias"] = (
             torch.ones(config.embed_dim), torch.zeros(config.embed_dim)
@@ -121,7 +121,7 @@ def identify(raw: Raw, source: str, file_name: str, given: SourceConfig, hints: 
         data=known.data, weights_license=known.license, origin=f"{layout.name}: {file_name}"[:300],
     )  # fmt: skip
     # A decoder that is not there is built anew by whoever needs one; its names are listed by then.
-    return Material(passport, state, report, known.what or _what(tensors, layout, has_decoder), needs)
+    return Material(passport, state, report, known.what or _what(tensors, has_decoder), needs)
 
 
 def _final_norm(tensors: State, layout: Layout, report: KeyReport) -> State:
@@ -339,7 +339,7 @@ def _said(flag: str, given: Any, known: Any, source: str) -> Any:
 
 
 def _statistics(
-    config: ModelConfig, layout: Layout, given: SourceConfig, hints: Hints, source: str, needs: list[str]
+    config: ModelConfig, layout: Layout, given: SourceConfig, hints: Hints, needs: list[str]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation of the file's own channels, or a question."""
     known = (hints.mean, hints.std)
@@ -360,7 +360,7 @@ def _statistics(
     return found[0], found[1]
 
 
-def _what(tensors: State, layout: Layout, has_decoder: bool) -> str:
+def _what(tensors: State, has_decoder: bool) -> str:
     """What the file is, by its keys."""
     if "head.0.running_mean" in tensors:
         return "encoder with a linear probe"
