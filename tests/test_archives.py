@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from archive_files import add, entries, make_tar, make_zip
-from image_files import listed, make_tree, photograph, png
+from image_files import listed, make_tree, photograph, png, problem
 
 from maekit import cli
 from maekit.config import UserError
@@ -27,9 +27,9 @@ from maekit.data.archive_members import OpenFile
 from maekit.data.archives import ArchivePart
 from maekit.data.pairs import open_pairs
 from maekit.data.parts import Source
-from maekit.data.sources import open_source
+from maekit.data.sources import lasting, open_source, short_name
 from maekit.data.workers import in_order
-from maekit.training.trained_on import Training
+from maekit.training.trained_on import Training, _overlap
 
 NAMES: tuple[str | bytes, ...] = (
     "train/cat/1.png", "train/dog/2.png", "train/dog/deep/er/3.JPG", b"train/dog/\xff\n.png", "train/cat/.hidden.png",
@@ -193,6 +193,40 @@ def test_zip64_and_backslashes(tmp_path: Path) -> None:
     assert [int(part.read(index)[0, 0, 0]) for index in (0, 1)] == [3, 3]
 
 
+def test_a_folder_in_an_archive(tmp_path: Path) -> None:
+    """photos.zip/train is what photos/train was; also where the one folder around all is not named."""
+    root = make_tree(tmp_path / "x", *NAMES)
+    flat, round_ = make_zip(tmp_path / "flat.zip", entries(root)), make_tar(tmp_path / "round.tar", entries(root, "x/"))
+    for inside in ("train", "train/dog"):
+        folder = open_source(str(root / inside))
+        for way in (flat / inside, round_ / "x" / inside, round_ / inside, f"{flat}//{inside}/"):
+            source = open_source(str(way))
+            assert facts(source) == facts(folder), way
+            assert (source.name, short_name(f"{way}")) == (folder.name, folder.name)
+    assert facts(open_source(f"{flat}/")) == facts(open_source(str(root)))
+    assert lasting(os.path.relpath(flat / "val")) == str(flat / "val")
+    (tmp_path / "notes.txt").write_text("")
+    for way, words in {
+        "flat.zip/trian": f"no such folder in {flat}; did you mean train",
+        "flat.zip/../x": "no such folder in",
+        "flat.zip/train/cat/1.png": "no such folder in",
+        "notes.txt/train": "notes.txt is a file: nothing lies below it",
+        "none.zip/train": "no such file or folder",
+    }.items():
+        assert words in problem(tmp_path / way)
+    with pytest.raises(UserError, match=r"flat.zip/train: an archive, and pairs of images"):
+        open_pairs(str(flat / "train"))
+
+
+def test_messages_name_folders_of_one_archive_as_they_can_be_given(tmp_path: Path) -> None:
+    path = make_zip(tmp_path / "x.zip", [(f"all/{name}/1.png", png()) for name in ("train", "car")])
+    assert f"For the part, give --data {path}/all/train; for a class" in problem(path)
+    assert listed(open_source(f"{path}/all/train").train) == ["1.png"]
+    source = open_source(str(make_zip(tmp_path / "y.zip", [("metadata.csv", b""), ("a.png", png())])))
+    (note,) = source.notes
+    assert "(--data DIR/metadata.csv of the archive unpacked into DIR takes labels from it)" in note
+
+
 # ---- processes and threads ----
 
 
@@ -292,3 +326,5 @@ def test_members_are_known_again(tmp_path: Path) -> None:
     one = open_source(str(tmp_path / "link" / "a.tar")).train
     training = Training(whole.fingerprint, np.array([1, 7, 9]), whole)
     assert training.among(one).tolist() == [False, True, False, False, False, False]
+    archive = make_zip(tmp_path / "x.zip", [("train/a.png", png()), ("val/a.png", png())])
+    assert _overlap(f"{archive}/train", str(archive)) and not _overlap(f"{archive}/train", str(tmp_path / "no"))

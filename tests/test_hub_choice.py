@@ -153,13 +153,15 @@ def test_shards_of_webdataset_and_archives_by_name() -> None:
     configs = [{"config_name": "default", "data_files": [{"split": "train", "path": "in-train-*.tar"}]}]
     for given in (None, configs):
         assert chosen(files, configs=given) == Choice(tuple(shards), archives=True)
-    assert chosen(files, "in-train-0001.tar") == Choice((shards[1],), archives=True)
+    assert chosen(files, "in-train-0001.tar") == Choice((shards[1],), archives=True, root=shards[1])
     nested = listed("data/train-0.tar", "data/test-0.tar", "notes.txt")
     assert chosen(nested).files == ("data/test-0.tar", "data/train-0.tar")
     assert choose(listed("load.py", "a.tar"), {}, "", NAME) is None, "what a script unpacks"
     assert choose(listed("a.tar", "b.tar.gz"), {}, "", NAME) is None, "one that cannot be read"
     assert choose(listed("images.zip", "annotations.zip"), {}, "", NAME) is None
-    assert chosen(listed("images.zip", "annotations.zip"), "images.zip") == Choice(("images.zip",), archives=True)
+    for way in ("images.zip", "images.zip/train/a"):
+        found = chosen(listed("images.zip", "annotations.zip"), way)
+        assert found == Choice(("images.zip",), archives=True, root=way)
     assert "several folders of archives, each a configuration; choose --data hub:o/n/en" in refusal(
         listed("en/0.tar", "fr/0.tar")
     )

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from archive_files import shard
+from archive_files import make_zip, shard
 from fake_hub import Hub, stand_in
 from PIL import Image
 
@@ -184,6 +184,17 @@ def test_shards_of_webdataset(stand_in: Hub, tmp_path: Path, capsys: pytest.Capt
     assert len(open_source("hub:my/shards/x-train-1.tar").train) == 6
     with pytest.raises(UserError, match="pairs of images and annotations are read from files on disk only"):
         open_pairs("hub:my/shards")
+
+
+def test_a_folder_in_an_archive_of_the_hub(stand_in: Hub, tmp_path: Path) -> None:
+    names = [f"all/{part}/{kind}/{i}.png" for part in ("train", "rest") for kind in "ab" for i in range(2)]
+    whole = make_zip(tmp_path / "x.zip", [(name, picture(i)) for i, name in enumerate(names)]).read_bytes()
+    stand_in.push("my/zip", {"x.zip": whole, "cut.zip": whole[:-40]})
+    for way, words in {"x.zip": "give --data hub:my/zip/x.zip/all/train;", "cut.zip": "zip/cut.zip: cut short"}.items():
+        with pytest.raises(UserError, match=words):
+            open_source(f"hub:my/zip/{way}")
+    source = open_source(lasting("hub:my/zip/x.zip/all/train"))
+    assert (source.name, len(source.train), source.train.class_names) == ("zip-x.zip-all-train", 4, ["a", "b"])
 
 
 def test_the_hubs_own_copy_of_other_forms(stand_in: Hub) -> None:

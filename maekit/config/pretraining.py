@@ -19,10 +19,10 @@ class DataConfig:
 
     data: str = ""
     """What to train on: photos, digits, cifar10, cifar100, a folder, a Parquet file or folder, a .tar or .zip (not
-    compressed as a whole) or a folder of them such as WebDataset's shards, a text file of paths, a CSV or TSV with a
-    column of paths (file_name) and if you like of labels and parts (split), or a data set of the Hugging Face hub:
-    hub:OWNER/NAME, with @REVISION or /CONFIGURATION behind if need be. Labels are not needed. Where there are parts
-    (train/, val/, test/), only the training part is trained on."""
+    compressed as a whole), a folder in one (photos.zip/train), a folder of them such as WebDataset's shards, a text
+    file of paths, a CSV or TSV with a column of paths (file_name) and if you like of labels and parts (split), or a
+    data set of the Hugging Face hub: hub:OWNER/NAME, with @REVISION or /CONFIGURATION behind if need be. Labels are
+    not needed. Where there are parts (train/, val/, test/), only the training part is trained on."""
     out: str = ""
     """Folder of the run. It must not hold another run. Default: runs/RECIPE."""
     or_resume: bool = False

@@ -1,7 +1,8 @@
 """Archives as sources: the rules of folders (folders.py) for the tree of files that they hold.
 
 - One archive is a folder that was packed: the same parts, classes, order, ids and fingerprint as of the folder. One
-  folder that holds all the rest, as in archives of a repository, is looked through.
+  folder that holds all the rest, as in archives of a repository, is looked through. A path may lead on into it:
+  photos.zip/train is what photos/train was.
 - A folder of archives (WebDataset's shards): parts by the archives' names, as with Parquet (train-000000.tar, val.tar,
   test/0.tar). Where no name tells a part, all of them together are one tree. Images stand in the order of the archives.
 - Where files beside the images tell labels (archive_labels.py), these count, and not the folders.
@@ -17,9 +18,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from maekit.config import UserError
+from maekit.config import UserError, did_you_mean
 from maekit.data.archive_labels import SIDES, classes_of
-from maekit.data.archives import SUFFIXES, Archive, ArchivePart, Contents, Node, is_archive, members_of, refuse_form
+from maekit.data.archive_members import path_of
+from maekit.data.archives import (
+    SUFFIXES,
+    Archive,
+    ArchivePart,
+    Contents,
+    Node,
+    archive_above,
+    is_archive,
+    members_of,
+    refuse_form,
+)
 from maekit.data.beside import annotations_among, masks_beside
 from maekit.data.folders import Tree, annotations_note, gather, holds_images, open_tree
 from maekit.data.parquet import by_part, find_files
@@ -100,8 +112,11 @@ class ArchiveTree:
         return self.base + path in self.contents.tables
 
     def alone(self, path: bytes) -> str:
-        """How to name a folder in it: there is no flag for that."""
-        return f"--data DIR/{printable(self.base + path)}, after unpacking into DIR,"
+        """How to name a folder or a table in it: only a folder of one archive can be given as it is."""
+        inside = printable(self.base + path)
+        if self.depth or self.is_file(path):
+            return f"--data DIR/{inside} of the archive unpacked into DIR"
+        return f"--data {os.path.join(self.contents.archives[0].shown, inside)}"
 
     def part(
         self, folder: bytes, names: list[bytes], in_chans: int, labels: Labels | None, class_names: list[str] | None
@@ -143,14 +158,15 @@ def find_archives(folder: str, spec: str) -> list[str]:
 
 def refuse_archives(path: str, spec: str) -> None:
     """Raise UserError for an archive, or a folder of archives, where only files on disk can be read."""
-    if os.path.isfile(path) and is_archive(path):
-        found = [path]
+    above = archive_above(path)
+    if above is not None:
+        found = [above]
     else:
         found = find_archives(path, spec) if os.path.isdir(path) and not holds_images(os.fsencode(path)) else []
     if found:
         name = os.path.basename(found[0])
         command = f"unzip {name} -d DIR" if name.lower().endswith(".zip") else f"tar xf {name} -C DIR"
-        what = "an archive" if found == [path] else "a folder of archives"
+        what = "an archive" if above is not None else "a folder of archives"
         raise UserError(
             f"--data {spec}: {what}, and pairs of images and annotations are read from files on disk only: unpack it "
             f"({printable(command)}), then --data DIR"
@@ -158,12 +174,15 @@ def refuse_archives(path: str, spec: str) -> None:
 
 
 def open_archive(path: str, spec: str, name: str, in_chans: int) -> Source:
-    """One archive as a source.
+    """One archive as a source, or the folder in it to which the path leads on.
 
     Raises:
-        UserError: cannot be read; and as of `open_tree`.
+        UserError: cannot be read, or holds no such folder; and as of `open_tree`.
     """
-    return _open_together([Archive(os.path.abspath(path), spec)], spec, name, in_chans)
+    above = archive_above(path) or path
+    inside = path[len(above) :]
+    archive = Archive(os.path.abspath(above), spec.removesuffix(printable(inside)))
+    return _open_together([archive], spec, name, in_chans, os.fsencode(inside))
 
 
 def open_archives(paths: list[str], folder: str, spec: str, name: str, in_chans: int) -> Source:
@@ -192,13 +211,27 @@ def open_archives(paths: list[str], folder: str, spec: str, name: str, in_chans:
     return _finished(source, trees)
 
 
-def _open_together(archives: list[Archive], spec: str, name: str, in_chans: int) -> Source:
+def _open_together(archives: list[Archive], spec: str, name: str, in_chans: int, inside: bytes = b"") -> Source:
     contents = Contents(archives)
     base = _lone_folder(contents)
-    if part_of(os.fsdecode(base[:-1])) == "train":  # named in messages as a folder's is
+    if folder := inside.strip(b"/"):
+        base = _base_of(contents, folder, base, spec)
+    elif part_of(os.fsdecode(base[:-1])) == "train":  # named in messages as a folder's is
         base = b""
     source = open_tree(ArchiveTree(contents, base, numbered=len(archives) > 1), spec, name, in_chans)
     return _finished(source, dict.fromkeys(("train", "val", "test"), contents))
+
+
+def _base_of(contents: Contents, folder: bytes, lone: bytes, spec: str) -> bytes:
+    """A folder that was named, with a slash: where it is, or below the one that is looked through, which no message
+    names."""
+    path = path_of(folder)
+    for found in () if path is None else (path, lone + path):
+        if contents.holds(found):
+            return found + b"/"
+    shown = contents.archives[0].shown
+    hint = did_you_mean(printable(folder), contents.folders() or ["the archive as a whole"])
+    raise UserError(f"--data {spec}: no such folder in {shown}; {hint}")
 
 
 def _lone_folder(contents: Contents) -> bytes:

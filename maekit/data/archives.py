@@ -154,6 +154,14 @@ class Contents:
         elif not self.inner and suffix.decode("latin-1") in SUFFIXES:
             self.inner = printable(path)
 
+    def holds(self, folder: bytes) -> bool:
+        """Whether there is a folder of that path."""
+        return folder in self._nodes
+
+    def folders(self) -> list[str]:
+        """The paths of all folders, on one printable line each."""
+        return [printable(path) for path in self._nodes if path]
+
     def _leave_out(self, why: str, member: Member) -> None:
         self.left[why] += 1
         self.examples.setdefault(why, _short(member.name))
@@ -207,6 +215,15 @@ def is_compressed(name: str) -> bool:
 def is_archive(name: str) -> bool:
     """Whether a file's name is that of an archive, also of one that is not read."""
     return name.lower().endswith((*SUFFIXES, ".7z", ".rar")) or is_compressed(name) or bool(_PIECE.search(name))
+
+
+def archive_above(path: str) -> str | None:
+    """The archive that a path names or leads into, as photos.zip/train does; None for all other paths."""
+    above = path
+    while above and not os.path.isfile(above):
+        parent = os.path.dirname(above)
+        above = parent if parent != above else ""
+    return above if above and is_archive(above) else None
 
 
 def _compressed(shown: str, command: str) -> str:

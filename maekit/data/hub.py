@@ -22,7 +22,8 @@ from typing import Any
 from rich.console import Console
 
 from maekit.config import UserError
-from maekit.data.archive_trees import open_archives
+from maekit.data.archive_trees import open_archive, open_archives
+from maekit.data.archives import archive_above
 from maekit.data.folders import open_folder
 from maekit.data.hub_choice import Choice, choose, what_is_there
 from maekit.data.hub_files import download
@@ -82,7 +83,7 @@ class Local:
     """Data on this machine; of a data set of the hub, which of its files they are."""
 
     root: str
-    """The folder of the images, the table, or the folder of all there is."""
+    """The folder of the images, the table, an archive or a folder in it, or the folder of all there is."""
     parts: dict[str, list[str]] | None
     """Parquet files of each part, if it is Parquet."""
     archives: list[str]
@@ -137,6 +138,8 @@ def open_hub(spec: str, in_chans: int, *, image_column: str | None = None, label
         source = open_table(root, shown, local.name, in_chans, **columns)
     elif given:
         raise UserError(f"{' and '.join(given)}: only for Parquet and tables, which --data {shown} is not")
+    elif archive_above(local.root) is not None:
+        source = open_archive(local.root, shown, local.name, in_chans)
     elif local.archives:
         source = open_archives(local.archives, local.root, shown, local.name, in_chans)
     elif os.path.isdir(root):

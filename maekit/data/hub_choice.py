@@ -45,6 +45,7 @@ class Choice:
     parts: dict[str, list[str]] | None = None
     table: str = ""
     root: str = ""
+    """Of an archive that was asked for by its name: that name, and what stands behind it."""
     notes: tuple[str, ...] = ()
     partial: bool = False
     """Whether a split is there in part only."""
@@ -110,8 +111,9 @@ def _named(seen: Files, found: list[_Configuration], inside: str, shown: str) ->
     if inside in seen and _suffix(inside) in _TABLES:
         images = _images_below(seen, head + "/" if head else "")
         return Choice(tuple({inside, *images}), table=inside)
-    if inside in seen and _suffix(inside) in SUFFIXES:
-        return Choice((inside,), archives=True)
+    archive = next((path for path in seen if _suffix(path) in SUFFIXES and f"{inside}/".startswith(f"{path}/")), None)
+    if archive is not None:
+        return Choice((archive,), archives=True, root=inside)
     if inside in seen:
         kind = "one image; give its folder" if _is_image(inside) else f"a {_suffix(inside) or 'nameless'} file"
         raise UserError(

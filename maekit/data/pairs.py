@@ -106,9 +106,9 @@ def open_pairs(
     shown = printable(spec)
     local = located(spec)
     root = local.root
+    refuse_archives(root, shown)
     if not spec or not os.path.exists(root):
         raise UserError(f"--data {shown}: no such file or folder{hub_hint(shown)}")
-    refuse_archives(root, shown)
     notes = [*local.notes]
     patterns = (image_pattern, annotation_pattern)
     columns = (image_column, annotation_column)

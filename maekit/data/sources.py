@@ -11,7 +11,7 @@ from pathlib import Path
 
 from maekit.config import UserError, did_you_mean
 from maekit.data.archive_trees import find_archives, open_archive, open_archives
-from maekit.data.archives import is_archive
+from maekit.data.archives import archive_above
 from maekit.data.folders import holds_images, open_folder
 from maekit.data.hub import hub_hint, is_hub, open_hub, pinned
 from maekit.data.hub import short_name as hub_name
@@ -48,6 +48,9 @@ def open_source(
         return open_hub(spec, in_chans, image_column=image_column, label_column=label_column)
     path = os.path.expanduser(spec)
     shown = printable(spec)
+    if archive_above(path) is not None:
+        _refuse(columns, shown)
+        return open_archive(path, shown, short_name(path), in_chans)
     mode = _mode(path, shown)
     name = short_name(path)
     suffix = os.path.splitext(path)[1].lower()
@@ -64,8 +67,6 @@ def open_source(
     _refuse(columns, shown)
     if suffix == ".txt":
         return open_list(os.fsencode(path), shown, name, in_chans)
-    if is_archive(path):
-        return open_archive(path, shown, name, in_chans)
     if suffix in IMAGE_SUFFIXES:
         raise UserError(f"--data {shown}: one image; give its folder, or a .txt file with its path")
     raise UserError(
@@ -105,7 +106,8 @@ def lasting(spec: str) -> str:
     if is_hub(spec):
         return pinned(spec)
     path = os.path.expanduser(spec)
-    return spec if spec in KNOWN or not os.path.exists(path) else os.path.abspath(path)
+    there = spec not in KNOWN and (os.path.exists(path) or archive_above(path) is not None)
+    return os.path.abspath(path) if there else spec
 
 
 def _mode(path: str, shown: str) -> int:
@@ -118,8 +120,7 @@ def _mode(path: str, shown: str) -> int:
         hint = hub_hint(shown) or hint
         above = next((one for one in map(str, Path(path).parents) if os.path.isfile(one)), None)
         if above is not None:
-            whole = "an archive is given whole, or unpacked" if is_archive(above) else "nothing lies below it"
-            hint = f"; {printable(above)} is a file: {whole}"
+            hint = f"; {printable(above)} is a file: nothing lies below it"
         if re.search(r"[*?]|\{.*\.\..*\}|\{.*,.*\}|::", shown):
             hint = "; patterns of names are not read: give the folder that holds the files"
         raise UserError(f"--data {shown}: no such file or folder, and not a known name ({known}){hint}") from None
@@ -131,8 +132,9 @@ def short_name(path: str) -> str:
     """The last part of the path without a file's suffix, in characters that suit any folder's name."""
     if is_hub(path):
         return hub_name(path)
-    base = os.path.basename(os.path.realpath(path))
-    base = base if os.path.isdir(path) else os.path.splitext(base)[0]
+    path = os.path.realpath(path)
+    base = os.path.basename(path)
+    base = os.path.splitext(base)[0] if os.path.isfile(path) else base
     return re.sub(r"[^A-Za-z0-9._-]+", "-", base).strip("-.") or "data"
 
 

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from maekit.config import FinetuneConfig, UserError
 from maekit.configfile import read
+from maekit.data.archives import archive_above
 from maekit.data.labelled import kept_for_report, part_for_report, split_labelled
 from maekit.data.parts import Part, PlacedPart
 from maekit.data.sources import Source, lasting, open_source
@@ -110,7 +111,7 @@ def _real(folder: str) -> str:
 
 def _overlap(one: str, other: str) -> bool:
     """Whether two names of data may lead to the same files: one lies in the other, or lists name files anywhere."""
-    paths = [os.path.realpath(os.path.expanduser(spec)) for spec in (one, other)]
+    paths = [os.path.realpath(archive_above(path) or path) for path in map(os.path.expanduser, (one, other))]
     if not all(map(os.path.exists, paths)):
         return False
     if not all(map(os.path.isdir, paths)):
