@@ -19,10 +19,12 @@ import numpy as np
 import pytest
 from archive_files import add, entries, make_tar, make_zip
 from image_files import listed, make_tree, photograph, png, problem
+from rich.console import Console
+from rich.progress import Progress
 
 from maekit import cli
 from maekit.config import UserError
-from maekit.data import archive_tar
+from maekit.data import archive_tar, archives
 from maekit.data.archive_members import OpenFile
 from maekit.data.archives import ArchivePart
 from maekit.data.pairs import open_pairs
@@ -225,6 +227,29 @@ def test_messages_name_folders_of_one_archive_as_they_can_be_given(tmp_path: Pat
     source = open_source(str(make_zip(tmp_path / "y.zip", [("metadata.csv", b""), ("a.png", png())])))
     (note,) = source.notes
     assert "(--data DIR/metadata.csv of the archive unpacked into DIR takes labels from it)" in note
+
+
+def test_a_bar_while_large_archives_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all of them together, on a terminal only; small ones are listed at once."""
+    for name in ("a.tar", "b.tar"):
+        make_tar(tmp_path / name, [(f"{number}.png", bytes(10**6)) for number in range(3)])
+    make_zip(tmp_path / "c.zip", [("d.png", bytes(10**6))])
+    screen = io.StringIO()
+    monkeypatch.setattr(archives, "make_console", lambda: Console(file=screen, force_terminal=True, width=100))
+    monkeypatch.setattr(archives, "_TOLD_EVERY", 1)
+    told: list[tuple[int, int]] = []
+    real = Progress.update
+
+    def update(self: Progress, task: Any, **given: Any) -> None:
+        told.append((given["completed"], given["total"]))
+        real(self, task, **given)
+
+    monkeypatch.setattr(Progress, "update", update)
+    assert len(open_source(str(tmp_path)).train) == 7 and not told
+    monkeypatch.setattr(archives, "_LARGE", 1)
+    assert len(open_source(str(tmp_path)).train) == 7
+    assert told == [(done, 7) for done in (0, 0, 1, 2, 3, 3, 4, 5, 6)]
+    assert "listing archives (MB)" in screen.getvalue() and "/7" in screen.getvalue()
 
 
 # ---- processes and threads ----

@@ -13,6 +13,7 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -26,10 +27,13 @@ from maekit.data.archive_members import BrokenArchive, Kind, Member, Method, Ope
 from maekit.data.folders import METADATA
 from maekit.data.images import IMAGE_SUFFIXES, MAX_PIXELS, BadImage
 from maekit.data.parts import FINGERPRINT_SAMPLES, Labels, PlacedPart, evenly_spaced, name_blob, printable
+from maekit.terminal import counting, make_console
 
 SUFFIXES = (".tar", ".zip")
 _IMAGES = frozenset(suffix.encode() for suffix in IMAGE_SUFFIXES)
 _FILES_KEPT = 200
+_LARGE = 10**8
+_TOLD_EVERY = 1000
 MOST_BYTES = 8 * MAX_PIXELS
 """Bytes of one channel of the largest image, float64; no image has fewer than four channels' worth allowed."""
 _BOMB_RATIO = 100
@@ -93,17 +97,23 @@ class Contents:
         """An archive within."""
         self._nodes = {b"": self.root}
         problems: list[str] = []
-        for number in range(len(archives)):
-            try:
-                self._list(number)
-            except UserError as error:
-                problems += error.problems
+        sizes = [os.path.getsize(archive.path) if os.path.isfile(archive.path) else 0 for archive in archives]
+        before = 0
+        with _bar(sum(sizes)) as told:
+            for number, size in enumerate(sizes):
+                try:
+                    self._list(number, before, told)
+                except UserError as error:
+                    problems += error.problems
+                before += size
         if problems:
             more = [f"and {len(problems) - 5} more archives that cannot be read"] if len(problems) > 5 else []
             raise UserError(*problems[:5], *more)
 
-    def _list(self, number: int) -> None:
+    def _list(self, number: int, before: int, told: Callable[[int], None]) -> None:
+        """told: is told how far it is, in bytes, of which so many stand in the archives before."""
         archive = self.archives[number]
+        told(before)
         refuse_form(archive)
         try:
             file = OpenFile(archive.path)
@@ -112,8 +122,10 @@ class Contents:
                     self._add(number, member, partial(_of_zip, file, member))
             else:
                 window = Window(file, 8192)
-                for member in archive_tar.members(file, window):
+                for count, member in enumerate(archive_tar.members(file, window), 1):
                     self._add(number, member, partial(window.read, member.start, member.size))
+                    if count % _TOLD_EVERY == 0:
+                        told(before + member.start)
                 if not window.marked:
                     self.unmarked.append(archive.shown)
         except BrokenArchive as error:
@@ -172,6 +184,16 @@ class Contents:
             above, _, name = folder.rpartition(b"/")
             node = self._nodes[folder] = self._node(above).folders.setdefault(name, Node())
         return node
+
+
+@contextmanager
+def _bar(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar for so many bytes of archives, if they are so large that somebody waits: tars are read from end to end."""
+    if total < _LARGE:
+        yield lambda done: None
+        return
+    with counting(make_console(), "listing archives (MB)") as told:
+        yield lambda done: told(done // 10**6, total // 10**6)
 
 
 def _of_zip(file: OpenFile, member: Member) -> bytes:
