@@ -78,6 +78,16 @@ def test_names_in_cls_files_and_those_that_say_nothing(tmp_path: Path) -> None:
     assert part.class_names == ["a", "b"]
 
 
+def test_dots_in_keys(tmp_path: Path) -> None:
+    """Files of exactly one image's name are its own; those of a key hold for all its images that have none."""
+    samples: list[tuple[str, dict[str, bytes]]] = [
+        (f"v1.0/IMG.{n}", {"png": png(n), "cls": b"%d" % (n % 2)}) for n in range(4)
+    ]
+    samples += [("v1.0/two", {"left.png": png(), "right.png": png(), "cls": b"2", "right.cls": b"1"})]
+    part = open_source(str(shard(tmp_path / "x.tar", *samples))).train
+    assert part.labels is not None and part.labels.tolist() == [0, 1, 0, 1, 2, 1]
+
+
 def test_each_part_in_an_archive_of_its_own(tmp_path: Path) -> None:
     """train.tar and val.zip, one with a folder around its classes, as ImageNet is often kept; also below folders."""
     root = make_tree(tmp_path / "x", "train/a/1.png", "train/b/2.png", "val/b/3.png")

@@ -1,6 +1,7 @@
 """Labels that lie beside the images in an archive, as WebDataset has them: KEY.jpg, KEY.cls, KEY.json.
 
-A key is a member's path up to the first dot of its last component. A .cls file holds the class: its number as text
+A key is the path of such a file without its suffix; of an image, its path without its suffix, or else up to the first
+dot of its last component (KEY.left.jpg). A .cls file holds the class: its number as text
 (-1: none), or its name. Where there are none, the .json files are asked for "label", then "class": a number or a name.
 Other files beside images (.txt captions) are not read. Memory: 12 bytes for each label while archives are listed.
 """
@@ -36,7 +37,7 @@ class SideLabels:
 
     def __init__(self) -> None:
         self._values: dict[str, int] = {}
-        self._keys, self._codes = array("Q"), array("l")
+        self._keys, self._codes = array("Q"), array("i")
         self._in_vain = 0
 
     def __len__(self) -> int:
@@ -51,7 +52,7 @@ class SideLabels:
         with contextlib.suppress(BadImage, ValueError, RecursionError):
             value = _value(suffix, read())
         if value is not None and len(self._values) < MAX_CLASSES:
-            self._keys.append(_key(number, path))
+            self._keys.append(_key(number, path[: -len(suffix)]))
             self._codes.append(self._values.setdefault(value, len(self._values)))
         elif not self._keys:
             self._in_vain += 1
@@ -62,16 +63,22 @@ class SideLabels:
         """
         keys = np.frombuffer(self._keys, np.uint64) if self._keys else np.zeros(0, np.uint64)
         order = np.argsort(keys, kind="stable")
-        wanted = np.fromiter((_key(number, path) for number, path in members), np.uint64, count)
+        wanted = np.fromiter((key for one in members for key in _keys_of(*one)), np.uint64, 2 * count)
         at = np.searchsorted(keys[order], wanted, side="right") - 1  # of several files of one key, the last
         codes = np.array(self._codes, np.int64)[order]
-        found = (at >= 0) & (keys[order][at] == wanted) if len(keys) else np.zeros(count, np.bool_)
-        return np.where(found, codes[at] if len(keys) else -1, -1), list(self._values)
+        found = (at >= 0) & (keys[order][at] == wanted) if len(keys) else np.zeros(2 * count, np.bool_)
+        own, of_all = np.where(found, codes[at] if len(keys) else -1, -1).reshape(count, 2).T
+        return np.where(own >= 0, own, of_all), list(self._values)
 
 
-def _key(number: int, path: bytes) -> int:
-    folder, slash, name = path.rpartition(b"/")
-    key = folder + slash + name.split(b".", 1)[0]
+def _keys_of(number: int, path: bytes) -> tuple[int, int]:
+    stem = path[: path.rindex(b".")]
+    folder, slash, name = stem.rpartition(b"/")
+    key = _key(number, stem)
+    return key, _key(number, folder + slash + name.split(b".", 1)[0]) if b"." in name else key
+
+
+def _key(number: int, key: bytes) -> int:
     return int.from_bytes(blake2b(b"%d/" % number + key, digest_size=8).digest(), "little")
 
 
