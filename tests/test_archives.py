@@ -229,6 +229,18 @@ def test_messages_name_folders_of_one_archive_as_they_can_be_given(tmp_path: Pat
     assert "(--data DIR/metadata.csv of the archive unpacked into DIR takes labels from it)" in note
 
 
+def test_tars_one_behind_the_other(tmp_path: Path) -> None:
+    """As cat makes one of several: readers stop at the first one's end, which must not happen in silence."""
+    one, two = (make_tar(tmp_path / f"{name}.tar", [(f"{name}.png", png())]).read_bytes() for name in "ab")
+    (tmp_path / "both.tar").write_bytes(one + two)
+    source = open_source(str(tmp_path / "both.tar"))
+    assert listed(source.train) == ["a.png"]
+    (note,) = source.notes
+    assert note.startswith(f"not read: what stands behind the end of {tmp_path}/both.tar; of tars put")
+    (tmp_path / "full.tar").write_bytes(one + bytes(99 * 512))  # filled up to longer records
+    assert open_source(str(tmp_path / "full.tar")).notes == ()
+
+
 def test_a_bar_while_large_archives_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all of them together, on a terminal only; small ones are listed at once."""
     for name in ("a.tar", "b.tar"):

@@ -197,7 +197,8 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "records that lie": ("x.tar", raw_header(b"a", b"00000000020\0", b"x") + b"99 path=x" + bytes(503), "records that"),
     "split": ("x.zip", ZIP.getvalue()[:-18] + b"\1\0" + ZIP.getvalue()[-16:], "one piece of a zip that was split"),
     "nothing in it": ("x.tar", bytes(1024), "no image among 0 files"),
-    "archives in it": ("x.tar", raw_header(b"n01440764.tar", b"0\0"), "it holds archives, such as n01440764.tar"),
+    "archives in it": ("x.tar", raw_header(b"n01440764.tar", b"0\0"), "it holds n01440764.tar, which is not looked"),
+    "Parquet in it": ("x.tar", raw_header(b"data/train.parquet", b"0\0"), "it holds data/train.parquet, which is not"),
 }  # fmt: skip
 
 

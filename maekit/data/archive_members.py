@@ -126,8 +126,8 @@ class Window:
 
     def __init__(self, file: OpenFile, length: int) -> None:
         self.file, self.length = file, length
-        self.marked = False
-        """Whether the empty block that ends a tar was met."""
+        self.end = 0
+        """Where the empty block was met that ends a tar; 0: nowhere."""
         self._start, self._piece = 0, b""
 
     def read(self, start: int, length: int) -> bytes:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from maekit.data.archive_members import BrokenArchive, Kind, Member, Method, OpenFile, Window
 
 BLOCK = 512
+RECORD = 20 * BLOCK
+"""A multiple of this is what tars are filled up to."""
 _LONGEST_RECORDS = 1 << 20
 """Bytes of pax records or of a long name, in front of a member."""
 _KINDS = {
@@ -43,7 +45,7 @@ def members(file: OpenFile, window: Window | None = None) -> Iterator[Member]:
                 return
             raise BrokenArchive(_ends(last, at + BLOCK - file.size) if at else "no tar archive: shorter than a header")
         if not block[0] and not any(block):
-            window.marked = True
+            window.end = at
             return
         if not _adds_up(block):
             where = f"damaged at byte {at:,}, behind {shown(last)}" if at else "no tar archive"

@@ -56,9 +56,9 @@ class ArchiveTree:
 
     @property
     def hint(self) -> str:
-        """That there are archives within the archives."""
+        """That there are archives, or Parquet, within the archives."""
         inner = self.contents.inner
-        return f"; it holds archives, such as {inner}: unpack it, then give their folder as --data" if inner else ""
+        return f"; it holds {inner}, which is not looked into: unpack it, then give that folder as --data" if inner else ""
 
     def subfolders(self, folder: bytes) -> list[bytes]:
         """Names of the folders in a folder, sorted."""
@@ -280,8 +280,15 @@ def _left_out(all_contents: Iterable[Contents]) -> tuple[str, ...]:
     contents = list(dict.fromkeys(all_contents))
     said = [f"{count:,} {what}, such as {one.examples[what]}" for one in contents for what, count in one.left.items()]
     notes: tuple[str, ...] = (f"left out of the images: {'; '.join(said)}",) if said else ()
-    endless = [shown for one in contents for shown in one.unmarked]
+    endless = _first_of([shown for one in contents for shown in one.unmarked])
     if endless:
-        more = f" and {len(endless) - 1:,} more" if len(endless) > 1 else ""
-        notes += (f"without the empty blocks that end a tar: {endless[0]}{more}; perhaps the end is missing",)
+        notes += (f"without the empty blocks that end a tar: {endless}; perhaps the end is missing",)
+    longer = _first_of([shown for one in contents for shown in one.behind])
+    if longer:
+        notes += (f"not read: what stands behind the end of {longer}; of tars put one behind the other only the first "
+                  "is read (tar xif unpacks them all)",)  # fmt: skip
     return notes
+
+
+def _first_of(names: list[str]) -> str:
+    return f"{names[0]} and {len(names) - 1:,} more" if len(names) > 1 else "".join(names)

@@ -31,6 +31,7 @@ from maekit.terminal import counting, make_console
 
 SUFFIXES = (".tar", ".zip")
 _IMAGES = frozenset(suffix.encode() for suffix in IMAGE_SUFFIXES)
+_INNER = frozenset((b".tar", b".zip", b".gz", b".tgz", b".7z", b".parquet"))
 _FILES_KEPT = 200
 _LARGE = 10**8
 _TOLD_EVERY = 1000
@@ -93,8 +94,10 @@ class Contents:
         """Paths of tables that hold labels in a folder."""
         self.unmarked: list[str] = []
         """Tars without an end mark."""
+        self.behind: list[str] = []
+        """Tars with something behind it."""
         self.inner = ""
-        """An archive within."""
+        """A file within that may hold images: an archive or Parquet."""
         self._nodes = {b"": self.root}
         problems: list[str] = []
         sizes = [os.path.getsize(archive.path) if os.path.isfile(archive.path) else 0 for archive in archives]
@@ -126,8 +129,10 @@ class Contents:
                     self._add(number, member, partial(window.read, member.start, member.size))
                     if count % _TOLD_EVERY == 0:
                         told(before + member.start)
-                if not window.marked:
+                if not window.end:
                     self.unmarked.append(archive.shown)
+                elif any(file.read(window.end, archive_tar.RECORD + archive_tar.BLOCK)):
+                    self.behind.append(archive.shown)
         except BrokenArchive as error:
             raise UserError(f"--data {archive.shown}: {_reason(error, file)}") from None
         except OSError as error:
@@ -163,7 +168,7 @@ class Contents:
             self.sides[suffix].add(number, path, member.size, read)
         elif path.endswith(METADATA) and path[-len(METADATA) - 1 : -len(METADATA)] in (b"", b"/"):
             self.tables.add(path)
-        elif not self.inner and suffix.decode("latin-1") in SUFFIXES:
+        elif not self.inner and suffix in _INNER:
             self.inner = printable(path)
 
     def holds(self, folder: bytes) -> bool:
