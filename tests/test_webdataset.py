@@ -111,10 +111,13 @@ def test_each_part_in_an_archive_of_its_own(tmp_path: Path) -> None:
 
 
 def test_folders_with_images_and_archives(tmp_path: Path) -> None:
-    """Images count; archives that are compressed stand in nobody's way where others can be read."""
+    """Images count, which is said; archives that are compressed stand in nobody's way where others can be read."""
     make_tree(tmp_path / "one", "a.png")
     make_tar(tmp_path / "one" / "b.tar", [("b.png", png())])
-    assert listed(open_source(str(tmp_path / "one")).train) == ["a.png"]
+    source = open_source(str(tmp_path / "one"))
+    assert listed(source.train) == ["a.png"]
+    said = f"left out, since images lie beside: b.tar (--data {tmp_path}/one/b.tar takes it alone)"
+    assert source.notes == (said,)
     make_tar(tmp_path / "two" / "train.tar", [("b.png", png())])
     (tmp_path / "two" / "devkit.tar.gz").write_bytes(b"x")
     assert listed(open_source(str(tmp_path / "two")).train) == ["b.png"]

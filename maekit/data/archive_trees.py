@@ -21,17 +21,8 @@ import numpy.typing as npt
 from maekit.config import UserError, did_you_mean
 from maekit.data.archive_labels import SIDES, classes_of
 from maekit.data.archive_members import path_of
-from maekit.data.archives import (
-    SUFFIXES,
-    Archive,
-    ArchivePart,
-    Contents,
-    Node,
-    archive_above,
-    is_archive,
-    members_of,
-    refuse_form,
-)
+from maekit.data.archive_names import Archive, archive_above, is_archive, is_read, refuse_form
+from maekit.data.archives import ArchivePart, Contents, Node, members_of
 from maekit.data.beside import annotations_among, masks_beside
 from maekit.data.folders import Tree, annotations_note, gather, holds_images, open_tree
 from maekit.data.parquet import by_part, find_files
@@ -58,7 +49,7 @@ class ArchiveTree:
     def hint(self) -> str:
         """That there are archives, or Parquet, within the archives."""
         inner = self.contents.inner
-        return f"; it holds {inner}, which is not looked into: unpack it, then give that folder as --data" if inner else ""
+        return f"; it holds {inner}, which is not looked into: unpack it and give that folder" if inner else ""
 
     def subfolders(self, folder: bytes) -> list[bytes]:
         """Names of the folders in a folder, sorted."""
@@ -152,7 +143,7 @@ def find_archives(folder: str, spec: str) -> list[str]:
         UserError: several folders of them to choose from.
     """
     found = find_files(folder, spec, is_archive, "archives")
-    read = [path for path in found if path.lower().endswith(SUFFIXES)]
+    read = [path for path in found if is_read(path)]
     return read or found
 
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,12 +23,12 @@ from maekit.config import UserError
 from maekit.data import archive_tar, archive_zip
 from maekit.data.archive_labels import SIDES, SideLabels
 from maekit.data.archive_members import BrokenArchive, Kind, Member, Method, OpenFile, Window, is_unsafe, path_of
+from maekit.data.archive_names import UNPACK, Archive, refuse_form
 from maekit.data.folders import METADATA
 from maekit.data.images import IMAGE_SUFFIXES, MAX_PIXELS, BadImage
 from maekit.data.parts import FINGERPRINT_SAMPLES, Labels, PlacedPart, evenly_spaced, name_blob, printable
 from maekit.terminal import counting, make_console
 
-SUFFIXES = (".tar", ".zip")
 _IMAGES = frozenset(suffix.encode() for suffix in IMAGE_SUFFIXES)
 _INNER = frozenset((b".tar", b".zip", b".gz", b".tgz", b".7z", b".parquet"))
 _FILES_KEPT = 200
@@ -39,21 +38,7 @@ MOST_BYTES = 8 * MAX_PIXELS
 """Bytes of one channel of the largest image, float64; no image has fewer than four channels' worth allowed."""
 _BOMB_RATIO = 100
 """A member that unpacks to more than MAX_PIXELS bytes and this many times its size is no image."""
-_UNPACK = {
-    "gz": "gunzip --keep", "tgz": "gunzip --keep", "xz": "unxz --keep", "txz": "unxz --keep", "bz2": "bunzip2 --keep",
-    "tbz": "bunzip2 --keep", "tbz2": "bunzip2 --keep", "zst": "unzstd", "tzst": "unzstd",
-}  # fmt: skip
-"""Last part of a compressed tar's name -> the command that makes a plain one of it."""
-_PIECE = re.compile(r"(?<=\.zip|\.tar)\.\d{2,3}$|(?<=\.7z)\.\d{2,3}$|\.z\d\d$", re.IGNORECASE)
-"""What follows the name in a piece of a split archive: x.zip.001, x.z01."""
 _MAGICS = {b"\x1f\x8b": "gz", b"\xfd7zXZ": "xz", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zst"}
-
-
-class Archive(NamedTuple):
-    """An archive and what to call it."""
-
-    path: str
-    shown: str
 
 
 class Node:
@@ -213,54 +198,6 @@ def _short(name: bytes) -> str:
     return text if len(text) < 60 else f"{text[:57]}..."
 
 
-def refuse_form(archive: Archive) -> None:
-    """Raises UserError for archives by whose names one can tell that no member can be read by itself."""
-    shown, name = archive.shown, os.path.basename(archive.path).lower()
-    last = name.rpartition(".")[2]
-    if _PIECE.search(name):
-        whole = _PIECE.sub("", shown)
-        command = f"cat {whole}.* > {whole}" if last.isdigit() else f"zip -s 0 {whole}.zip --out whole.zip"
-        raise UserError(f"--data {shown}: one piece of an archive that was split; put the pieces together: {command}")
-    if is_compressed(name):
-        raise UserError(_compressed(shown, _UNPACK.get(last, "uncompress")))
-    if last in ("7z", "rar"):
-        command = f"7z x {shown} -oDIR" if last == "7z" else f"unrar x {shown} DIR/"
-        raise UserError(
-            f"--data {shown}: a .{last} archive, which is not read (it may have to be unpacked from the begin for any "
-            f"file of it): {command}, then --data DIR"
-        )
-
-
-def is_compressed(name: str) -> bool:
-    """Whether a file's name is that of a compressed tar."""
-    stem, _, last = name.lower().rpartition(".")
-    return (stem.endswith(".tar") and (last in _UNPACK or last in ("lz4", "lz", "lzma", "z"))) or (
-        last in _UNPACK and last.startswith("t")
-    )
-
-
-def is_archive(name: str) -> bool:
-    """Whether a file's name is that of an archive, also of one that is not read."""
-    return name.lower().endswith((*SUFFIXES, ".7z", ".rar")) or is_compressed(name) or bool(_PIECE.search(name))
-
-
-def archive_above(path: str) -> str | None:
-    """The archive that a path names or leads into, as photos.zip/train does; None for all other paths."""
-    above = path
-    while above and not os.path.isfile(above):
-        parent = os.path.dirname(above)
-        above = parent if parent != above else ""
-    return above if above and is_archive(above) else None
-
-
-def _compressed(shown: str, command: str) -> str:
-    return (
-        f"--data {shown}: a compressed tar, of which no image can be read before all that stands in front of it is "
-        f"unpacked: {command} {shown} makes a plain .tar of it, which is read; or unpack it (tar xf {shown} -C DIR) "
-        "and give --data DIR"
-    )
-
-
 def _packed(archive: Archive, member: Member) -> str:
     command = f"7z x {archive.shown} -oDIR" if member.why != "encrypted" else f"unzip {archive.shown} -d DIR"
     return (
@@ -276,7 +213,7 @@ def _reason(error: BrokenArchive, file: OpenFile) -> str:
     begins = file.read(0, 64)
     for magic, form in _MAGICS.items():
         if begins.startswith(magic):
-            return f"{reason}, but compressed by another name: {_UNPACK[form]} after calling it .tar.{form}"
+            return f"{reason}, but compressed by another name: {UNPACK[form]} after calling it .tar.{form}"
     if not begins:
         return "an empty file"
     page = begins.lstrip()[:1] == b"<"

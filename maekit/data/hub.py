@@ -22,8 +22,8 @@ from typing import Any
 from rich.console import Console
 
 from maekit.config import UserError
+from maekit.data.archive_names import archive_above
 from maekit.data.archive_trees import open_archive, open_archives
-from maekit.data.archives import archive_above
 from maekit.data.folders import open_folder
 from maekit.data.hub_choice import Choice, choose, what_is_there
 from maekit.data.hub_files import download

@@ -16,7 +16,7 @@ from typing import Any
 
 from maekit.config import UserError, did_you_mean
 from maekit.data.annotations import TABLES
-from maekit.data.archives import SUFFIXES
+from maekit.data.archive_names import SUFFIXES
 from maekit.data.folders import METADATA
 from maekit.data.images import IMAGE_SUFFIXES
 from maekit.data.parquet import part_by_name

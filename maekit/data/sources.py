@@ -10,8 +10,8 @@ import stat
 from pathlib import Path
 
 from maekit.config import UserError, did_you_mean
+from maekit.data.archive_names import archive_above, is_read
 from maekit.data.archive_trees import find_archives, open_archive, open_archives
-from maekit.data.archives import archive_above
 from maekit.data.folders import holds_images, open_folder
 from maekit.data.hub import hub_hint, is_hub, open_hub, pinned
 from maekit.data.hub import short_name as hub_name
@@ -92,7 +92,13 @@ def _open_directory(path: str, shown: str, name: str, in_chans: int, columns: di
     archives = [] if has_images else find_archives(path, shown)
     if archives:
         return open_archives(archives, path, shown, name, in_chans)
-    return open_folder(os.fsencode(path), shown, name, in_chans)
+    source = open_folder(os.fsencode(path), shown, name, in_chans)
+    beside = [os.path.relpath(one, path) for one in find_files(path, shown, is_read)] if has_images else []
+    if beside:  # a picture of what is in them, or what the images were unpacked from
+        left = ", ".join(map(printable, beside[:4])) + (", ..." if len(beside) > 4 else "")
+        first = os.path.join(shown, printable(beside[0]))
+        source.notes += (f"left out, since images lie beside: {left} (--data {first} takes it alone)",)
+    return source
 
 
 def is_run(folder: str) -> bool:

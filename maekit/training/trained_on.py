@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from maekit.config import FinetuneConfig, UserError
 from maekit.configfile import read
-from maekit.data.archives import archive_above
+from maekit.data.archive_names import archive_above
 from maekit.data.labelled import kept_for_report, part_for_report, split_labelled
 from maekit.data.parts import Part, PlacedPart
 from maekit.data.sources import Source, lasting, open_source
