@@ -199,7 +199,7 @@ def test_a_folder_in_an_archive_of_the_hub(stand_in: Hub, tmp_path: Path) -> Non
 
 def test_the_hubs_own_copy_of_other_forms(stand_in: Hub) -> None:
     stand_in.push("old/script", {"README.md": CARD, "script.py": b"evil()", "images.zip": b"zip"})
-    with pytest.raises(UserError, match=r"\(1 \.md, 1 \.py, 1 \.zip\), and the hub has made no Parquet of it"):
+    with pytest.raises(UserError, match=r"1 \.zip; --data hub:old/script/images.zip reads one archive alone\), and"):
         open_source("hub:old/script")
     copy = {"default/train/0000.parquet": table(6), "default/test/0000.parquet": table(2, 9)}
     commit = stand_in.push("old/script", copy, "refs/convert/parquet")

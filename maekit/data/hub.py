@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 
 from maekit.config import UserError
-from maekit.data.archive_names import archive_above
+from maekit.data.archive_names import archive_above, is_read
 from maekit.data.archive_trees import open_archive, open_archives
 from maekit.data.folders import open_folder
 from maekit.data.hub_choice import Choice, choose, what_is_there
@@ -257,8 +257,11 @@ def _locate(address: Address) -> Found:
 
 def _converted(address: Address, sizes: dict[str, int], licence: str) -> Found:
     """The hub's own copy in Parquet of a data set that holds neither Parquet, shards nor folders of images."""
+    archives = [path for path in sizes if is_read(path) and path.startswith(address.inside)]
+    alone = f"; --data {address.whole}/{printable(archives[0])} reads one archive alone" if archives else ""
     there = (
-        f"--data {address}: holds neither Parquet, WebDataset's shards nor folders of images ({what_is_there(sizes)})"
+        f"--data {address}: holds neither Parquet, WebDataset's shards nor folders of images ({what_is_there(sizes)}"
+        f"{alone})"
     )
     copy = replace(address, revision=CONVERTED)
     with offline_at_once(), _quietly(), explained(f"--data {copy.whole}", "it", "data set"):
