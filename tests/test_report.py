@@ -22,9 +22,9 @@ from report_folders import EVIL, card_of_probe, make_finetuning, make_pretrainin
 from test_fuzz import bounded, spoil
 
 from maekit import cli
-from maekit.report import cards, charts
+from maekit.report import cards, charts, compare
 from maekit.report import html as html_module
-from maekit.report.folder import read_run
+from maekit.report.folder import RunFolder, read_run
 from maekit.report.html import esc, tag
 from maekit.report.pictures import spaced
 
@@ -170,6 +170,8 @@ def test_several_runs_stand_side_by_side(copy: Path, tmp_path: Path, monkeypatch
     side = words.partition("Side by side")[2]
     assert "held-out skill 0.181 0.050" in side
     assert "--mask-ratio 0.75 0.9" in side
+    made = [RunFolder(copy, "", "pretrain", config, None) for config in ({"a": 1, "b": 2}, {"a": 1}, {"b": 3})]
+    assert [row[1:] for row in compare.differing(made)] == [["2", "-", "3"]], "what a task has not is no difference"
     assert "--depth" not in side.partition("Settings that differ")[2].partition("Held-out skill")[0]
     ids = {attributes.get("id") for _, attributes in reader.tags}
     assert {"compare", "run1", "run2"} <= ids
@@ -347,12 +349,13 @@ def test_an_earlier_page_that_says_something_else_is_kept(copy: Path, capsys: py
 
 @pytest.mark.usefixtures("without_charts")
 def test_what_is_wrong_is_said_at_once(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "one").mkdir(parents=True)
+    (tmp_path / "empty" / "one" / "config.json").write_text("{}")
     words = [str(copy), str(tmp_path / "none"), str(tmp_path / "empty"), str(copy / "env.json")]
     assert report(*words, "--max-mb", "0.1", "--panels", "-1", "--out", "x.pdf") == 2
     error = capsys.readouterr().err
     for said in ("none: no such folder", "empty: holds no run", "env.json: is a file", "--max-mb 0.1", "--panels -1",
-                 "--out x.pdf"):  # fmt: skip
+                 "--out x.pdf", f"there are some in it, such as {tmp_path}/empty/one"):  # fmt: skip
         assert said in error, said
     assert report() == 2
     assert "a run's folder is missing" in capsys.readouterr().err

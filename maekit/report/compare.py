@@ -76,14 +76,15 @@ def result_rows(runs: Sequence[RunFolder], times: Sequence[Times]) -> list[list[
 
 
 def differing(runs: Sequence[RunFolder]) -> list[list[object]]:
-    """Settings in which the runs differ, with each one's value."""
+    """Settings in which runs that have them differ, with each one's value; a dash where a run has none of that name."""
     names = dict.fromkeys(name for run in runs for name in run.config)
     kept = [name for name in names if name not in NOT_COMPARED - {"data", "recipe", "preset", "source"}]
     rows: list[list[object]] = []
     for name in kept:
-        values = [shown(run.config.get(name)) if name in run.config else "-" for run in runs]
-        if len(set(values)) > 1:
-            rows.append([code(f"--{text(name, 80).replace('_', '-')}"), *values])
+        values = {number: shown(run.config[name]) for number, run in enumerate(runs) if name in run.config}
+        if len(set(values.values())) > 1:
+            told = [values.get(number, "-") for number in range(len(runs))]
+            rows.append([code(f"--{text(name, 80).replace('_', '-')}"), *told])
     return rows
 
 

@@ -131,9 +131,11 @@ def read_run(named: str) -> RunFolder:
     config = read_object(path / "config.json", path, remarks)
     task = task_of(config, path, remarks)
     if task is None:
+        inside = [name for name in names_in(path) if (path / name / "config.json").is_file()]
+        hint = f"; there are some in it, such as {os.path.join(named, inside[0])}" if inside else ""
         raise UserError(
             f"{named}: holds no run (no config.json that can be read) and no card: name a folder that maekit pretrain, "
-            "finetune, segment or probe wrote"
+            f"finetune, segment or probe wrote{hint}"
         )
     run = RunFolder(path, named, task, config, None, remarks=remarks)
     if task in KINDS and config:
