@@ -62,12 +62,12 @@ def test_names_that_lead_elsewhere_links_and_devices(tmp_path: Path) -> None:
     assert int(source.train.read(1)[0, 0, 0]) == 3
     (note,) = source.notes
     assert "4 names that lead out of the archive or are no paths, such as ../../x.png" in note
-    assert "2 links, which are not followed, such as link.png" in note
+    assert "2 links, which are not followed (tar -h --hard-dereference packs files in their" in note
     assert "2 devices, pipes or sparse files, such as zero.png" in note
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_links_in_a_zip(tmp_path: Path) -> None:
+def test_links_in_a_zip_and_links_only(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr("a.png", png(1))
         link = zipfile.ZipInfo("b.png")
@@ -75,7 +75,11 @@ def test_links_in_a_zip(tmp_path: Path) -> None:
         archive.writestr(link, "/etc/passwd")
     source = open_source(str(tmp_path / "x.zip"))
     assert listed(source.train) == ["a.png"]
-    assert "1 links, which are not followed, such as b.png" in source.notes[0]
+    assert "1 links, which are not followed" in source.notes[0]
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        add(tar, "c.png", type=tarfile.SYMTYPE, linkname="objects/1")
+    assert "no image among 1 files" in problem(tmp_path / "x.tar")
+    assert "; left out: 1 links, which are not followed (tar -h " in problem(tmp_path / "x.tar")
 
 
 def test_zip_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

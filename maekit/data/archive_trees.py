@@ -47,9 +47,10 @@ class ArchiveTree:
 
     @property
     def hint(self) -> str:
-        """That there are archives, or Parquet, within the archives."""
+        """Images that are left out; archives, or Parquet, within the archives."""
+        said = "".join(f"; left out: {line}" for line in self.contents.left_out())
         inner = self.contents.inner
-        return f"; it holds {inner}, which is not looked into: unpack it and give that folder" if inner else ""
+        return said + (f"; it holds {inner}, which is not looked into: unpack it and give that folder" if inner else "")
 
     def subfolders(self, folder: bytes) -> list[bytes]:
         """Names of the folders in a folder, sorted."""
@@ -269,7 +270,7 @@ def _label(parts: dict[str, ArchivePart], contents: dict[str, Contents]) -> tupl
 def _left_out(all_contents: Iterable[Contents]) -> tuple[str, ...]:
     """Lines for the members that are never read (links, devices, names that lead elsewhere), and for lost ends."""
     contents = list(dict.fromkeys(all_contents))
-    said = [f"{count:,} {what}, such as {one.examples[what]}" for one in contents for what, count in one.left.items()]
+    said = [line for one in contents for line in one.left_out()]
     notes: tuple[str, ...] = (f"left out of the images: {'; '.join(said)}",) if said else ()
     endless = _first_of([shown for one in contents for shown in one.unmarked])
     if endless:

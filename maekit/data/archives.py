@@ -31,6 +31,7 @@ from maekit.terminal import counting, make_console
 
 _IMAGES = frozenset(suffix.encode() for suffix in IMAGE_SUFFIXES)
 _INNER = frozenset((b".tar", b".zip", b".gz", b".tgz", b".7z", b".parquet"))
+_LINKS = "links, which are not followed (tar -h --hard-dereference packs files in their place)"
 _FILES_KEPT = 200
 _LARGE = 10**8
 _TOLD_EVERY = 1000
@@ -138,8 +139,7 @@ class Contents:
         node.files += 1
         if suffix in _IMAGES:
             if member.kind is not Kind.FILE:
-                what = "links, which are not followed" if member.kind is Kind.LINK else "devices, pipes or sparse files"
-                self._leave_out(what, member)
+                self._leave_out(_LINKS if member.kind is Kind.LINK else "devices, pipes or sparse files", member)
                 return
             if member.method is Method.REFUSED:
                 raise UserError(_packed(self.archives[number], member))
@@ -163,6 +163,10 @@ class Contents:
     def folders(self) -> list[str]:
         """The paths of all folders, on one printable line each."""
         return [printable(path) for path in self._nodes if path]
+
+    def left_out(self) -> list[str]:
+        """What is left out of the images, in words."""
+        return [f"{count:,} {why}, such as {self.examples[why]}" for why, count in self.left.items()]
 
     def _leave_out(self, why: str, member: Member) -> None:
         self.left[why] += 1
