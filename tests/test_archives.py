@@ -207,6 +207,7 @@ def test_a_folder_in_an_archive(tmp_path: Path) -> None:
             assert (source.name, short_name(f"{way}")) == (folder.name, folder.name)
     assert facts(open_source(f"{flat}/")) == facts(open_source(str(root)))
     assert lasting(os.path.relpath(flat / "val")) == str(flat / "val")
+    assert (short_name(f"{flat}/"), short_name(f"{flat}/v1.5")) == ("flat", "v1.5")
     (tmp_path / "notes.txt").write_text("")
     for way, words in {
         "flat.zip/trian": f"no such folder in {flat}; did you mean train",
