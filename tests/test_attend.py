@@ -17,7 +17,7 @@ from maekit import cli
 from maekit.models.mae import MaskedAutoencoder
 from maekit.tasks import attend
 from maekit.tasks.attend import attention
-from maekit.viz.attention import draw_attention, pca_colors
+from maekit.viz.attention import AttentionRow, draw_attention, pca_colors
 from maekit.weights.store import random_model
 
 
@@ -120,6 +120,16 @@ def test_a_sheet_shows_them(
     assert "no class token), block 1 of 2" in capsys.readouterr().out
     mean = attention(model, images, 1)[0][0].mean(dim=1).unflatten(1, (4, 6))
     np.testing.assert_allclose(drawn[1].weights, mean.detach().numpy(), rtol=1e-4)
+
+
+def test_stretched_levels_are_told_under_the_sheet(tmp_path: Path) -> None:
+    heights = []
+    for scale in (1.0, 0.05):
+        pixels_HWC = scale * np.random.default_rng(0).uniform(0, 1, (16, 16, 3))
+        row = AttentionRow(pixels_HWC, np.zeros((4, 4, 3)), np.ones((1, 4, 4)))
+        draw_attention([row], tmp_path / "sheet.png", title="t", note="n", row_labels=["a"])
+        heights.append(Image.open(tmp_path / "sheet.png").height)
+    assert heights[0] < heights[1]
 
 
 @pytest.mark.parametrize(

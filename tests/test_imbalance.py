@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from sklearn.metrics import balanced_accuracy_score
 from tiny_classes import TRAINING, write_encoder, write_images
 
@@ -14,6 +15,7 @@ from maekit import cli
 from maekit.training.imbalance import TestClasses as Classes
 from maekit.training.imbalance import balanced_accuracy
 from maekit.training.scoring import Answers, score
+from maekit.viz.confusion import confusion_figure
 
 
 def test_the_mean_over_the_classes_is_scikit_learns() -> None:
@@ -94,3 +96,12 @@ def test_a_fine_tunings_card_says_so(
     again = json.loads((tmp_path / "run" / "eval-set" / "card.json").read_text())
     assert again["balanced"] == pytest.approx(card["balanced"])
     assert "test_images_of_unseen_classes" not in again  # what it was trained on is another question
+
+
+def test_a_long_title_of_a_table_is_not_cut_off() -> None:
+    title = "finetune-labels: a fixed 20% of the images, as the data have no test split"
+    figure = confusion_figure(np.eye(3, dtype=np.int64), ("a", "b", "c"), title=title)
+    FigureCanvasAgg(figure).draw()
+    heading = figure.texts[0]
+    assert " ".join(heading.get_text().split()) == title
+    assert heading.get_window_extent().x1 <= figure.bbox.x1

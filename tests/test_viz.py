@@ -99,6 +99,12 @@ def test_levels_that_a_screen_hides_are_stretched(scale: float, tmp_path: Path) 
     assert heights[0] < heights[1], "a line under the panel says so"
 
 
+def test_channels_that_are_not_shown_leave_the_others_their_levels() -> None:
+    """Red, green and blue of a satellite beside a near infrared ten times as bright."""
+    dark_HW3 = np.random.default_rng(0).uniform(0.01, 0.03, (HEIGHT, WIDTH, 3)).astype(np.float32)
+    assert levels(np.concatenate([dark_HW3, 10 * dark_HW3], axis=2)) == levels(dark_HW3) != (0.0, 1.0)
+
+
 @pytest.mark.parametrize(
     "values",
     [

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from maekit.viz.panels import render, write_png
-from maekit.viz.shown import FloatArray, channels_note, clipped, levels, stretched
+from maekit.viz.shown import STRETCHED, FloatArray, channels_note, clipped, levels, stretched
 
 TILE_INCH, LABEL_INCH, HEADING_INCH, LINE_INCH = 1.35, 0.3, 0.3, 0.14
 LETTERS_PER_INCH = {"title": 11.5, "note": 18.5}
@@ -75,7 +75,8 @@ def draw_attention(
     tile_w, tile_h = TILE_INCH * max(1.0, wide / tall), TILE_INCH * max(1.0, tall / wide)
     columns = 2 + heads
     width = LABEL_INCH + columns * tile_w
-    note = "\n".join(line for line in (note, channels_note(rows[0].image_HWC)) if line)
+    others = STRETCHED if any(levels(row.image_HWC) != (0.0, 1.0) for row in rows) else ""
+    note = "\n".join(line for line in (note, channels_note(rows[0].image_HWC), others) if line)
     titles, notes = _wrapped(title, width, "title"), _wrapped(note, width, "note")
     top, bottom = HEADING_INCH + 0.2 * len(titles), 0.25 + LINE_INCH * len(notes)
     height = top + len(rows) * (tile_h + 0.16) + bottom

@@ -6,6 +6,7 @@ Shapes: K classes.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,8 @@ from maekit.viz.plots import LOOK, Drawing, collect, training_line
 _MOST_NUMBERS = 25
 """Classes up to which every cell says its share; beyond, the colour alone does."""
 _MOST_NAMES = 60
+LETTERS_PER_INCH = 9
+"""Of a title."""
 _LONGEST = 18
 """Letters of a class's name."""
 _HELDOUT, _SECOND, _PALE = "#1f4e79", "#2a7f62", "#666666"
@@ -66,7 +69,8 @@ def confusion_figure(
     figure = Figure(figsize=(side + 1.0, side), dpi=100)
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
     if title:
-        figure.suptitle(title, x=0.011, ha="left", fontsize=12, fontweight="bold", parse_math=False)
+        lines = textwrap.wrap(title, int((side + 1.0) * LETTERS_PER_INCH))
+        figure.suptitle("\n".join(lines), x=0.011, ha="left", fontsize=12, fontweight="bold", parse_math=False)
     axes = figure.subplots()
     axes.grid(visible=False)
     image = axes.imshow(share_KK, cmap="Blues", vmin=0.0, vmax=1.0, interpolation="nearest")

@@ -19,7 +19,11 @@ STRETCHED = "images of other levels than a screen's: each is shown from its dark
 
 
 def levels(image_HWC: FloatArray) -> tuple[float, float]:
-    """The values that are shown as black and as white: 0 and 1, or for an image that this would hide, its own range."""
+    """The values that are shown as black and as white: 0 and 1, or for an image that this would hide, its own range.
+
+    Of its shown channels alone: near infrared, which nobody sees, would leave red, green and blue black.
+    """
+    image_HWC = image_HWC[:, :, :3]
     finite = image_HWC[np.isfinite(image_HWC)]
     if not finite.size:
         return 0.0, 1.0
