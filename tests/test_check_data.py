@@ -113,6 +113,20 @@ def test_pages_that_nothing_reads_are_told(tmp_path: Path, capsys: pytest.Captur
     assert "first page" not in capsys.readouterr().out
 
 
+def test_another_number_of_channels_is_told_as_a_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Satellite scenes of six bands are not broken: one line tells what reads them, and none where they are read."""
+    for index in range(3):
+        tifffile.imwrite(tmp_path / f"{index}.tif", np.full((6, 8, 8), index, np.uint16), photometric="minisblack")
+    (tmp_path / "empty.tif").write_bytes(b"")
+    from maekit import cli
+
+    words = ["check-data", "--data", str(tmp_path), "--workers", "0"]
+    assert cli.main([*words, "--in-chans", "5"]) == 1
+    assert "3 of these have 6 channels: --in-chans 6 reads them" in " ".join(capsys.readouterr().out.split())
+    assert cli.main([*words, "--in-chans", "6"]) == 1
+    assert "channels: --in-chans" not in capsys.readouterr().out
+
+
 def test_parquet_and_known_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Rows without an image are bad; unlabelled rows are counted; a known name needs no file."""
     rows: list[bytes | None] = [encoded(photograph(1)), None, encoded(photograph(2))]

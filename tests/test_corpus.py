@@ -233,7 +233,10 @@ def test_many_bad_files_in_a_row_are_judged_by_their_share(tmp_path: Path) -> No
     batch = next(StreamPool(part, config, torch.device("cpu"), 0).train_batches([(0, np.array([slot]))]))
     assert len(batch.bad) > 100
     config.max_bad_share = 0.1
-    with pytest.raises(UserError, match=r"100 images in a row cannot be read.*--max-bad-share 0.1"):
+    with pytest.raises(UserError, match=r"100 images in a row cannot be read.*--max-bad-share 0.1.* --data x names"):
+        next(StreamPool(part, config, torch.device("cpu"), 0).train_batches([(0, np.array([slot]))]))
+    config.in_chans = 6  # which check-data would find nothing wrong with at its own default
+    with pytest.raises(UserError, match="maekit check-data --data x --in-chans 6 names them"):
         next(StreamPool(part, config, torch.device("cpu"), 0).train_batches([(0, np.array([slot]))]))
 
 

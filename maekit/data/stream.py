@@ -83,10 +83,11 @@ class StreamPool:
         )
         for found, ids, bad in loader:
             if found is None:  # raised here, since an exception loses its words on the way out of a worker
+                chans = f" --in-chans {self.config.in_chans}" if self.config.in_chans != 3 else ""  # else it finds none
                 raise UserError(
                     f"{len(bad)} images in a row cannot be read, such as {self.part.name(bad[-1][0])}: {bad[-1][1]} "
                     f"(--max-bad-share {self.config.max_bad_share:g} of {len(self.part)} images); maekit check-data "
-                    f"--data {self.config.data} names them: mend or remove them"
+                    f"--data {self.config.data}{chans} names them: mend or remove them"
                 )
             for index, reason in bad:
                 self.bad.setdefault(index, reason)

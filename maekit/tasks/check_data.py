@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from maekit.data.workers import choose_workers
 from maekit.keeping import keeping
 from maekit.terminal import counting, make_console, make_table, remark
 
+_OTHER_CHANNELS = re.compile(r"([0-9]+) channels where --in-chans is ")
 SHOWN = 20
 """Bad files and classes that are shown; --out has all."""
 
@@ -95,6 +98,8 @@ class Report:
 
     def __init__(self, out: str | None) -> None:
         self.first: list[str] = []
+        self.channels: Counter[str] = Counter()
+        """Number of channels -> images that have it, which is not --in-chans."""
         self.path = Path(out).expanduser() if out is not None else None
         self._comma = ""
         if self.path is None:
@@ -118,6 +123,8 @@ class Report:
     def add(self, name: str, part: Part, bad: Bad) -> None:
         """Bad files of a part, with their reasons."""
         for index, reason in bad:
+            if found := _OTHER_CHANNELS.match(reason):
+                self.channels[found[1]] += 1
             if len(self.first) < SHOWN:
                 self.first.append(f"{part.name(index)}: {reason}")
             if self.path is not None:
@@ -194,6 +201,11 @@ def show(console: Console, title: str, parts: dict[str, Part], found: dict[str, 
         console.print(f"[yellow]cannot be read:[/yellow] {escape(line)}", soft_wrap=True)
     if bad > len(report.first):
         console.print(f"... and {bad - len(report.first):,} more" + ("" if report.path else ": --out FILE names all"))
+    for chans, count in report.channels.most_common(1):
+        if count > bad / 2:
+            console.print(
+                f"{count:,} of these have {chans} channels: --in-chans {chans} reads them; pretrain has it too"
+            )
     if report.path is not None:
         console.print(f"report: {escape(str(report.path))}", soft_wrap=True)
 
