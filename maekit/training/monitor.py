@@ -134,8 +134,8 @@ def online_probe(
     labels: npt.NDArray[np.int64] | None,
     batch_size: int,
 ) -> dict[str, float]:
-    """RankMe of the held-out features and, with labels, k-NN and ridge accuracy from training to held-out images, and
-    of how many images that is.
+    """RankMe of the held-out features and, with labels, k-NN and ridge accuracy from training to held-out images, of
+    how many images that is, and what share of them is of the largest class.
 
     Where too few images have a label for that, only the first.
     """
@@ -148,6 +148,7 @@ def online_probe(
         heldout, heldout_labels = _labelled(pool, heldout_ids, heldout, labels)
         if len(train_labels) > 1 and len(heldout_labels):
             found["images"] = len(heldout_labels)
+            found["largest_class"] = float(heldout_labels.bincount().max()) / len(heldout_labels)
             found["knn"] = knn_accuracy(train, train_labels, heldout, heldout_labels)
             found["linear"] = ridge_accuracy(train, train_labels, heldout, heldout_labels)
     return found

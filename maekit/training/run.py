@@ -380,5 +380,6 @@ def probe(job: Job) -> bool:
         log(job, {"kind": "probe", **found})
         if "knn" in found:
             accuracies = f"k-NN {found['knn']:.1%}, linear {found['linear']:.1%} of {found['images']:,} images"
-            job.console.print(f"  held-out {accuracies}, rank {found['rankme']:.0f}")
+            floor = f"(always the largest class: {found['largest_class']:.1%})"
+            job.console.print(f"  held-out {accuracies} {floor}, rank {found['rankme']:.0f}")
     return True
