@@ -20,7 +20,8 @@ from torch import Tensor
 
 from maekit.config import AttendConfig, UserError
 from maekit.data.centres import read_centres
-from maekit.data.parts import left_out_remark, loose_files
+from maekit.data.levels import remarks_for
+from maekit.data.parts import loose_files
 from maekit.keeping import keeping
 from maekit.models.mae import MaskedAutoencoder
 from maekit.runtime import choose_device
@@ -47,7 +48,7 @@ def main(source: str, config: AttendConfig) -> int:
         raise UserError(f"--block {block}: this encoder has blocks 1 to {depth}")
 
     passport = model.passport
-    remark(console, left_out_remark([loose_files(config.image, model.config.in_chans)]))
+    remark(console, remarks_for(loose_files(config.image, model.config.in_chans), passport.mean, passport.std))
     images_BCHW = read_centres(config.image, model.config, passport.interpolation, passport.crop_pct).to(device)
     weights_BKSS, tokens_BSD = attention(model, images_BCHW, block)
     prefix, has_class = model.num_prefix, bool(model.encoder.has_class_token)

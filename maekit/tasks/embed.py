@@ -36,6 +36,7 @@ from torch.utils.data import DataLoader
 from maekit.config import EmbedConfig, UserError
 from maekit.data.centres import Centres, collate_centres
 from maekit.data.features import Chunk, is_done, make_schema, merge, read_chunks, write_chunk
+from maekit.data.levels import remarks_for
 from maekit.data.parts import Part
 from maekit.data.sources import Source, choose_parts, open_source
 from maekit.data.workers import choose_workers, worker_options
@@ -105,7 +106,7 @@ def main(source: str, config: EmbedConfig) -> int:
         image_column=config.image_column,
         label_column=config.label_column,
     )
-    remark(console, data.remarks())
+    remark(console, remarks_for(data, model.passport.mean, model.passport.std))
     parts = choose_parts(data, config.part, config.data)
     chunks = cut_chunks(parts, math.prod(encoder.shape))
     description = describe(source, data, parts, encoder)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from maekit.config import FinetuneConfig, SourceConfig, UserError
 from maekit.data.labelled import class_map, labels_of, test_images
+from maekit.data.levels import remarks_for
 from maekit.data.loader import Pool, open_pool
 from maekit.data.sources import open_source
 from maekit.data.workers import choose_workers
@@ -51,7 +52,7 @@ def main(source: str, config: FinetuneConfig) -> int:
     data = open_source(
         config.data, in_chans=model.config.in_chans, image_column=config.image_column, label_column=config.label_column
     )
-    remark(console, data.remarks())
+    remark(console, remarks_for(data, model.passport.mean, model.passport.std))
     part, ids, what = test_images(data, config.data)
     training = training_of(source, model.passport, data, config.data)
     used = 0 if training is None else int(training.among(part)[ids].sum())

@@ -36,6 +36,7 @@ from torch.utils.data import DataLoader
 from maekit.config import PredictConfig, UserError
 from maekit.data.centres import Centres, collate_centres
 from maekit.data.labelled import class_map
+from maekit.data.levels import remarks_for
 from maekit.data.parts import Part
 from maekit.data.sources import choose_parts, open_source
 from maekit.data.workers import choose_workers, worker_options
@@ -87,7 +88,7 @@ def main(source: str, config: PredictConfig) -> int:
     data = open_source(
         config.data, in_chans=model.config.in_chans, image_column=config.image_column, label_column=config.label_column
     )
-    remark(console, data.remarks())
+    remark(console, remarks_for(data, model.passport.mean, model.passport.std))
     parts = choose_parts(data, config.part, config.data)
     mapping, why_not = label_ids(parts, model, config, source)
     top, summary = min(config.top, len(model.classes)), Summary()

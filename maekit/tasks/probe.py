@@ -25,6 +25,7 @@ import torch
 from rich.console import Console
 
 from maekit.config import ProbeConfig, UserError
+from maekit.data.levels import remarks_for
 from maekit.data.loader import choose_training, split_heldout
 from maekit.data.sources import Source, open_source
 from maekit.data.splits import Split, open_splits
@@ -122,7 +123,7 @@ def main(sources: list[str], config: ProbeConfig) -> int:
         if channels not in read:
             named = {"image_column": config.image_column, "label_column": config.label_column}
             read[channels] = open_source(config.data, in_chans=channels, **named)
-            remark(console, read[channels].remarks())
+            remark(console, remarks_for(read[channels], model.passport.mean, model.passport.std))
         data = read[channels]
         if shape not in opened:
             with counting(console, "reading images") as progress:

@@ -17,8 +17,9 @@ from rich.console import Console
 
 from maekit.config import MAX_MASK_RATIO, ReconstructConfig, UserError
 from maekit.data.centres import read_centres, read_hidden
+from maekit.data.levels import remarks_for
 from maekit.data.loader import lowest_hash, open_pool
-from maekit.data.parts import left_out_remark, loose_files
+from maekit.data.parts import loose_files
 from maekit.data.sources import choose_parts, open_source
 from maekit.data.workers import choose_workers
 from maekit.keeping import keeping
@@ -75,7 +76,7 @@ def main(source: str, config: ReconstructConfig) -> int:
         images_BCHW, names, masks = score_data(console, config, model)
     else:
         passport = model.passport
-        remark(console, left_out_remark([loose_files(config.image, model.config.in_chans)]))
+        remark(console, remarks_for(loose_files(config.image, model.config.in_chans), passport.mean, passport.std))
         images_BCHW = read_centres(config.image, model.config, passport.interpolation, passport.crop_pct).to(device)
         names = [Path(name).name for name in config.image]
         masks = masks_of(config, model)
@@ -114,7 +115,7 @@ def score_data(
     device = model.mean.device
     use_fused_attention(model, choose_attention(device, "fp32").value)
     source = open_source(config.data, in_chans=model.config.in_chans, image_column=config.image_column)
-    remark(console, source.remarks())
+    remark(console, remarks_for(source, model.passport.mean, model.passport.std))
     word = config.part or ("test" if source.test is not None else "val" if source.val is not None else "train")
     part = choose_parts(source, word, config.data)[word]
     reading = model.passport.reading(config.data)

@@ -22,7 +22,8 @@ from maekit.configfile import read
 from maekit.data.annotations import listed
 from maekit.data.folders import annotations_note, list_images
 from maekit.data.images import BadImage, decode
-from maekit.data.parts import left_out_remark, loose_files, printable
+from maekit.data.levels import remarks_for
+from maekit.data.parts import loose_files, printable
 from maekit.models.encoder import use_fused_attention
 from maekit.terminal import make_console, make_progress, print_settings, remark
 from maekit.training.segmentation_inference import describe_view, predict_classes
@@ -54,7 +55,8 @@ def main(source: str, config: SegmentPredictConfig) -> int:
         file /= BEST_FILE if config.score == "best" else WEIGHTS_FILE
     model, passport = load_segmenter(file, choices["device"].value)
     use_fused_attention(model, choices["attention"].value)
-    remark(console, [*notes, *left_out_remark([loose_files(images.values(), passport.model.in_chans)])])
+    given = loose_files(images.values(), passport.model.in_chans)
+    remark(console, [*notes, *remarks_for(given, passport.mean, passport.std)])
     run = run_of(file, is_run=not Path(source).is_file())
     view = view_of(config, passport.model.size_hw, run)
     own = run.class_values if run is not None and len(run.class_values or ()) == len(passport.classes) else None

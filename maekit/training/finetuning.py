@@ -20,6 +20,7 @@ from torch import Tensor
 
 from maekit.config import FinetuneConfig, PretrainConfig, SourceConfig, UserError
 from maekit.data.labelled import Splits, open_augmented, split_labelled
+from maekit.data.levels import remarks_for
 from maekit.data.loader import Ids, Pool, Quarantine, SampleOrder
 from maekit.data.sources import Source, lasting, open_source, short_name
 from maekit.environment import package_versions
@@ -124,7 +125,7 @@ def prepare(config: FinetuneConfig, out: Path, console: Console, stop: StopReque
     source = open_source(
         config.data, in_chans=model_config.in_chans, image_column=config.image_column, label_column=config.label_column
     )
-    remark(console, source.remarks())
+    remark(console, remarks_for(source, start.passport.mean, start.passport.std))
     splits = split_labelled(source, config.data, config.heldout_share, config.train_share)
     if not fresh and splits.classes != start.passport.classes:
         raise UserError(f"--data {config.data}: labels of other classes than {out} was trained on")

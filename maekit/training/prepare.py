@@ -12,6 +12,7 @@ from rich.console import Console
 
 from maekit.compiling import choose_compile
 from maekit.config import PretrainConfig, UserError
+from maekit.data.levels import levels_remark
 from maekit.data.loader import (
     Ids,
     Pool,
@@ -63,6 +64,7 @@ def prepare(config: PretrainConfig, resume_from: Path | None, console: Console, 
         pool, choices["in memory"] = open_pool(part, config, accelerator.device, choices["workers"], progress)
     if start is not None:
         config = with_start(config, start, order.steps_per_epoch)
+        remark(console, levels_remark([part], config.mean or (), config.std or ()))
     loader_speed = 0.0 if choices["in memory"].value else worker_images_per_second(part, config)
     mean, std = statistics(config, pool, train_ids, console)
     config = dataclasses.replace(config, mean=mean, std=std)
