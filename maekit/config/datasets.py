@@ -22,7 +22,7 @@ class CheckDataConfig(PairsConfig):
     in_chans: int = 3
     """Channels of the model to come. With 3, grayscale images are replicated."""
     label_column: str | None = None
-    """Parquet: the column with the labels."""
+    """Parquet and tables: the column with the labels."""
     workers: int | None = None
     """Processes that decode images. Default: chosen from the cores. 0: the main process."""
     out: str | None = None
@@ -50,9 +50,9 @@ class PackConfig:
     """Stops where more than this share of a part's images cannot be read; fewer are left out, named in
     quarantine.jsonl. Ten are allowed in any case, up to a quarter of the part; 0: not one."""
     image_column: str | None = None
-    """Parquet: the column with the images."""
+    """Parquet and tables: the column with the images or their paths."""
     label_column: str | None = None
-    """Parquet: the column with the labels."""
+    """Parquet and tables: the column with the labels."""
     workers: int | None = None
     """Processes that resize images. Default: chosen from the cores. 0: the main process."""
 

@@ -58,9 +58,9 @@ class ProbeConfig(SourceConfig):
     scratch_epochs: int = 30
     """Epochs of --scratch."""
     image_column: str | None = None
-    """Parquet: the column with the images."""
+    """Parquet and tables: the column with the images or their paths."""
     label_column: str | None = None
-    """Parquet: the column with the labels."""
+    """Parquet and tables: the column with the labels."""
     baselines: bool = True
     """Also measure the same encoder with random weights, and raw pixels."""
     batch_size: int = 256
@@ -101,7 +101,7 @@ class ReconstructConfig(SourceConfig):
     part: Literal["train", "val", "test"] | None = None
     """Which part of --data. Default: test where there is one, else val, else train."""
     image_column: str | None = None
-    """Parquet: the column with the images."""
+    """Parquet and tables: the column with the images or their paths."""
     out: str = "panel.png"
     """PNG to write."""
     mask: Literal["random", "block", "grid"] | None = None

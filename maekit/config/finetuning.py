@@ -46,9 +46,9 @@ class FinetuneConfig(SupervisedConfig):
     """Share of the training images that is never trained on and chooses the best epoch: the same images that the
     pretraining holds out."""
     image_column: str | None = None
-    """Parquet: the column with the images. Default: the first image column."""
+    """Parquet and tables: the column with the images or their paths. Default: the first image column, or file_name."""
     label_column: str | None = None
-    """Parquet: the column with the labels. Default: the first class-label column."""
+    """Parquet and tables: the column with the labels. Default: the first class-label column, or label."""
     max_bad_share: float = 0.01
     """The run stops when more than this share of the images cannot be read. Ten are allowed in any case, up to a
     quarter of the images; 0: not one."""
@@ -263,9 +263,9 @@ class PredictConfig(SourceConfig):
     top: int = 5
     """How many of the likeliest classes are written for each image."""
     image_column: str | None = None
-    """Parquet: the column with the images."""
+    """Parquet and tables: the column with the images or their paths."""
     label_column: str | None = None
-    """Parquet: the column with the labels."""
+    """Parquet and tables: the column with the labels."""
     batch_size: int = 256
     """Images per forward pass; changes speed and memory only."""
     workers: int | None = None

@@ -28,9 +28,9 @@ class DataConfig:
     or_resume: bool = False
     """Where --out holds the run that this very command began, go on with it: for jobs that are started again."""
     image_column: str | None = None
-    """Parquet: the column with the images. Default: the first image column."""
+    """Parquet and tables: the column with the images or their paths. Default: the first image column, or file_name."""
     label_column: str | None = None
-    """Parquet: the column with the labels. Default: the first class-label column."""
+    """Parquet and tables: the column with the labels. Default: the first class-label column, or label."""
     mean: tuple[float, ...] | None = None
     """Per-channel mean of the pixels in 0..1. Default: measured on up to 10,000 training images."""
     std: tuple[float, ...] | None = None

@@ -25,9 +25,9 @@ class EmbedConfig(SourceConfig):
     part: Literal["train", "val", "test", "all"] = "all"
     """Which part of the data. all: every part that is there, one after the other."""
     image_column: str | None = None
-    """Parquet: the column with the images."""
+    """Parquet and tables: the column with the images or their paths."""
     label_column: str | None = None
-    """Parquet: the column with the labels."""
+    """Parquet and tables: the column with the labels."""
     batch_size: int = 256
     """Images that are decoded and sent to the device at a time. On a CPU it never changes a bit of the features: the
     encoder always takes 16 there. On other devices the last bits can depend on it."""
