@@ -91,6 +91,7 @@ def test_a_fine_tunings_card_says_so(
     assert card["test_images_of_unseen_classes"] == 2
     said = " ".join(capsys.readouterr().out.split())
     assert "are of classes that no training image has (unknown): no more than 98.0 % can be right" in said
+    assert "no held-out image is of sick: the choice of the best epoch does not see what becomes of it" in said
     assert f"mean over the classes (balanced accuracy) {100 * card['balanced']:.1f} %" in said
     assert cli.main(["finetune", str(tmp_path / "run"), "--data", str(uneven[1]), "--eval", "--device", "cpu"]) == 0
     again = json.loads((tmp_path / "run" / "eval-set" / "card.json").read_text())

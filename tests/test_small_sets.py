@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_classes
 import tiny_runs
@@ -18,7 +19,7 @@ from maekit import cli, demo, recipes
 from maekit.config import PRESETS, DemoConfig, PlanConfig, PretrainConfig, UserError
 from maekit.tasks import finetune, pretrain
 from maekit.training import batch, finetuning, prepare
-from maekit.training.advice import few_heldout, few_steps, images_seen, low_skill
+from maekit.training.advice import few_heldout, few_steps, images_seen, low_skill, missed_classes
 from maekit.viz import confusion
 
 FOLDER = [*tiny_runs.SMALLEST, *"--img-size 16 --patch-size 8 --workers 0 --in-memory no".split()]
@@ -306,6 +307,15 @@ def test_a_choice_by_few_images_is_called_noisy() -> None:
     (line,) = few_heldout("best", 25)
     assert "25 held-out images" in line and "+- 20 points" in line
     assert few_heldout("last", 25) == few_heldout("best", 100) == []
+
+
+def test_classes_that_the_choice_does_not_see_are_named() -> None:
+    train, heldout, names = np.array([0, 0, 1, 2, 2]), np.array([0, 0, 2]), ("dent", "crack", "fine")
+    (line,) = missed_classes("best", train, heldout, names)
+    assert "no held-out image is of crack: " in line
+    assert missed_classes("last", train, heldout, names) == missed_classes("best", train, np.arange(3), names) == []
+    (line,) = missed_classes("best", np.arange(8), heldout[:1], [f"class {k}" for k in range(8)])
+    assert "class 1, class 2, class 3, class 4, class 5 and 2 more" in line
 
 
 def test_images_seen_are_those_of_the_whole_run() -> None:

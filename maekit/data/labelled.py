@@ -55,8 +55,8 @@ def labels_of(part: Part, data: str) -> npt.NDArray[np.int64]:
     """
     if part.labels is None or part.class_names is None:
         raise UserError(
-            f"--data {data}: has no labels, and a classifier needs them: one folder per class, or a column "
-            "of labels in Parquet or a table (--label-column)"
+            f"--data {data}: has no labels, and a classifier needs them: one folder per class, a CSV of "
+            "file_name,label, or a column of labels in Parquet (--label-column)"
         )
     return part.labels
 

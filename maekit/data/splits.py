@@ -73,8 +73,8 @@ def open_splits(
         if part.labels is None:
             which = "" if data.train.labels is None else f"its {what} split "
             raise UserError(
-                f"--data {reading.data}: {which}has no labels, and a probe needs them: one folder per class, or a "
-                "column of labels in Parquet or a table (--label-column)"
+                f"--data {reading.data}: {which}has no labels, and a probe needs them: one folder per class, a "
+                "CSV of file_name,label, or a column of labels in Parquet (--label-column)"
             )
         ids = ids[part.labels[ids] >= 0]
         if not len(ids):

@@ -34,7 +34,7 @@ from maekit.runtime import to_device
 from maekit.stopping import StopRequest
 from maekit.terminal import Pace, counting, make_console, make_progress, print_settings, remark, short_time
 from maekit.training import lock
-from maekit.training.advice import few_heldout, images_seen, see_report, what_next
+from maekit.training.advice import few_heldout, images_seen, missed_classes, see_report, what_next
 from maekit.training.finetuning import FinetuneJob, default_out, describe, prepare, reading_config
 from maekit.training.guard import Guard, backward, guarded_update, update_if_finite
 from maekit.training.imbalance import TestClasses
@@ -78,7 +78,11 @@ def main(source: str, config: FinetuneConfig, resumed: bool = False) -> int:
             console.print(f"the run is finished: {out / CARD}; --epochs or --steps of maekit resume makes it longer")
             return 0
         print_settings(console, f"maekit finetune {escape(source)}", describe(job))
-        remark(console, few_heldout(config.score, len(job.splits.heldout_ids)))
+        splits = job.splits
+        remark(console, few_heldout(config.score, len(splits.heldout_ids)))
+        labels_N = labels_of(splits.train, config.data)
+        kinds = labels_N[splits.train_ids], labels_N[splits.heldout_ids]
+        remark(console, missed_classes(config.score, *kinds, splits.classes))
         run.begin(job.fresh)
         step_model = accelerator.prepare_model(model, evaluation_mode=accelerator.num_processes == 1)
         forward = compile_or_eager(step_model, job.choices["compile"].value, console.print)

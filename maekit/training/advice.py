@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
 
 from maekit.config import PretrainConfig
 from maekit.training.batch import short_run_rate, small_batch
 
+Ints = npt.NDArray[np.int64]
+NAMED = 5
+"""Classes that a message names."""
 FEW_STEPS = 1_000
 """Optimiser steps of a whole pretraining below which a word is due: 240 photographs in batches of 64 make 300 in 100
 epochs. Recipes that bring their data (photos, digits) were tuned to be shorter and are left alone."""
@@ -67,6 +74,21 @@ def few_heldout(score: str, count: int) -> list[str]:
         f"the best epoch is chosen on {count} held-out image{'s' if count != 1 else ''}, whose accuracy is uncertain "
         f"by up to +- {100 / math.sqrt(max(1, count)):.0f} points: --heldout-share 0.2 takes more of them, and --score "
         "last needs no choice"
+    ]
+
+
+def missed_classes(score: str, train_S: Ints, heldout_S: Ints, names: Sequence[str]) -> list[str]:
+    """A line where no held-out image is of a class that is trained on, so that ignoring it is never punished.
+
+    Both are class ids of S images.
+    """
+    missed = np.setdiff1d(train_S, heldout_S).tolist() if score == "best" else []
+    if not missed:
+        return []
+    more = f" and {len(missed) - NAMED} more" if len(missed) > NAMED else ""
+    return [
+        f"no held-out image is of {', '.join(names[k] for k in missed[:NAMED])}{more}: the choice of the best epoch "
+        "does not see what becomes of it"
     ]
 
 
