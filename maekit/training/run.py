@@ -156,6 +156,8 @@ def describe(job: Job, peak_reason: str) -> dict[str, str]:
     millions = [sum(p.numel() for p in room.parameters()) / 1e6 for room in (model.encoder, model.decoder)]
     hidden = model.num_patches - model.num_visible
     predicted = f", {model.num_predicted} of these predicted" if model.num_predicted < hidden else ""
+    each = [statistic.flatten().tolist() for statistic in (model.mean, model.std)]
+    shown = [" ".join(f"{value:.3g}" for value in (one if len(set(one)) > 1 else one[:1])) for one in each]
     cost = config.masks_per_image * flops_per_image(model.config, model.num_visible) / 1e9
     return {
         "data": f"{config.data}: {len(job.train_ids):,} images to train on, {len(job.heldout_ids):,} held out",
@@ -165,6 +167,7 @@ def describe(job: Job, peak_reason: str) -> dict[str, str]:
         "masking": f"{config.mask}: {hidden} of {model.num_patches} patches of {config.patch_size} px are hidden"
         + predicted,
         "target": config.target,
+        "pixels": f"mean {shown[0]} and deviation {shown[1]}, in 0..1, become 0 and 1",
         "batch": f"{config.batch_size} = {config.batch_size // world // config.accum} images x {world} "
         f"process{'es' if world > 1 else ''} x {config.accum} accumulation step{'s' if config.accum > 1 else ''}"
         + (f", each image under {config.masks_per_image} masks" if config.masks_per_image > 1 else ""),
