@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,16 @@ import numpy as np
 import pytest
 import tifffile
 import tiny_classes
+import tiny_pairs
 import tiny_runs
+from conftest import tiny_config
 from PIL import Image
 
 from maekit import cli
 from maekit.data.levels import levels_remark
 from maekit.data.parts import loose_files
+from maekit.weights.store import random_model
+from maekit.weights.written import write_weights
 
 SAID = "Bring both to one scale"
 
@@ -100,5 +105,29 @@ def test_commands_say_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         }
         for name, words in commands.items():
             assert cli.main(words) == 0, (name, capsys.readouterr().err)
-            said = " ".join(capsys.readouterr().out.split()).count(SAID)
+            text = " ".join(capsys.readouterr().out.split())
+            said = text.count(SAID)
+            if name == "pretrain" and bits == "16":
+                mean, deviation = map(
+                    float, re.findall(r"pixels mean (\S+) and deviation (\S+), in 0..1, become", text)[0]
+                )
+                assert mean == pytest.approx(0.024, abs=2e-3) and deviation == pytest.approx(0.013, abs=2e-3)
             assert said == (count if name in ("embed", "finetune", "predict", "init") else 0), (name, bits)
+
+
+@pytest.mark.parametrize(("mean", "count"), [(0.45, 0), (0.01, 1)])
+def test_segmentation_says_it_in_training_and_for_new_images(
+    mean: float, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, weights, run = tiny_pairs.write_pairs(tmp_path / "data"), tmp_path / "mae.safetensors", tmp_path / "run"
+    model = random_model(tiny_config(depth=4), (mean,) * 3, (mean / 2,) * 3, seed=0)
+    write_weights(weights, model, model.passport)
+    tiny_pairs.leave_pictures_out(monkeypatch)
+    new = str(data / "images" / "validation")
+    for words in (
+        ["segment", str(weights), "--data", str(data), *tiny_pairs.TINY, "--steps", "1", "--out", str(run)],
+        ["segment", str(run), "--eval", "--device", "cpu"],
+        ["segment", str(run), "--predict", new, "--out", str(tmp_path / "masks"), "--device", "cpu"],
+    ):
+        assert cli.main(words) == 0, capsys.readouterr().err
+        assert " ".join(capsys.readouterr().out.split()).count(SAID) == count, words

@@ -54,7 +54,7 @@ def main(source: str, config: SegmentScoreConfig) -> int:
     if "void" in given and "class_values" not in given:  # the run's values may hold this void
         given["class_values"] = None
     asked = dataclasses.replace(run, **given)
-    pairs, _ = open_data(asked, passport.model.in_chans, workers, console, config.data or run.data)
+    pairs, _ = open_data(asked, passport, workers, console, config.data or run.data)
     of_run = pairs.train.fingerprint == passport.fingerprint
     if tuple(pairs.class_names) != passport.classes:
         raise UserError(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from maekit.config import SourceConfig, UserError
 from maekit.config.segmentation import PairsConfig, SegmentConfig, ViewConfig
+from maekit.data.levels import levels_remark
 from maekit.data.loader import Ids, Quarantine, SampleOrder, split_heldout
 from maekit.data.pair_transforms import AugmentPlan
 from maekit.data.pairs import PairPart, Pairs, PartCheck, open_checked, refuse_one_class
@@ -67,7 +68,7 @@ def prepare(config: SegmentConfig, resuming: bool, console: Console, stop: StopR
     check_processes(config.processes, world)
     check_batch(config.batch_size, config.accum, world)
     encoder, source = start_encoder(config, console) if fresh else continued_encoder(out)
-    pairs, checks = open_data(config, source.model.in_chans, choices["workers"].value, console)
+    pairs, checks = open_data(config, source, choices["workers"].value, console)
     check_share(config, pairs, checks["train"], resuming)
     refuse_one_class(pairs, checks["train"], config.data)
     train_ids, heldout_ids = split_heldout(len(pairs.train), config.heldout_share, MIN_HELDOUT)
@@ -155,14 +156,14 @@ def continued_encoder(out: Path) -> tuple[Any, Passport]:
 
 
 def open_data(
-    config: PairsConfig, in_chans: int, workers: int, console: Console, data: str = ""
+    config: PairsConfig, weights: Passport, workers: int, console: Console, data: str = ""
 ) -> tuple[Pairs, dict[str, PartCheck]]:
     """The pairs of --data, every annotation checked; prints what a user should know of them."""
+    where, in_chans = data or getattr(config, "data", ""), weights.model.in_chans
     with counting(console, "checking annotations") as progress:
-        pairs, checks = open_checked(
-            data or getattr(config, "data", ""), config, in_chans=in_chans, workers=workers, on_progress=progress
-        )
-    remark(console, [*pairs.notes, *left_out_remark(part.images for part in pairs.parts.values())])
+        pairs, checks = open_checked(where, config, in_chans=in_chans, workers=workers, on_progress=progress)
+    images = [part.images for part in pairs.parts.values()]
+    remark(console, [*pairs.notes, *left_out_remark(images), *levels_remark(images, weights.mean, weights.std)])
     for what, check in checks.items():
         if check.bad_images:
             index, reason = check.bad_images[0]
