@@ -89,7 +89,9 @@ def test_what_is_printed_for_timm_gives_the_same_features_of_a_picture(
     weights, ours = save(tmp_path, **SQUARE)
     assert cli.main(["convert", weights, "--to", "timm", "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
-    code = printed[printed.index("import timm") :].replace("# of a picture opened with Pillow: ", "features = ")
+    code = printed[printed.index("import timm") :].replace(
+        "# of a picture of 8 bits opened with Pillow: ", "features = "
+    )
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 90, 3), np.uint8)).save(tmp_path / "photo.png")
     names: dict[str, Any] = {"picture": Image.open(tmp_path / "photo.png")}
     exec(code, names)

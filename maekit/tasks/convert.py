@@ -202,7 +202,7 @@ def write_timm(folder: Path, out: Path, model: Model, pool: str) -> str:
     return (
         f'import timm\n\nmodel = timm.create_model("local-dir:{out}", pretrained=True).eval()\n'
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
-        "# of a picture opened with Pillow: model(transform(picture).unsqueeze(0))"
+        "# of a picture of 8 bits opened with Pillow: model(transform(picture).unsqueeze(0))"
     )
 
 

@@ -48,7 +48,7 @@ def model_card(title: str, passport: Passport, usage: str, cards: Mapping[str, A
     rows = {
         "encoder": f"{model.model}, {model.depth} blocks, width {model.embed_dim}, {model.num_heads} heads{extras}",
         "input": f"{size} pixels, {model.in_chans} channels, patches of {model.patch_size} px",
-        "normalisation": f"pixels in 0..1, minus mean ({mean}), over deviation ({std})",
+        "normalisation": f"pixels in 0..1 (8 bits / 255, 16 bits / 65535), minus mean ({mean}), over deviation ({std})",
         "resizing": f"{passport.interpolation}, antialiased"
         + (f", to the input's size / {passport.crop_pct:g}; then the centre" if passport.crop_pct < 1 else ""),
         "fine-tuning" if classifies else "pretraining": f"{passport.epochs:.4g} epochs ({passport.steps:,} steps) on "
