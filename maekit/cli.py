@@ -45,6 +45,7 @@ from maekit.config import (
 )
 from maekit.configfile import read, written_by
 from maekit.failures import in_words
+from maekit.helptext import unwrap_docstrings
 from maekit.processes import refuse_several
 
 Config = TypeVar("Config")
@@ -133,6 +134,8 @@ def parse(kind: type[Config], prog: str, words: Sequence[str], default: Config |
 
     if problems := foreign_flags(words, kind):
         raise UserError(*problems)
+    if {"-h", "--help"} & set(words):
+        unwrap_docstrings(kind)
     speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # one process of each node
     if default is None:
         return tyro.cli(kind, prog=prog, args=list(words), console_outputs=speaks)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import docstring_parser
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from maekit import cli, recipes
-from maekit.config import ModelConfig, PretrainConfig, UserError, adapt_durations
+from maekit.config import ModelConfig, PretrainConfig, ProbeConfig, UserError, adapt_durations
 from maekit.configfile import from_json, to_json
 
 
@@ -195,6 +197,17 @@ def test_ctrl_c_and_a_reader_that_has_enough_are_no_errors(
         ["bash", "-c", f"set -o pipefail; (sleep 0.2; {command}) | true; echo $?"], capture_output=True, text=True
     )
     assert (found.stdout, found.stderr) == ("141\n", "")
+
+
+def test_help_is_running_text() -> None:
+    """As wide as a terminal is: no flag's text breaks where a line of the source ends."""
+    wide = os.environ | {"COLUMNS": "4000"}
+    command = [sys.executable, "-m", "maekit", "probe", "--help"]  # afresh: tyro remembers what it has read
+    found = subprocess.run(command, capture_output=True, text=True, env=wide)
+    assert (found.returncode, found.stderr) == (0, "")
+    texts = [one.description for one in docstring_parser.parse_from_object(ProbeConfig).params]
+    assert max(text.count("\n") for text in texts if text) > 2
+    assert [text for text in texts if text and " ".join(text.split()) not in found.stdout] == []
 
 
 def test_a_recipe_tells_published_numbers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 
 LEVELS = {
-    "config": 0, "configfile": 1, "environment": 0, "failures": 0, "hub": 1, "processes": 1, "rng": 0, "runtime": 1,
-    "seeding": 1, "stopping": 1, "compiling": 2,  # base
+    "config": 0, "configfile": 1, "environment": 0, "failures": 0, "helptext": 0, "hub": 1, "processes": 1, "rng": 0,
+    "runtime": 1, "seeding": 1, "stopping": 1, "compiling": 2,  # base
     "terminal": 2,
     "keeping": 3,  # base, and reads terminal
     "models": 3, "data": 4, "weights": 4, "training": 5, "viz": 5,  # parts

@@ -109,7 +109,7 @@ def test_commands_say_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
             said = text.count(SAID)
             if name == "pretrain" and bits == "16":
                 mean, deviation = map(
-                    float, re.findall(r"pixels mean (\S+) and deviation (\S+), in 0..1, become", text)[0]
+                    float, re.findall(r"pixels mean (\S+) and deviation (\S+) become 0 and 1", text)[0]
                 )
                 assert mean == pytest.approx(0.024, abs=2e-3) and deviation == pytest.approx(0.013, abs=2e-3)
             assert said == (count if name in ("embed", "finetune", "predict", "init") else 0), (name, bits)

@@ -103,7 +103,7 @@ def what_next(task: str, out: str, data: str = "", labelled: bool = False) -> di
     if task == "segment":
         return {"next": f"maekit segment {out} --predict IMAGES --out DIR"}
     probe = {"and": f"maekit probe {out} --data {shlex.quote(data)}"} if labelled else {}
-    return {"next": f"maekit reconstruct {out} --image photo.jpg --out panel.png", **probe}
+    return {"next": f"maekit reconstruct {out} --image IMAGE --out panel.png", **probe}
 
 
 def see_report(out: str) -> str:

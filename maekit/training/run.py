@@ -167,7 +167,7 @@ def describe(job: Job, peak_reason: str) -> dict[str, str]:
         "masking": f"{config.mask}: {hidden} of {model.num_patches} patches of {config.patch_size} px are hidden"
         + predicted,
         "target": config.target,
-        "pixels": f"mean {shown[0]} and deviation {shown[1]}, in 0..1, become 0 and 1",
+        "pixels": f"mean {shown[0]} and deviation {shown[1]} become 0 and 1 (of 8 bits / 255, 16 bits / 65535)",
         "batch": f"{config.batch_size} = {config.batch_size // world // config.accum} images x {world} "
         f"process{'es' if world > 1 else ''} x {config.accum} accumulation step{'s' if config.accum > 1 else ''}"
         + (f", each image under {config.masks_per_image} masks" if config.masks_per_image > 1 else ""),
