@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -92,11 +93,13 @@ def test_weights_load_without_masking_or_shuffling(run: Path) -> None:
 
 
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the loop find a SIGTERM after the given step."""
+    """Make the loop of a new run find a SIGTERM after the given step."""
+    steps = itertools.count(1)
 
-    def agreed(self: StopRequest, accelerator: object, now: int, save_is_due: bool) -> tuple[bool, bool]:
-        self.number = signal.SIGTERM if now == step else 0
-        return now == step, False
+    def agreed(self: StopRequest, accelerator: object, save_is_due: bool) -> tuple[bool, bool]:
+        now = next(steps) == step
+        self.number = signal.SIGTERM if now else 0
+        return now, False
 
     monkeypatch.setattr(StopRequest, "agreed", agreed)
 

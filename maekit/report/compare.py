@@ -101,7 +101,7 @@ def comparison(runs: Sequence[RunFolder], times: Sequence[Times]) -> Html:
             parts.append(paragraph(f"{len(rows) - MOST_DIFFERENCES} more settings differ.", class_="note"))
     else:
         parts.append(paragraph("No setting differs but names and what depends on the machine."))
-    drawn = drawings(runs, labels)
+    drawn = drawings(runs)
     if drawn:
         parts += [legend(labels), charts(drawn, "all")]
     return join(parts)
@@ -123,7 +123,7 @@ def look(number: int) -> tuple[str, str]:
     return COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
 
 
-def drawings(runs: Sequence[RunFolder], labels: Sequence[str]) -> list[Drawing]:
+def drawings(runs: Sequence[RunFolder]) -> list[Drawing]:
     """One axes for each quantity that two runs have, a line for each run."""
     wanted = [
         ("Held-out skill", "heldout", "skill", 1.0), ("Held-out loss", "heldout", "loss", 1.0),

@@ -129,7 +129,7 @@ def read_run(named: str) -> RunFolder:
         raise UserError(f"{named}: {what}")
     remarks: list[str] = []
     config = read_object(path / "config.json", path, remarks)
-    task = task_of(config, path, remarks)
+    task = task_of(config, path)
     if task is None:
         inside = [name for name in names_in(path) if (path / name / "config.json").is_file()]
         hint = f"; there are some in it, such as {os.path.join(named, inside[0])}" if inside else ""
@@ -158,7 +158,7 @@ def read_run(named: str) -> RunFolder:
     return run
 
 
-def task_of(config: Mapping[str, Any], path: Path, remarks: list[str]) -> Task | None:
+def task_of(config: Mapping[str, Any], path: Path) -> Task | None:
     """What wrote the folder."""
     for task in ("finetune", "segment"):
         if config.get("task") == task:
