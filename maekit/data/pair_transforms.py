@@ -77,7 +77,7 @@ def augment(image_HWC: Pixels, labels_HW: npt.NDArray[Any], plan: AugmentPlan) -
     image, labels = pair[0].as_subclass(Tensor), pair[1].as_subclass(Tensor)
     if plan.photometric and image.shape[0] == 3 and _has_colours(image):
         image = _colours()(image)
-    return _padded(image, plan), _filled(labels, plan.crop_hw, VOID)[0].long()
+    return _padded(image, plan), _filled(labels, plan.crop_hw)[0].long()
 
 
 def _draw_window(labels_1HW: Tensor, plan: AugmentPlan) -> tuple[tuple[int, int, int, int], tuple[int, int]]:
@@ -161,9 +161,9 @@ def _padded(image_CHW: Tensor, plan: AugmentPlan) -> Tensor:
     return whole
 
 
-def _filled(labels_1HW: Tensor, size_hw: tuple[int, int], value: int) -> Tensor:
+def _filled(labels_1HW: Tensor, size_hw: tuple[int, int]) -> Tensor:
     height, width = labels_1HW.shape[1:]
-    return nnf.pad(labels_1HW, (0, size_hw[1] - width, 0, size_hw[0] - height), value=value)
+    return nnf.pad(labels_1HW, (0, size_hw[1] - width, 0, size_hw[0] - height), value=VOID)
 
 
 # ---- the loader ----

@@ -205,7 +205,11 @@ def _places(file: str, column: str) -> Int64s | None:
         end = int(index["end"])
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    if index["column"] != column or len(found) != meta.num_rows or end + meta.serialized_size + 8 != _size(file):
+    if (
+        index["column"] != column
+        or len(found) != meta.num_rows
+        or end + meta.serialized_size + 8 != os.path.getsize(file)
+    ):
         return None
     if len(found) and not ((found >= 4).all() and (found[:, 0] <= end - found[:, 1]).all()):
         return None
@@ -215,7 +219,3 @@ def _places(file: str, column: str) -> Int64s | None:
             if int.from_bytes(opened.read(4), "little") != found[row, 1]:
                 return None
     return found
-
-
-def _size(file: str) -> int:
-    return os.path.getsize(file)

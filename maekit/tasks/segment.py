@@ -103,7 +103,8 @@ def main(config: SegmentConfig, resuming: bool = False) -> int:
                     run.log({"kind": "step", "loss": value, "lr": scheduled_rate(config, position.step - 1),
                              "images_per_s": speed, "seconds": paused - began})  # fmt: skip
                     loss_sum.zero_()
-                    position.loss_count, logged_step = 0, position.step
+                    position.loss_count = 0
+                    logged, logged_step = paused, position.step
                     progress.update(bar, loss=f"{value:.4f}", speed=f"{speed:,.1f}")
                 progress.update(bar, completed=position.step, description=f"step {position.step:,}")
                 if (
@@ -126,10 +127,7 @@ def main(config: SegmentConfig, resuming: bool = False) -> int:
                     return stop.exit_code
                 if last:
                     break
-                if log_due:
-                    logged = time.monotonic()  # images/s is about training alone
-                else:
-                    logged += time.monotonic() - paused
+                logged += time.monotonic() - paused  # images/s is about training alone
 
                 # ---- one step ----
                 step = position.step

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -104,26 +103,10 @@ def training_trivial(model: MaskedAutoencoder, batches: Iterator[Batch], seed: i
 
 
 @torch.no_grad()
-def extract_features(
-    model: MaskedAutoencoder,
-    pool: Pool,
-    ids: npt.NDArray[np.int64],
-    batch_size: int,
-    pool_kinds: tuple[Literal["cls", "mean"], ...],
-    on_progress: Progress | None = None,
-) -> dict[str, Tensor]:
-    """Features [S, D] of the images, float32, for each kind of pooling, from one pass."""
-    done = 0
-    parts: dict[str, list[Tensor]] = {kind: [] for kind in pool_kinds}
-    for batch in pool.eval_batches(ids, batch_size):
-        tokens = model.encode(model.normalize(batch.images), pool="tokens")
-        for kind in pool_kinds:
-            pooled = tokens[:, 0] if kind == "cls" else tokens[:, model.num_prefix :].mean(dim=1)
-            parts[kind].append(pooled.float())
-        done += len(batch.sample_ids)
-        if on_progress is not None:
-            on_progress(done, len(ids))
-    return {kind: torch.cat(rows) for kind, rows in parts.items()}
+def extract_features(model: MaskedAutoencoder, pool: Pool, ids: npt.NDArray[np.int64], batch_size: int) -> Tensor:
+    """Features [S, D] of the images, float32: the mean of their patch tokens."""
+    batches = pool.eval_batches(ids, batch_size)
+    return torch.cat([model.encode(model.normalize(batch.images), pool="mean").float() for batch in batches])
 
 
 def online_probe(
@@ -139,11 +122,11 @@ def online_probe(
 
     Where too few images have a label for that, only the first.
     """
-    heldout = extract_features(model, pool, heldout_ids, batch_size, ("mean",))["mean"]
+    heldout = extract_features(model, pool, heldout_ids, batch_size)
     found = {"rankme": rankme(heldout)}
     if labels is not None:
         some = lowest_hash(train_ids, PROBE_IMAGES, Purpose.SUBSET)
-        train = extract_features(model, pool, some, batch_size, ("mean",))["mean"]
+        train = extract_features(model, pool, some, batch_size)
         train, train_labels = _labelled(pool, some, train, labels)
         heldout, heldout_labels = _labelled(pool, heldout_ids, heldout, labels)
         if len(train_labels) > 1 and len(heldout_labels):
