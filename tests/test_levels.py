@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,9 +81,20 @@ def test_a_slow_disk_delays_no_start(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(part, "read", reads)
     clock = iter(range(100))
-    monkeypatch.setattr("maekit.data.levels.time.monotonic", lambda: 0.3 * next(clock))
-    levels_remark([part], (0.5,), (0.2,))
-    assert len(read) == 2
+    monkeypatch.setattr("maekit.data.parts.time.monotonic", lambda: 0.3 * next(clock))
+    levels_remark([part, part], (0.5,), (0.2,))
+    assert len(read) == 1
+
+
+def test_a_large_scan_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = loose_files(tiles(tmp_path, 100, 3000)[:1], 1)
+    scan = np.random.default_rng(0).integers(0, 256, (4000, 3000, 1), np.uint8)
+    monkeypatch.setattr(part, "read", lambda _: scan)
+    tracemalloc.start()
+    (line,) = levels_remark([part], (0.01,), (0.01,))
+    assert tracemalloc.get_traced_memory()[1] < scan.nbytes
+    tracemalloc.stop()
+    assert "mean 0.5 and deviation 0.29," in line
 
 
 def test_commands_say_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

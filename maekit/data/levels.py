@@ -6,16 +6,18 @@ Legend: C channels.
 from __future__ import annotations
 
 import contextlib
-import time
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from maekit.data.images import BadImage
-from maekit.data.parts import LOOKED_SECONDS, Part, Source, evenly_spaced, left_out_remark
+from maekit.data.parts import Part, Source, glance, left_out_remark
 
 LOOKED_AT = 8
 """Images of a part that are read for it."""
+PIXELS = 1 << 18
+"""About so many of a large image are looked at: all of a scan, as float64, would take eight times its memory."""
 FAR = 5.0
 """So many of the weights' deviations away, no channel's mean is one of images as they had them."""
 FLAT = 0.1
@@ -26,27 +28,23 @@ def remarks_for(data: Source | Part, mean: Sequence[float], std: Sequence[float]
     """What is told of data at the start of a command whose weights normalise pixels by these values."""
     if not isinstance(data, Source):
         return [*left_out_remark([data]), *levels_remark([data], mean, std)]
-    parts = [part for part in (data.train, data.val, data.test) if part is not None]
-    return [*data.remarks(), *levels_remark(parts, mean, std)]
+    return [*data.remarks(), *levels_remark(data.parts, mean, std)]
 
 
 def levels_remark(parts: Iterable[Part], mean: Sequence[float], std: Sequence[float]) -> list[str]:
     """A line where a few evenly spaced images are far from the mean and deviation that weights normalise them by.
 
-    Every channel must be. It looks for LOOKED_SECONDS at most (and one image); damaged files are told by whoever reads.
+    Every channel must be. Damaged files are told by whoever reads.
     """
     known_C, spread_C = np.array(mean, np.float64), np.array(std, np.float64)
     sums_2C, pixels = np.zeros((2, len(mean))), 0
-    until = time.monotonic() + LOOKED_SECONDS
-    for part in parts:
-        for index in evenly_spaced(len(part), LOOKED_AT).tolist():
-            if pixels and time.monotonic() > until:
-                break
-            with contextlib.suppress(BadImage):
-                image_HWC = part.read(index)
-                flat = image_HWC.reshape(-1, len(mean)).astype(np.float64) / (255 if image_HWC.dtype == np.uint8 else 1)
-                sums_2C += np.stack([flat.sum(axis=0), np.square(flat).sum(axis=0)])
-                pixels += len(flat)
+    for part, index in glance(parts, LOOKED_AT):
+        with contextlib.suppress(BadImage):
+            image_HWC = part.read(index)
+            step = max(1, math.isqrt(image_HWC.shape[0] * image_HWC.shape[1] // PIXELS))
+            some_HWC = image_HWC[::step, ::step].astype(np.float64) / (255 if image_HWC.dtype == np.uint8 else 1)
+            sums_2C += np.stack([some_HWC.sum(axis=(0, 1)), np.square(some_HWC).sum(axis=(0, 1))])
+            pixels += some_HWC.shape[0] * some_HWC.shape[1]
     if not pixels:
         return []
     mean_C, square_C = sums_2C / pixels

@@ -13,7 +13,7 @@ import io
 import os
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import AnyStr, Protocol
@@ -88,7 +88,12 @@ class Source:
 
     def remarks(self) -> list[str]:
         """What is told at the start of a command: the notes, and whether a few of the files hold more than is read."""
-        return [*self.notes, *left_out_remark([part for part in (self.train, self.val, self.test) if part is not None])]
+        return [*self.notes, *left_out_remark(self.parts)]
+
+    @property
+    def parts(self) -> list[Part]:
+        """Those that are there."""
+        return [part for part in (self.train, self.val, self.test) if part is not None]
 
 
 def part_of(folder: str, words: dict[str, str] = PART_WORDS) -> str | None:
@@ -101,22 +106,28 @@ def evenly_spaced(num: int, count: int) -> Labels:
     return np.unique(np.linspace(0, max(0, num - 1), min(num, count)).astype(np.int64))
 
 
-def left_out_remark(parts: Iterable[Part]) -> list[str]:
-    """A line where some of a few evenly spaced files hold pages or frames that nothing reads; by their headers.
-
-    It looks for LOOKED_SECONDS at most (and one file), however slow the disk; damaged files are told by whoever reads.
-    """
-    looked, several, first = 0, 0, ""
+def glance(parts: Iterable[Part], count: int) -> Iterator[tuple[Part, int]]:
+    """Up to `count` evenly spaced samples of each part, for LOOKED_SECONDS (and one sample), however slow the disk."""
     until = time.monotonic() + LOOKED_SECONDS
     for part in parts:
-        for index in evenly_spaced(len(part), LOOKED_AT).tolist():
+        for index in evenly_spaced(len(part), count).tolist():
             if time.monotonic() > until:
-                break
-            with contextlib.suppress(BadImage):
-                left = part.frames_left_out(index)
-                looked += 1
-                several += left > 0
-                first = first or (f"{part.name(index)} ({left + 1:,}, of which 1 is read)" if left else "")
+                return
+            yield part, index
+
+
+def left_out_remark(parts: Iterable[Part]) -> list[str]:
+    """A line where some of a few files hold pages or frames that nothing reads; by their headers.
+
+    Damaged files are told by whoever reads.
+    """
+    looked, several, first = 0, 0, ""
+    for part, index in glance(parts, LOOKED_AT):
+        with contextlib.suppress(BadImage):
+            left = part.frames_left_out(index)
+            looked += 1
+            several += left > 0
+            first = first or (f"{part.name(index)} ({left + 1:,}, of which 1 is read)" if left else "")
     if not several:
         return []
     return [
