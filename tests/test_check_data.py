@@ -93,7 +93,7 @@ def test_counts_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         "images": 4, "readable": 4, "bad": 0, "height": {"min": 9, "median": 10, "max": 30},
         "width": {"min": 8, "median": 20, "max": 24}, "eight_bit": 4, "sixteen_bit_or_float": 0, "gray": 1,
         "with_frames_left_out": 0, "frames_left_out": 0,
-        "labels": {"[red]": 1, "dog": 3},
+        "labels": {"[red]": 1, "dog": 3}, "groups": None,
     }  # fmt: skip
     assert (parts["test"]["sixteen_bit_or_float"], parts["test"]["eight_bit"], parts["test"]["gray"]) == (1, 0, 0)
 

@@ -185,7 +185,7 @@ def test_a_sample_does_not_depend_on_its_batch(tmp_path: Path) -> None:
     """Alone, in any order and among others: the same pixels, and those of the full path where nothing is shrunken."""
     part = jpegs(tmp_path / "set")
     config = PretrainConfig(data="x", img_size=(24, 32), crop_scale=(0.2, 1.0))
-    decoder = Decoder(part, config, sides(20, config))
+    decoder = Decoder(part, config, sides(part, config))
     keys: list[tuple[int | None, int]] = [(3, index) for index in (7, 5, 19, 0)]
     together = decoder.__getitems__(keys)
     for key, (image, slot, bad) in zip(keys, together, strict=True):
@@ -275,7 +275,7 @@ def test_a_listing_is_small_and_forked_workers_share_it() -> None:
 def test_the_loaders_speed_is_measured_without_a_trace(tmp_path: Path) -> None:
     part = jpegs(tmp_path / "set")
     config = PretrainConfig(data="x", img_size=(24, 32))
-    decoder = Decoder(part, config, sides(20, config))
+    decoder = Decoder(part, config, sides(part, config))
     before = decoder.__getitems__([(0, 3)])[0][0]
     state = torch.get_rng_state()
     assert 20 < worker_images_per_second(part, config, images=12) < 1e5

@@ -61,6 +61,10 @@ class ProbeConfig(SourceConfig):
     """Parquet and tables: the column with the images or their paths."""
     label_column: str | None = None
     """Parquet and tables: the column with the labels."""
+    group_by: str | None = None
+    """Never part the images of one patient, slide or scene: held-out and test images are whole groups. The column with
+    the group's name (Parquet, tables), or a regular expression that is found in each image's path, such as
+    'patient[0-9]+', or '^([^/]+)/', where the brackets name the group."""
     baselines: bool = True
     """Also measure the same encoder with random weights, and raw pixels."""
     batch_size: int = 256

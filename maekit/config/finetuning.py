@@ -49,6 +49,10 @@ class FinetuneConfig(SupervisedConfig):
     """Parquet and tables: the column with the images or their paths. Default: the first image column, or file_name."""
     label_column: str | None = None
     """Parquet and tables: the column with the labels. Default: the first class-label column, or label."""
+    group_by: str | None = None
+    """Never part the images of one patient, slide or scene: held-out and test images are whole groups. The column with
+    the group's name (Parquet, tables), or a regular expression that is found in each image's path, such as
+    'patient[0-9]+', or '^([^/]+)/', where the brackets name the group."""
     max_bad_share: float = 0.01
     """The run stops when more than this share of the images cannot be read. Ten are allowed in any case, up to a
     quarter of the images; 0: not one."""

@@ -31,6 +31,10 @@ class DataConfig:
     """Parquet and tables: the column with the images or their paths. Default: the first image column, or file_name."""
     label_column: str | None = None
     """Parquet and tables: the column with the labels. Default: the first class-label column, or label."""
+    group_by: str | None = None
+    """Never part the images of one patient, slide or scene: the held-out images are whole groups. The column with the
+    group's name (Parquet, tables), or a regular expression that is found in each image's path, such as 'patient[0-9]+',
+    or '^([^/]+)/', where the brackets name the group."""
     mean: tuple[float, ...] | None = None
     """Per-channel mean of the pixels in 0..1. Default: measured on up to 10,000 training images."""
     std: tuple[float, ...] | None = None

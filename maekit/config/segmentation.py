@@ -85,6 +85,10 @@ class PairsConfig:
     """Parquet and tables: the column with the images."""
     annotation_column: str | None = None
     """Parquet and tables: the column with the annotations."""
+    group_by: str | None = None
+    """Never part the images of one patient, slide or scene: held-out images are whole groups. The column with the
+    group's name (Parquet, tables), or a regular expression that is found in each image's path, such as 'patient[0-9]+',
+    or '^([^/]+)/', where the brackets name the group."""
 
     def pair_problems(self) -> list[str]:
         """What is wrong with these values, each naming the value, the rule and the flag."""

@@ -24,6 +24,7 @@ from rich.console import Console
 from maekit.config import UserError
 from maekit.data.archive_names import archive_above, is_read
 from maekit.data.archive_trees import open_archive, open_archives
+from maekit.data.columns import Columns
 from maekit.data.folders import open_folder
 from maekit.data.hub_choice import Choice, choose, what_is_there
 from maekit.data.hub_files import download
@@ -121,7 +122,7 @@ def pinned(spec: str) -> str:
     return str(_find(_parse(spec)).address)
 
 
-def open_hub(spec: str, in_chans: int, *, image_column: str | None = None, label_column: str | None = None) -> Source:
+def open_hub(spec: str, in_chans: int, columns: Columns) -> Source:
     """A data set of the hub, downloaded where the cache does not hold it, as its form is opened from a disk.
 
     Raises:
@@ -129,24 +130,28 @@ def open_hub(spec: str, in_chans: int, *, image_column: str | None = None, label
             nothing in it that can be read.
     """
     local = fetch(spec)
-    shown, columns = printable(spec), {"image_column": image_column, "label_column": label_column}
-    given = [f"--{name.replace('_', '-')}" for name, value in columns.items() if value is not None]
+    shown = printable(spec)
     root = os.fsencode(local.root)
     if local.parts is not None:
-        source = open_parquet(local.parts, shown, local.name, in_chans, **columns)
+        source = open_parquet(local.parts, shown, local.name, in_chans, columns)
     elif local.root.lower().endswith((".csv", ".tsv")) and not os.path.isdir(root):
-        source = open_table(root, shown, local.name, in_chans, **columns)
-    elif given:
-        raise UserError(f"{' and '.join(given)}: only for Parquet and tables, which --data {shown} is not")
-    elif archive_above(local.root) is not None:
-        source = open_archive(local.root, shown, local.name, in_chans)
-    elif local.archives:
-        source = open_archives(local.archives, local.root, shown, local.name, in_chans)
-    elif os.path.isdir(root):
-        source = open_folder(root, shown, local.name, in_chans)
+        source = open_table(root, shown, local.name, in_chans, columns)
     else:
-        source = open_list(root, shown, local.name, in_chans)
+        columns.refuse(shown)
+        source = _open_files(local, shown, in_chans)
     return replace(source, notes=(*local.notes, *source.notes))
+
+
+def _open_files(local: Local, shown: str, in_chans: int) -> Source:
+    """Data without columns."""
+    root = os.fsencode(local.root)
+    if archive_above(local.root) is not None:
+        return open_archive(local.root, shown, local.name, in_chans)
+    if local.archives:
+        return open_archives(local.archives, local.root, shown, local.name, in_chans)
+    if os.path.isdir(root):
+        return open_folder(root, shown, local.name, in_chans)
+    return open_list(root, shown, local.name, in_chans)
 
 
 def fetch(spec: str) -> Local:

@@ -61,10 +61,25 @@ def labels_of(part: Part, data: str) -> npt.NDArray[np.int64]:
     return part.labels
 
 
-def kept_for_report(count: int) -> Ids:
-    """Those of so many images that are never trained on, for the report: of data that have no part for it."""
-    everyone = np.arange(count, dtype=np.int64)
-    return lowest_hash(everyone, max(1, round(TEST_SHARE * count)), Purpose.TEST_SPLIT)
+def kept_for_report(part: Part) -> Ids:
+    """Those of the images that are never trained on, for the report: of data that have no part for it.
+
+    Raises:
+        UserError: all of them, as they are of one group.
+    """
+    everyone = np.arange(len(part), dtype=np.int64)
+    kept = lowest_hash(everyone, max(1, round(TEST_SHARE * len(part))), Purpose.TEST_SPLIT, part.groups)
+    if part.groups is not None and len(kept) == len(part):
+        raise UserError(
+            f"--group-by: {len(np.unique(part.groups))} groups are too few: whole groups are kept for the test, of "
+            f"{TEST_SHARE:.0%} of the images at least, and some must be left to train on"
+        )
+    return kept
+
+
+def groups_said(part: Part, ids: Ids) -> str:
+    """Of how many groups some images are, in words; empty where they have none."""
+    return "" if part.groups is None else f" ({len(np.unique(part.groups[ids])):,} whole groups)"
 
 
 def part_for_report(source: Source, data: str) -> tuple[str, Part | None]:
@@ -91,11 +106,13 @@ def test_images(source: Source, data: str) -> tuple[Part, Ids, str]:
     """
     name, found = part_for_report(source, data)
     if found is None:
-        what, part = f"a fixed {TEST_SHARE:.0%} of the images, as the data have no test split", source.train
-        ids = kept_for_report(len(part))
+        part = source.train
+        ids = kept_for_report(part)
+        what = f"a fixed {TEST_SHARE:.0%} of the images{groups_said(part, ids)}, as the data have no test split"
     else:
-        what, part = f"{name} split", found
+        part = found
         ids = np.arange(len(part), dtype=np.int64)
+        what = f"{name} split{groups_said(part, ids)}"
     ids = ids[labels_of(part, data)[ids] >= 0]
     if not len(ids):
         raise UserError(f"--data {data}: no image of its {what} has a label")
@@ -112,10 +129,11 @@ def split_labelled(source: Source, data: str, heldout_share: float, train_share:
     """
     labels = labels_of(source.train, data)
     assert source.train.class_names is not None
-    train_ids, heldout_ids = split_heldout(len(source.train), heldout_share)
     part, test_ids, what = test_images(source, data)
-    if part is source.train:
-        train_ids, heldout_ids = np.setdiff1d(train_ids, test_ids), np.setdiff1d(heldout_ids, test_ids)
+    kept = kept_for_report(part) if part is source.train else None
+    train_ids, heldout_ids = split_heldout(
+        len(source.train), heldout_share, groups_N=source.train.groups, reported=kept
+    )
     train_ids, heldout_ids = train_ids[labels[train_ids] >= 0], heldout_ids[labels[heldout_ids] >= 0]
     for name, ids in (("training images", train_ids), ("held-out images", heldout_ids)):
         if not len(ids):

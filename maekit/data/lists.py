@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from maekit.config import UserError, did_you_mean
+from maekit.data.columns import Columns
+from maekit.data.groups import group_numbers
 from maekit.data.images import IMAGE_SUFFIXES
 from maekit.data.parts import PART_WORDS, FilePart, Labels, Source, class_order, evenly_spaced, printable
 
@@ -17,6 +19,8 @@ PATH_COLUMNS = ("file_name", "filename", "path", "image", "image_path", "file")
 LABEL_COLUMNS = ("label", "class", "category", "target", "labels", "class_name", "label_name", "category_name")
 PART_COLUMNS = ("split", "part", "subset")
 """Names of a table's columns in any case, the first that is there; file_name is that of the hub's metadata.csv."""
+Facts = tuple[str, str, str]
+"""Of a table's row: part, label and group; empty for none."""
 _SAMPLES = 1000
 """Paths that are looked for before a list is believed."""
 
@@ -44,10 +48,8 @@ def open_list(path: bytes, spec: str, name: str, in_chans: int) -> Source:
     return Source(name, part)
 
 
-def open_table(
-    path: bytes, spec: str, name: str, in_chans: int, *, image_column: str | None, label_column: str | None
-) -> Source:
-    """A table with a heading: a column of paths (absolute or relative to it), and if there are, labels and parts.
+def open_table(path: bytes, spec: str, name: str, in_chans: int, columns: Columns) -> Source:
+    """A table with a heading: a column of paths (absolute or relative to it), and if there are, labels, parts, groups.
 
     Classes are the different labels, in the order of their numbers or bytes; an empty label is none, and labels that
     are all files of images are annotations, not classes. Parts are named as folders are (train, val, test; any case).
@@ -59,7 +61,7 @@ def open_table(
     """
     rows = read_rows(path, spec)
     heading = next(rows, [])
-    paths = find_column(heading, image_column, PATH_COLUMNS, "--image-column", spec)
+    paths = find_column(heading, columns.image, PATH_COLUMNS, "--image-column", spec)
     if paths is None:
         several = len(heading) == 1 and re.search("[;\t|]", heading[0])
         hint = (
@@ -71,10 +73,11 @@ def open_table(
             f"--data {spec}: no column of paths in its first line ({', '.join(map(printable, heading))}): call it "
             "file_name, or give --image-column" + hint
         )
-    labels = find_column(heading, label_column, LABEL_COLUMNS, "--label-column", spec)
+    labels = find_column(heading, columns.label, LABEL_COLUMNS, "--label-column", spec)
     parts = find_column(heading, None, PART_COLUMNS, "", spec)
-    found: dict[bytes, tuple[str, str]] = {}
-    shared: dict[tuple[str, str], tuple[str, str]] = {}  # one object for all rows of a class
+    groups = heading.index(columns.group) if columns.group in heading else None
+    found: dict[bytes, Facts] = {}
+    shared: dict[Facts, Facts] = {}  # one object for all rows of a class
 
     def told(number: int) -> str:
         return f"--data {spec}: row {number}"
@@ -88,12 +91,15 @@ def open_table(
         said = "train" if parts is None else row[parts].lower()
         if said not in PART_WORDS:
             raise UserError(f"{told(number)}: {printable(said)!r} is no part; {did_you_mean(said, PART_WORDS)}")
-        facts = PART_WORDS[said], "" if labels is None else row[labels]
+        label, group = ("" if column is None else row[column] for column in (labels, groups))
+        facts = PART_WORDS[said], label, group
         if found.setdefault(image, shared.setdefault(facts, facts)) != facts:
-            raise UserError(f"{told(number)}: {printable(image)} stands in another row too, with another label or part")
+            raise UserError(
+                f"{told(number)}: {printable(image)} stands in another row too, with another label, part or group"
+            )
     if not found:
         raise UserError(f"--data {spec}: no rows below its first line")
-    return _opened(found, path, spec, name, in_chans)
+    return _opened(found, path, spec, name, in_chans, grouped=groups is not None)
 
 
 def read_rows(path: bytes, spec: str) -> Iterator[list[str]]:
@@ -120,19 +126,21 @@ def find_column(heading: list[str], asked: str | None, names: Sequence[str], fla
     return next((lower.index(usual) for usual in names if usual in lower), None)
 
 
-def _opened(found: dict[bytes, tuple[str, str]], path: bytes, spec: str, name: str, in_chans: int) -> Source:
-    labels = {label for _, label in found.values() if label}
+def _opened(found: dict[bytes, Facts], path: bytes, spec: str, name: str, in_chans: int, *, grouped: bool) -> Source:
+    labels = {label for _, label, _ in found.values() if label}
     pictures = all(os.path.splitext(label)[1].lower() in IMAGE_SUFFIXES for label in labels)  # a column of masks
     classes = [] if pictures else class_order(labels)
     ids = {label: index for index, label in enumerate(classes)}
     opened: dict[str, FilePart] = {}
-    for part in {part for part, _ in found.values()}:
+    for part in {part for part, _, _ in found.values()}:
         images = sorted(image for image, facts in found.items() if facts[0] == part)
         numbers: Labels = np.array([ids.get(found[image][1], -1) for image in images], np.int64)
         opened[part] = FilePart(
             os.path.dirname(path), images, in_chans, labels=numbers if classes else None,
             class_names=[printable(label) for label in classes] if classes else None,
         )  # fmt: skip
+        if grouped:
+            opened[part].groups = group_numbers((found[image][2], os.fsdecode(image)) for image in images)
     if "train" not in opened:
         raise UserError(f"--data {spec}: no row of a train part; its parts: {', '.join(sorted(opened))}")
     _look(opened["train"], spec)

@@ -59,7 +59,7 @@ class MemoryPool:
     ) -> None:
         self.config, self.device, self.size_hw = config, device, size_hw
         pixels, self.bad = _read_all(
-            part, size_hw, sides(len(part), config), on_progress, workers if len(part) >= MANY else 0
+            part, size_hw, sides(part, config), on_progress, workers if len(part) >= MANY else 0
         )
         self.images_NCHW = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(device)
 

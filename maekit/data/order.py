@@ -14,6 +14,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from maekit.config import PretrainConfig, UserError
+from maekit.data.parts import Part
 from maekit.rng import Purpose, random_bits, shuffled
 
 Ids = npt.NDArray[np.int64]
@@ -32,13 +33,19 @@ class Batch(NamedTuple):
     bad: list[tuple[int, str]]
 
 
-def split_heldout(num: int, share: float, least: int = MIN_HELDOUT) -> tuple[Ids, Ids]:
-    """Training and held-out sample ids, both ascending: held out are those with the lowest hash of their id.
+def split_heldout(
+    num: int, share: float, least: int = MIN_HELDOUT, groups_N: Ids | None = None, reported: Ids | None = None
+) -> tuple[Ids, Ids]:
+    """Training and held-out sample ids, both ascending: held out are those with the lowest hash of their id, or of
+    their group (`Part.groups`), which is never parted.
 
     The hash ignores the run's seed, so every run on the same data holds out the same images.
 
+    Args:
+        reported: ids that are kept for a report, which are in neither.
+
     Raises:
-        UserError: too few images to hold any out.
+        UserError: too few images, or groups, to hold any out.
     """
     held = max(least, round(share * num))
     if num <= held:
@@ -46,8 +53,19 @@ def split_heldout(num: int, share: float, least: int = MIN_HELDOUT) -> tuple[Ids
             f"{num} images are too few: {held} are held out of training (--heldout-share), and some must be left"
         )
     ids = np.arange(num, dtype=np.int64)
-    chosen = lowest_hash(ids, held, Purpose.HELDOUT_SPLIT)
-    return np.setdiff1d(ids, chosen, assume_unique=True), chosen
+    if reported is None:
+        reported = ids[:0]
+    if groups_N is None:
+        chosen = np.setdiff1d(lowest_hash(ids, held, Purpose.HELDOUT_SPLIT), reported, assume_unique=True)
+    else:  # the group that comes first by its hash may be one of those for the report, and then nothing would be left
+        chosen = lowest_hash(np.setdiff1d(ids, reported), held, Purpose.HELDOUT_SPLIT, groups_N)
+    left = np.setdiff1d(np.setdiff1d(ids, chosen, assume_unique=True), reported, assume_unique=True)
+    if groups_N is not None and not len(left):
+        raise UserError(
+            f"--group-by: {len(np.unique(groups_N))} groups ({num:,} images) are too few: whole groups are held out of "
+            f"training, of {held:,} images at least (--heldout-share), and some must be left"
+        )
+    return left, chosen
 
 
 def choose_training(train_ids: Ids, count: int | None) -> Ids:
@@ -66,17 +84,23 @@ def choose_training(train_ids: Ids, count: int | None) -> Ids:
     return lowest_hash(train_ids, count, Purpose.SUBSET)
 
 
-def sides(num: int, config: PretrainConfig) -> npt.NDArray[np.bool_]:
+def sides(part: Part, config: PretrainConfig) -> npt.NDArray[np.bool_]:
     """[N] True for held-out samples: the stand-in of an unreadable one must not cross over to training, or back."""
-    heldout_N = np.zeros(num, np.bool_)
+    heldout_N = np.zeros(len(part), np.bool_)
     with contextlib.suppress(UserError):  # too few to hold any out: then all are on one side
-        heldout_N[split_heldout(num, config.heldout_share)[1]] = True
+        heldout_N[split_heldout(len(part), config.heldout_share, groups_N=part.groups)[1]] = True
     return heldout_N
 
 
-def lowest_hash(ids: Ids, count: int, purpose: Purpose) -> Ids:
-    """The `count` ids with the lowest hash, ascending: a fixed random subset that grows with `count`."""
-    keys = random_bits(ids, 1, seed=0, purpose=purpose)[:, 0]
+def lowest_hash(ids: Ids, count: int, purpose: Purpose, groups_N: Ids | None = None) -> Ids:
+    """The `count` ids with the lowest hash, ascending: a fixed random subset that grows with `count`.
+
+    With the groups of all samples: whole groups, those with the lowest hash, until they are `count` ids or more.
+    """
+    keys = random_bits(ids if groups_N is None else groups_N[ids], 1, seed=0, purpose=purpose)[:, 0]
+    if groups_N is not None:  # up to the end of the group in which the last one lies
+        in_order = np.sort(keys)
+        return np.sort(ids[keys <= in_order[min(count, len(ids)) - 1]]) if count and len(ids) else ids[:0]
     return np.sort(ids[np.lexsort((ids, keys))[:count]])
 
 

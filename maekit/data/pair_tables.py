@@ -13,11 +13,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from maekit.config import UserError, did_you_mean
+from maekit.data.groups import group_numbers
 from maekit.data.images import IMAGE_SUFFIXES
 from maekit.data.lists import PART_COLUMNS, PATH_COLUMNS, find_column, read_rows
 from maekit.data.pair_files import PATTERNS_HELP, pair_part
 from maekit.data.pair_parts import PairPart
-from maekit.data.parquet import TablePart, described, find_files, holds_encoded, image_columns, sorted_files
+from maekit.data.parquet import (
+    TablePart,
+    described,
+    find_files,
+    holds_encoded,
+    image_columns,
+    read_groups,
+    sorted_files,
+)
 from maekit.data.parts import FilePart, part_of, printable
 
 _ANNOTATION_COLUMNS = ("annotation", "annotations", "label", "labels", "mask", "masks", "segmentation", "semantic_mask")
@@ -30,8 +39,11 @@ def open_tables(
     columns: tuple[str | None, str | None],
     in_chans: int,
     given: dict[str, list[str]] | None = None,
+    group_by: str | None = None,
 ) -> dict[str, PairPart]:
-    """Parts of Parquet files with a column of images and a column of annotations: of those `given`, or in `root`."""
+    """Parts of Parquet files with a column of images and a column of annotations (and one of groups, which `group_by`
+    names): of those `given`, or in `root`.
+    """
     files: list[str] | dict[str, list[str]]
     files = given or (find_files(root, shown) if os.path.isdir(root) else [root] if _is_parquet(root) else [])
     if not files:
@@ -43,12 +55,13 @@ def open_tables(
     parts = sorted_files(files, shown)
     try:
         image, annotation = _two_columns(pq.ParquetFile(parts["train"][0]).schema_arrow, columns, shown)
+        images = {
+            part: TablePart(found, image, in_chans, None, None) for part, found in parts.items() if part != "test"
+        }
+        if group_by is not None:
+            read_groups(images, group_by, shown)
         opened = {
-            part: PairPart(
-                TablePart(parts[part], image, in_chans, None, None), TablePart(parts[part], annotation, 1, None, None)
-            )
-            for part in ("train", "val")
-            if part in parts
+            part: PairPart(found, TablePart(found.files, annotation, 1, None, None)) for part, found in images.items()
         }
     except UserError:
         raise
@@ -79,9 +92,11 @@ def names_annotations(path: str, shown: str, given: dict[str, list[str]] | None 
         return False  # whoever reads it says why
 
 
-def open_paths(file: str, shown: str, columns: tuple[str | None, str | None], in_chans: int) -> dict[str, PairPart]:
+def open_paths(
+    file: str, shown: str, columns: tuple[str | None, str | None], in_chans: int, group_by: str | None = None
+) -> dict[str, PairPart]:
     """Parts of a table with a column of images and one of annotations (paths, relative to it or absolute); and with a
-    column split, if it has one.
+    column split, if it has one; and with groups, if `group_by` names a column.
 
     Raises:
         UserError: no such column, a row that is not whole, an image in two rows that differ, or no row to train on.
@@ -97,7 +112,8 @@ def open_paths(file: str, shown: str, columns: tuple[str | None, str | None], in
             f"{', '.join(map(printable, heading))}: call them image and mask, or give --image-column and "
             "--annotation-column"
         )
-    found: dict[bytes, tuple[str | None, bytes]] = {}
+    group = heading.index(group_by) if group_by in heading else None
+    found: dict[bytes, tuple[str | None, bytes, str]] = {}
     for number, row in enumerate(rows, 2):
         if len(row) != len(heading):
             raise UserError(f"--data {shown}: row {number} has {len(row)} values under {len(heading)} headings")
@@ -108,14 +124,16 @@ def open_paths(file: str, shown: str, columns: tuple[str | None, str | None], in
             )
         if part != "test" and not row[annotation]:
             raise UserError(f"--data {shown}: row {number}: {printable(row[image])} has no annotation")
-        facts = part, os.fsencode(row[annotation])
+        facts = part, os.fsencode(row[annotation]), "" if group is None else row[group]
         if found.setdefault(os.fsencode(row[image]), facts) != facts:
             raise UserError(f"--data {shown}: row {number}: {printable(row[image])} stands in another row too")
     opened: dict[str, PairPart] = {}
     for part in ("train", "val"):
-        pairs = [(path, of) for path, (said, of) in found.items() if said == part]
+        pairs = sorted((path, of) for path, (said, of, _) in found.items() if said == part)
         if pairs:
             opened[part] = pair_part(os.path.dirname(file), pairs, in_chans)
+            if group is not None:
+                opened[part].images.groups = group_numbers((found[path][2], os.fsdecode(path)) for path, _ in pairs)
             _look(opened[part], shown)
     if "train" not in opened:
         raise UserError(f"--data {shown}: no row of a train part")

@@ -26,6 +26,7 @@ from maekit.config import UserError
 from maekit.config.segmentation import PairsConfig
 from maekit.data.annotations import VOID, Numbering
 from maekit.data.archive_trees import refuse_archives
+from maekit.data.groups import find_groups
 from maekit.data.hub import hub_hint, located
 from maekit.data.pair_classes import Asked, name_classes
 from maekit.data.pair_layouts import find_sides, open_layout
@@ -88,6 +89,7 @@ def open_pairs(
     annotation_pattern: str | None = None,
     image_column: str | None = None,
     annotation_column: str | None = None,
+    group_by: str | None = None,
     workers: int = 0,
     on_progress: Progress = lambda _done, _total: None,
 ) -> Pairs:
@@ -116,12 +118,14 @@ def open_pairs(
         found = by_pattern(root, shown, patterns, in_chans, notes)
         _refuse_columns(columns, shown)
     elif os.path.splitext(root)[1].lower() in (".csv", ".tsv") and os.path.isfile(root):
-        found = open_paths(root, shown, columns, in_chans)
+        found = open_paths(root, shown, columns, in_chans, group_by)
     elif local.parts is None and os.path.isdir(root) and (sides := find_sides(root, shown)):
         found = open_layout(root, shown, sides, in_chans, notes)
         _refuse_columns(columns, shown)
     else:
-        found = open_tables(root, shown, columns, in_chans, local.parts)
+        found = open_tables(root, shown, columns, in_chans, local.parts, group_by)
+    if group_by is not None:
+        notes += find_groups({name: part.images for name, part in found.items()}, group_by, shown)
     if class_values is not None and not void_is_asked:
         void = None
     asked = Asked(void, void_is_asked or void != 0 or class_values is not None, class_values)
@@ -140,7 +144,7 @@ def open_checked(
         data, in_chans=in_chans, classes=config.classes, void=config.void_value, void_is_asked=config.void is not None,
         class_values=config.class_values, image_pattern=config.image_pattern,
         annotation_pattern=config.annotation_pattern, image_column=config.image_column,
-        annotation_column=config.annotation_column, workers=workers, on_progress=on_progress,
+        annotation_column=config.annotation_column, group_by=config.group_by, workers=workers, on_progress=on_progress,
     )  # fmt: skip
     checks = check_pairs(pairs, workers=workers, on_progress=on_progress)
     pairs.notes += _note_void(pairs, checks)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +21,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from maekit.config import UserError, did_you_mean
+from maekit.data.columns import Columns
 from maekit.data.folders import holds_images
+from maekit.data.groups import group_numbers
 from maekit.data.images import BadImage
 from maekit.data.parts import PART_WORDS, EncodedPart, Labels, Source, class_order, evenly_spaced, is_folder, printable
 from maekit.data.rows import Rows, open_rows
@@ -163,9 +165,7 @@ def open_parquet(
     spec: str,
     name: str,
     in_chans: int,
-    *,
-    image_column: str | None = None,
-    label_column: str | None = None,
+    columns: Columns,
 ) -> Source:
     """Parquet files as a source; more than one file is sorted into parts by name, one file is the training part.
 
@@ -177,16 +177,18 @@ def open_parquet(
     parts = sorted_files(files, spec)
     try:
         schemas = {part: pq.ParquetFile(found[0]).schema_arrow for part, found in parts.items()}
-        image = _image_column(schemas["train"], image_column, spec)
-        label = _label_column(schemas["train"], label_column, spec)
+        image = _image_column(schemas["train"], columns.image, spec)
+        label = _label_column(schemas["train"], columns.label, spec)
         labels: dict[str, Labels | None] = dict.fromkeys(parts)
         names = None
         if label is not None:
-            labels, names = _read_labels(parts, schemas, label, spec, asked=label_column is not None)
+            labels, names = _read_labels(parts, schemas, label, spec, asked=columns.label is not None)
         opened = {
             part: TablePart(found, image, in_chans, labels[part], names if labels[part] is not None else None)
             for part, found in parts.items()
         }
+        if columns.group is not None:
+            read_groups(opened, columns.group, spec)
     except UserError:
         raise
     except (OSError, KeyError, ValueError, TypeError, OverflowError, MemoryError, pa.ArrowException) as error:
@@ -299,6 +301,19 @@ def _label_column(schema: Any, wanted: str | None, spec: str) -> str | None:
     marked = [name for name in integers if features.get(name, {}).get("_type") == "ClassLabel"]
     named = [name for name in _LABEL_NAMES if name in integers]
     return next(iter(marked + named), None)
+
+
+def read_groups(parts: Mapping[str, TablePart], column: str, spec: str) -> None:
+    """Give the parts, by their names, the groups of a column of strings or numbers; a null is a group by itself."""
+    for name, part in parts.items():
+        values: list[Any] = []
+        for file in part.files:
+            there = pq.ParquetFile(file)
+            if column not in there.schema_arrow.names:
+                raise UserError(f"--group-by {column}: not in {spec}; {did_you_mean(column, there.schema_arrow.names)}")
+            values += there.read(columns=[column])[column].to_pylist()
+        texts = ("" if value is None else str(value) for value in values)
+        part.groups = group_numbers((text, f"{name} {row}") for row, text in enumerate(texts))
 
 
 def _read_labels(

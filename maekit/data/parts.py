@@ -54,6 +54,9 @@ class Part(Protocol):
     def class_names(self) -> list[str] | None:
         """Names of the classes, the same list for all parts of a source."""
 
+    groups: Labels | None
+    """A number for each image [N], the same for images that no split may part; None: each image is by itself."""
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) over names and sizes or over the samples: the same wherever the data are stored."""
@@ -93,7 +96,13 @@ class Source:
     @property
     def parts(self) -> list[Part]:
         """Those that are there."""
-        return [part for part in (self.train, self.val, self.test) if part is not None]
+        return list(self.named.values())
+
+    @property
+    def named(self) -> dict[str, Part]:
+        """Those that are there, by their names."""
+        parts = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: part for name, part in parts.items() if part is not None}
 
 
 def part_of(folder: str, words: dict[str, str] = PART_WORDS) -> str | None:
@@ -174,6 +183,7 @@ class EncodedPart:
     """Images that are decoded as they are asked for, out of what `data` gives."""
 
     in_chans: int
+    groups: Labels | None = None
 
     def data(self, index: int) -> bytes | str:
         """The encoded image, or the path of its file; raises BadImage."""
@@ -269,6 +279,8 @@ def loose_files(paths: Iterable[str], in_chans: int) -> FilePart:
 
 class ArrayPart:
     """Decoded images in memory: `images` N H W C uint8, whose C is 1 or `in_chans` (or 3 where `in_chans` is 1)."""
+
+    groups: Labels | None = None
 
     def __init__(
         self, images_NHWC: npt.NDArray[np.uint8], labels: Labels | None, class_names: list[str] | None, in_chans: int

@@ -8,11 +8,14 @@ import os
 import re
 import stat
 from pathlib import Path
+from typing import Protocol
 
 from maekit.config import UserError, did_you_mean
 from maekit.data.archive_names import archive_above, is_read
 from maekit.data.archive_trees import find_archives, open_archive, open_archives
+from maekit.data.columns import Columns
 from maekit.data.folders import holds_images, open_folder
+from maekit.data.groups import find_groups
 from maekit.data.hub import hub_hint, is_hub, open_hub, pinned
 from maekit.data.hub import short_name as hub_name
 from maekit.data.images import IMAGE_SUFFIXES
@@ -25,31 +28,62 @@ __all__ = ["KNOWN", "ArrayPart", "FilePart", "Part", "Source", "TablePart", "ope
 
 
 def open_source(
-    spec: str, *, in_chans: int = 3, image_column: str | None = None, label_column: str | None = None
+    spec: str,
+    *,
+    in_chans: int = 3,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    group_by: str | None = None,
 ) -> Source:
     """What `--data` names, opened: listed or read into memory, but no image decoded.
 
     A known name means the known data set even where a file of that name lies here; write ./cifar10 for the file.
-    The columns are those of Parquet or a table.
+    The columns are those of Parquet or a table; group_by is one too, or a pattern of the images' paths.
 
     Raises:
-        UserError: nothing of that name, nothing readable in it, or a column that does not fit.
+        UserError: nothing of that name, nothing readable in it, or a column or pattern that does not fit.
     """
+    source = _open(spec, in_chans, Columns(image_column, label_column, group_by))
+    if group_by is not None:
+        source.notes += tuple(find_groups(source.named, group_by, printable(spec)))
+    return source
+
+
+class DataFields(Protocol):
+    """The fields of a config that say which data, and in which groups."""
+
+    data: str
+    image_column: str | None
+    label_column: str | None
+    group_by: str | None
+
+
+def open_configured(config: DataFields, in_chans: int) -> Source:
+    """What a config says, opened; errors as of `open_source`."""
+    return open_source(
+        config.data,
+        in_chans=in_chans,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        group_by=config.group_by,
+    )
+
+
+def _open(spec: str, in_chans: int, columns: Columns) -> Source:
     if not spec:
         raise UserError(
             "--data is empty: give a folder, a Parquet file, an archive, a list or table of paths, hub:OWNER/NAME, or "
             "a known name"
         )
-    columns = {"--image-column": image_column, "--label-column": label_column}
     if spec in KNOWN:
-        _refuse(columns, spec)
+        columns.refuse(spec)
         return open_known(spec, in_chans)
     if is_hub(spec):
-        return open_hub(spec, in_chans, image_column=image_column, label_column=label_column)
+        return open_hub(spec, in_chans, columns)
     path = os.path.expanduser(spec)
     shown = printable(spec)
     if archive_above(path) is not None:
-        _refuse(columns, shown)
+        columns.refuse(shown)
         return open_archive(path, shown, short_name(path), in_chans)
     mode = _mode(path, shown)
     name = short_name(path)
@@ -59,12 +93,10 @@ def open_source(
     if not stat.S_ISREG(mode):
         raise UserError(f"--data {shown}: neither a folder nor a regular file")
     if suffix == ".parquet":
-        return open_parquet([path], shown, name, in_chans, image_column=image_column, label_column=label_column)
+        return open_parquet([path], shown, name, in_chans, columns)
     if suffix in (".csv", ".tsv"):
-        return open_table(
-            os.fsencode(path), shown, name, in_chans, image_column=image_column, label_column=label_column
-        )
-    _refuse(columns, shown)
+        return open_table(os.fsencode(path), shown, name, in_chans, columns)
+    columns.refuse(shown)
     if suffix == ".txt":
         return open_list(os.fsencode(path), shown, name, in_chans)
     if suffix in IMAGE_SUFFIXES:
@@ -75,7 +107,7 @@ def open_source(
     )
 
 
-def _open_directory(path: str, shown: str, name: str, in_chans: int, columns: dict[str, str | None]) -> Source:
+def _open_directory(path: str, shown: str, name: str, in_chans: int, columns: Columns) -> Source:
     """A folder of Parquet files, of images, or of archives."""
     if is_run(path):
         raise UserError(f"--data {shown}: is the folder of a run, not of images; a run stands first, before --data")
@@ -83,12 +115,11 @@ def _open_directory(path: str, shown: str, name: str, in_chans: int, columns: di
         files = find_files(path, shown)
     except OSError as error:
         raise UserError(f"--data {shown}: the folder cannot be read ({error.strerror})") from None
-    image_column, label_column = columns.values()
     # A table of something else, such as features, may lie beside images.
-    has_images = (not files or not has_image_column(files[0], image_column)) and holds_images(os.fsencode(path))
+    has_images = (not files or not has_image_column(files[0], columns.image)) and holds_images(os.fsencode(path))
     if files and not has_images:
-        return open_parquet(files, shown, name, in_chans, image_column=image_column, label_column=label_column)
-    _refuse(columns, shown)
+        return open_parquet(files, shown, name, in_chans, columns)
+    columns.refuse(shown)
     archives = [] if has_images else find_archives(path, shown)
     if archives:
         return open_archives(archives, path, shown, name, in_chans)
@@ -144,20 +175,13 @@ def short_name(path: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", base).strip("-.") or "data"
 
 
-def _refuse(columns: dict[str, str | None], shown: str) -> None:
-    given = [flag for flag, value in columns.items() if value is not None]
-    if given:
-        raise UserError(f"{' and '.join(given)}: only for Parquet and tables, which --data {shown} is not")
-
-
 def choose_parts(data: Source, part: str, spec: str) -> dict[str, Part]:
     """One part of the data by name, or with "all" every part that is there; `spec` names the data in messages.
 
     Raises:
         UserError: no such part; lists those that are there.
     """
-    parts = {"train": data.train, "val": data.val, "test": data.test}
-    there = {name: one for name, one in parts.items() if one is not None}
+    there = data.named
     if part == "all":
         return there
     if part not in there:

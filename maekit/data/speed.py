@@ -25,7 +25,7 @@ def worker_images_per_second(part: Part, config: PretrainConfig, *, images: int 
     so nothing that a run draws later changes. Files that the system still holds in memory are read faster than later
     on; 0 where none can be read.
     """
-    read = Decoder(part, config, sides(len(part), config))
+    read = Decoder(part, config, sides(part, config))
     ids = evenly_spaced(len(part), images + _WARM_UP).tolist()
     if len(ids) > 2 * _WARM_UP:
         read.__getitems__([(0, index) for index in ids[:_WARM_UP]])

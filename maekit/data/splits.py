@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from maekit.config import PretrainConfig, UserError
-from maekit.data.labelled import kept_for_report, part_for_report
+from maekit.data.labelled import groups_said, kept_for_report, part_for_report
 from maekit.data.loader import Pool, open_pool
 from maekit.data.parts import Part
 from maekit.data.sources import Source
@@ -87,11 +87,12 @@ def open_splits(
     what, test_part = part_for_report(data, reading.data)
     train_ids = np.arange(len(data.train), dtype=np.int64)
     if test_part is not None:
-        test = open_split(test_part, np.arange(len(test_part), dtype=np.int64), what)
+        test_ids = np.arange(len(test_part), dtype=np.int64)
+        test = open_split(test_part, test_ids, what)
+        test = replace(test, what=f"{what}{groups_said(test_part, test_ids)}")
     else:
-        test_ids = kept_for_report(len(train_ids))
+        test_ids = kept_for_report(data.train)
         train_ids = np.setdiff1d(train_ids, test_ids)
-        test = replace(
-            open_split(data.train, test_ids, "test"), what="a fixed fifth of the images, which no probe is fitted on"
-        )
+        what = f"a fixed fifth of the images{groups_said(data.train, test_ids)}, which no probe is fitted on"
+        test = replace(open_split(data.train, test_ids, "test"), what=what)
     return open_split(data.train, train_ids, "training"), test

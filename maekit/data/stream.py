@@ -45,7 +45,7 @@ class StreamPool:
     ) -> None:
         """augment: what is done to the training images after crop and flip."""
         self.part, self.config, self.device, self.workers, self.augment = part, config, device, workers, augment
-        self.heldout_N = sides(len(part), config)
+        self.heldout_N = sides(part, config)
         self.bad: dict[int, str] = {}
 
     @property

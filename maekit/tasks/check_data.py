@@ -28,7 +28,7 @@ from maekit.data.pair_layouts import find_sides
 from maekit.data.pair_tables import names_annotations
 from maekit.data.pairs import open_checked, refuse_one_class
 from maekit.data.parts import Part
-from maekit.data.sources import open_source
+from maekit.data.sources import open_configured
 from maekit.data.survey import Bad, Copies, Survey, copies, summary, survey
 from maekit.data.workers import choose_workers
 from maekit.keeping import keeping
@@ -57,12 +57,9 @@ def main(config: CheckDataConfig) -> int:
     if problems:
         raise UserError(*problems)
     console = make_console()
-    source = open_source(
-        config.data, in_chans=config.in_chans, image_column=config.image_column, label_column=config.label_column
-    )
+    source = open_configured(config, config.in_chans)
     remark(console, source.notes)
-    parts: dict[str, Part] = {"train": source.train}
-    parts |= {name: part for name, part in (("val", source.val), ("test", source.test)) if part is not None}
+    parts = source.named
     workers = choose_workers(config.workers, 1).value
     found: dict[str, Survey] = {}
     with Report(config.out) as report:
@@ -155,6 +152,7 @@ def describe(part: Part, found: Survey) -> dict[str, Any]:
         "with_frames_left_out": found.with_frames_left,
         "frames_left_out": found.frames_left,
         "labels": labels(part),
+        "groups": None if part.groups is None else len(np.unique(part.groups)),
     }
 
 

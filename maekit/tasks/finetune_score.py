@@ -14,9 +14,10 @@ from maekit.config import FinetuneConfig, SourceConfig, UserError
 from maekit.data.labelled import class_map, labels_of, test_images
 from maekit.data.levels import remarks_for
 from maekit.data.loader import Pool, open_pool
-from maekit.data.sources import open_source
+from maekit.data.sources import Source, open_configured
 from maekit.data.workers import choose_workers
 from maekit.keeping import keeping
+from maekit.models.classifier import Classifier
 from maekit.models.encoder import use_fused_attention
 from maekit.runtime import choose_attention, choose_device, choose_precision
 from maekit.terminal import counting, make_console, remark
@@ -25,9 +26,18 @@ from maekit.training.imbalance import TestClasses
 from maekit.training.interval import in_words
 from maekit.training.scorecard import CARD, CONFUSION, print_score, with_interval, write_card
 from maekit.training.scoring import EVAL_BATCH, answer, score
-from maekit.training.trained_on import said_of, training_of
+from maekit.training.trained_on import run_of, said_of, training_of
 from maekit.viz.confusion import picture_confusion
 from maekit.weights.store import load_classifier
+
+
+def open_data(config: FinetuneConfig, source: str, model: Classifier) -> Source:
+    """The data, in the groups of the run where they are those that it was trained on: they decide what is tested."""
+    channels, run = model.config.in_chans, run_of(source)
+    data = open_configured(config, channels)
+    if config.group_by or run is None or not run.group_by or data.train.fingerprint != model.passport.fingerprint:
+        return data
+    return open_configured(dataclasses.replace(config, group_by=run.group_by), channels)
 
 
 def main(source: str, config: FinetuneConfig) -> int:
@@ -49,9 +59,7 @@ def main(source: str, config: FinetuneConfig) -> int:
     model = load_classifier(source, given, device)
     remark(console, model.key_report.remarks())
     use_fused_attention(model, choose_attention(device, precision).value)
-    data = open_source(
-        config.data, in_chans=model.config.in_chans, image_column=config.image_column, label_column=config.label_column
-    )
+    data = open_data(config, source, model)
     remark(console, remarks_for(data, model.passport.mean, model.passport.std))
     part, ids, what = test_images(data, config.data)
     training = training_of(source, model.passport, data, config.data)

@@ -28,7 +28,7 @@ from maekit.compiling import choose_compile
 from maekit.config import PlanConfig, PretrainConfig, UserError, flag
 from maekit.data.loader import Pool, SampleOrder, choose_training, open_pool, split_heldout
 from maekit.data.order import MIN_HELDOUT
-from maekit.data.sources import open_source
+from maekit.data.sources import open_configured
 from maekit.environment import environment
 from maekit.models.encoder import flops_per_image
 from maekit.models.mae import model_problems
@@ -150,11 +150,9 @@ def open_data(config: PlanConfig, choices: dict[str, Choice[Any]], console: Cons
         held = max(MIN_HELDOUT, round(config.heldout_share * config.images))
         data = Data(f"{config.images:,} images", min(config.images - held, config.train_images or config.images), held)
         return follow_images(config, max(0, data.train), world, short_run_rate, console), data
-    source = open_source(
-        config.data, in_chans=config.in_chans, image_column=config.image_column, label_column=config.label_column
-    )
+    source = open_configured(config, config.in_chans)
     remark(console, source.remarks())
-    train, heldout = split_heldout(len(source.train), config.heldout_share)
+    train, heldout = split_heldout(len(source.train), config.heldout_share, groups_N=source.train.groups)
     train = choose_training(train, config.train_images)
     config = follow_images(config, len(train), world, short_run_rate, console)
     with counting(console, "reading images") as progress:

@@ -27,7 +27,7 @@ from rich.console import Console
 from maekit.config import ProbeConfig, UserError
 from maekit.data.levels import remarks_for
 from maekit.data.loader import choose_training, split_heldout
-from maekit.data.sources import Source, open_source
+from maekit.data.sources import Source, open_configured
 from maekit.data.splits import Split, open_splits
 from maekit.environment import environment
 from maekit.keeping import keeping
@@ -47,6 +47,7 @@ from maekit.training.card import (
     Row,
     card_folder,
     classes_of,
+    heldout_count,
     say_left_out,
     say_what_is_doubtful,
     seconds_of,
@@ -121,8 +122,7 @@ def main(sources: list[str], config: ProbeConfig) -> int:
         shape = shape_of(reading)
         channels = model.config.in_chans
         if channels not in read:
-            named = {"image_column": config.image_column, "label_column": config.label_column}
-            read[channels] = open_source(config.data, in_chans=channels, **named)
+            read[channels] = open_configured(config, channels)
             remark(console, remarks_for(read[channels], model.passport.mean, model.passport.std))
         data = read[channels]
         if shape not in opened:
@@ -132,7 +132,7 @@ def main(sources: list[str], config: ProbeConfig) -> int:
         evaluation.check_labels(train.labels, config.few_labels)
         if not card.rows:
             classes_of(train, test).warn(console)
-        say_what_is_doubtful(console, name, model.passport, data, len(train.ids))
+        say_what_is_doubtful(console, name, model.passport, data, train)
         card.open(card_folder(config, sources, data.name))
 
         # ---- this encoder, then the same one with random weights, and trained with labels ----
@@ -184,7 +184,7 @@ def main(sources: list[str], config: ProbeConfig) -> int:
         "training_images": len(train.ids),
         "test_images": count,
         "test": test.what,
-        "heldout_images": evaluation.heldout_count(len(train.ids)),
+        "heldout_images": heldout_count(train),
         "unreadable": len(left_out),
         "classes": classes,
         **told.facts(),
@@ -219,7 +219,7 @@ def measure_encoder(
     features, train, told = training_features(job, label, model, train)
     seconds["training features"] = time.perf_counter() - begun
     asked = blocks_of(config, label, model)
-    divided = evaluation.divide(features, train.labels, train.ids)
+    divided = evaluation.divide(features, train.labels, train.ids, train.part.groups)
     searched = [block for block in features.blocks if asked is None or block in asked] or features.blocks
     search, views, probes = choose(job, label, divided, searched, seconds)
     begun = time.perf_counter()
@@ -295,7 +295,7 @@ def add_keras(job: Job, row: Row, model: MaskedAutoencoder, data: Source) -> Non
     reading = keras_probe.reading(model.config, job.config.data, job.config.seed)
     with counting(job.console, f"{row.source}: the tutorial's probe") as progress, job.arithmetic():
         fitting, scoring = open_splits(data, reading, job.device, progress)
-        free_ids, _ = split_heldout(len(fitting.part), reading.heldout_share)
+        free_ids, _ = split_heldout(len(fitting.part), reading.heldout_share, groups_N=fitting.part.groups)
         if len(free_ids) > keras_probe.TRAIN_IMAGES:  # those that its recipes pretrain on
             own_ids = choose_training(free_ids, keras_probe.TRAIN_IMAGES)
             fitting = fitting.kept(np.isin(fitting.ids, own_ids))
@@ -348,7 +348,7 @@ def measure_pixels(job: Job, train: Split, test: Split) -> Row:
     begun = time.perf_counter()
     rows_SD = raw_pixels(train.pool, train.ids, job.config.batch_size)
     seconds["training pixels"] = time.perf_counter() - begun
-    divided = evaluation.divide(of_pixels(rows_SD), train.labels, train.ids)
+    divided = evaluation.divide(of_pixels(rows_SD), train.labels, train.ids, train.part.groups)
     search, views, probes = choose(job, "raw pixels", divided, divided.features.blocks, seconds)
     begun = time.perf_counter()
     found = TestImages(of_pixels(raw_pixels(test.pool, test.ids, job.config.batch_size)), tuple)

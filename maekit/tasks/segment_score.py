@@ -65,7 +65,7 @@ def main(source: str, config: SegmentScoreConfig) -> int:
         if not of_run:
             raise UserError("--part heldout: these are not the data of the run, which held out images of its own")
         what, part = "held-out", pairs.train
-        ids = split_heldout(len(pairs.train), run.heldout_share, MIN_HELDOUT)[1]
+        ids = split_heldout(len(pairs.train), run.heldout_share, MIN_HELDOUT, pairs.train.images.groups)[1]
     elif pairs.val is not None:
         what, part, ids = "validation", pairs.val, np.arange(len(pairs.val))
     elif of_run:

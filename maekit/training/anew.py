@@ -54,7 +54,7 @@ class LabelledPool:
 def fitting_pool(train: Split) -> LabelledPool:
     """The training images without the held-out ones, as a stream of random crops."""
     assert train.part.labels is not None
-    ids = train.ids[~held_out_S(train.ids)]
+    ids = train.ids[~held_out_S(train.ids, train.part.groups)]
     return LabelledPool(train.pool, ids, np.asarray(train.part.labels, np.int64), int(train.labels.max()) + 1)
 
 

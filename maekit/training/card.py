@@ -16,7 +16,7 @@ from maekit.config import ProbeConfig, UserError
 from maekit.data.sources import Source
 from maekit.data.splits import Split
 from maekit.terminal import make_table
-from maekit.training.evaluation import DRAWS, Chosen, heldout_count
+from maekit.training.evaluation import DRAWS, Chosen, held_out_S
 from maekit.training.imbalance import TestClasses
 from maekit.training.interval import FEW_TEST, percent, wilson
 from maekit.training.saving import write_whole
@@ -235,9 +235,14 @@ def classes_of(train: Split, test: Split) -> TestClasses:
     return TestClasses.of(train.labels.cpu().numpy(), test.labels.cpu().numpy(), names)
 
 
-def say_what_is_doubtful(console: Console, name: str, passport: Passport, data: Source, images: int) -> None:
+def heldout_count(train: Split) -> int:
+    """How many of the training images choose."""
+    return int(held_out_S(train.ids, train.part.groups).sum())
+
+
+def say_what_is_doubtful(console: Console, name: str, passport: Passport, data: Source, train: Split) -> None:
     """What makes a card of these weights on these data say less than it seems to."""
-    held_out = heldout_count(images)
+    held_out = heldout_count(train)
     if held_out < FEW_HELD_OUT:
         console.print(f"[yellow]{held_out} held-out images choose blocks and settings:[/yellow] expect rough choices")
     if passport.recipe.startswith("finetune") and passport.fingerprint == data.train.fingerprint:

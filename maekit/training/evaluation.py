@@ -111,9 +111,14 @@ def _used_up(test: TestImages) -> Tensor:
     raise AssertionError("the test split is scored once")
 
 
-def divide(features: BlockFeatures, labels_S: Tensor, ids: npt.NDArray[np.int64]) -> TrainSet:
+def divide(
+    features: BlockFeatures,
+    labels_S: Tensor,
+    ids: npt.NDArray[np.int64],
+    groups_N: npt.NDArray[np.int64] | None = None,
+) -> TrainSet:
     """The training split with its held-out part, the images that blocks are searched on, and k-NN's queries."""
-    held = held_out_S(ids)
+    held = held_out_S(ids, groups_N)
     search = np.isin(ids, lowest_hash(ids[~held], SEARCH_IMAGES, Purpose.SUBSET))
     queries = np.isin(ids, lowest_hash(ids[held], KNN_QUERIES, Purpose.SUBSET))
     fit_S, held_S, search_S, queries_S = (
@@ -122,15 +127,20 @@ def divide(features: BlockFeatures, labels_S: Tensor, ids: npt.NDArray[np.int64]
     return TrainSet(features, labels_S, int(labels_S.max()) + 1, fit_S, held_S, search_S, queries_S)
 
 
-def heldout_count(images: int) -> int:
-    """How many of the training images choose."""
-    return max(1, round(HELDOUT_SHARE * images))
+def held_out_S(ids: npt.NDArray[np.int64], groups_N: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.bool_]:
+    """[S] True for the training images on which everything is chosen: the tenth with the lowest hashes, in whole
+    groups (so more than a tenth) where the images of the part have any.
 
-
-def held_out_S(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """[S] True for the training images on which everything is chosen: the tenth with the lowest hashes."""
-    lowest = lowest_hash(ids, heldout_count(len(ids)), Purpose.HELDOUT_SPLIT)
+    Raises:
+        UserError: all images are of one group.
+    """
+    lowest = lowest_hash(ids, max(1, round(HELDOUT_SHARE * len(ids))), Purpose.HELDOUT_SPLIT, groups_N)
     held_S: npt.NDArray[np.bool_] = np.isin(ids, lowest)
+    if held_S.all():
+        raise UserError(
+            f"--group-by: the {len(ids):,} training images are of too few groups: a tenth of them chooses the settings "
+            "of the probes, in whole groups, and some must be left to fit them on"
+        )
     return held_S
 
 

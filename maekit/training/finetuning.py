@@ -22,7 +22,7 @@ from maekit.config import FinetuneConfig, PretrainConfig, SourceConfig, UserErro
 from maekit.data.labelled import Splits, open_augmented, split_labelled
 from maekit.data.levels import remarks_for
 from maekit.data.loader import Ids, Pool, Quarantine, SampleOrder
-from maekit.data.sources import Source, lasting, open_source, short_name
+from maekit.data.sources import Source, lasting, open_configured, short_name
 from maekit.environment import package_versions
 from maekit.models.classifier import Classifier
 from maekit.models.encoder import EPS, set_eps, use_fused_attention
@@ -122,9 +122,7 @@ def prepare(config: FinetuneConfig, out: Path, console: Console, stop: StopReque
     model_config = start.passport.model
     config = dataclasses.replace(config, crop_pct=config.seen_share(model_config.size_hw))
     check_boxes(config, model_config.size_hw)
-    source = open_source(
-        config.data, in_chans=model_config.in_chans, image_column=config.image_column, label_column=config.label_column
-    )
+    source = open_configured(config, model_config.in_chans)
     remark(console, remarks_for(source, start.passport.mean, start.passport.std))
     splits = split_labelled(source, config.data, config.heldout_share, config.train_share)
     if not fresh and splits.classes != start.passport.classes:

@@ -23,7 +23,7 @@ from maekit.data.loader import (
     open_pool,
     split_heldout,
 )
-from maekit.data.sources import lasting, open_source
+from maekit.data.sources import lasting, open_configured
 from maekit.data.speed import worker_images_per_second
 from maekit.data.workers import choose_workers
 from maekit.models.blocks import start_as_keras
@@ -51,12 +51,10 @@ def prepare(config: PretrainConfig, resume_from: Path | None, console: Console, 
     lock.take(out, fresh=into_new)
     choices, accelerator = open_machine(config, out, goes_on=not into_new)
     start = load_start(config) if config.init and resume_from is None else None
-    source = open_source(
-        config.data, in_chans=config.in_chans, image_column=config.image_column, label_column=config.label_column
-    )
+    source = open_configured(config, config.in_chans)
     remark(console, source.remarks())
     part = source.train
-    train_ids, heldout_ids = split_heldout(len(part), config.heldout_share)
+    train_ids, heldout_ids = split_heldout(len(part), config.heldout_share, groups_N=part.groups)
     train_ids = choose_training(train_ids, config.train_images)
     config = follow_images(config, len(train_ids), accelerator.num_processes, short_run_rate, console)
     order = SampleOrder(train_ids, config.batch_size, config.seed)

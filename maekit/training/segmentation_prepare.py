@@ -71,7 +71,8 @@ def prepare(config: SegmentConfig, resuming: bool, console: Console, stop: StopR
     pairs, checks = open_data(config, source, choices["workers"].value, console)
     check_share(config, pairs, checks["train"], resuming)
     refuse_one_class(pairs, checks["train"], config.data)
-    train_ids, heldout_ids = split_heldout(len(pairs.train), config.heldout_share, MIN_HELDOUT)
+    groups_N = pairs.train.images.groups
+    train_ids, heldout_ids = split_heldout(len(pairs.train), config.heldout_share, MIN_HELDOUT, groups_N)
     seed_everything(config.seed)
     model = Segmenter(encoder, config.head_config, len(pairs.class_names), source.mean, source.std)
     check_batch_norm(config, model.patch_size, config.batch_size // world // config.accum)

@@ -23,7 +23,7 @@ from maekit.configfile import read
 from maekit.data.archive_names import archive_above
 from maekit.data.labelled import kept_for_report, part_for_report, split_labelled
 from maekit.data.parts import Part, PlacedPart
-from maekit.data.sources import Source, lasting, open_source
+from maekit.data.sources import Source, lasting, open_configured
 from maekit.weights.passport import Passport
 
 
@@ -59,10 +59,9 @@ def training_of(source: str, passport: Passport, data: Source, spec: str) -> Tra
     run = run_of(source)
     if run is not None and (known or _overlap(run.data, spec)):
         try:
-            own = data if lasting(spec) == run.data else open_source(
-                run.data, in_chans=passport.model.in_chans, image_column=run.image_column,
-                label_column=run.label_column,
-            )  # fmt: skip
+            ungrouped = run.group_by is None and data.train.groups is None
+            same = lasting(spec) == run.data and ungrouped
+            own = data if same else open_configured(run, passport.model.in_chans)
             splits = split_labelled(own, run.data, run.heldout_share, run.train_share)
         except UserError:  # they are gone, or have changed
             pass
@@ -76,13 +75,13 @@ def training_of(source: str, passport: Passport, data: Source, spec: str) -> Tra
     if not known:
         return None
     # The same data, and nobody knows the run: what a run on data of this form would have used.
-    same = next(part for part in parts if part.fingerprint == passport.fingerprint)
-    everyone = np.arange(len(same), dtype=np.int64)
+    there = next(part for part in parts if part.fingerprint == passport.fingerprint)
+    everyone = np.arange(len(there), dtype=np.int64)
     try:
-        alone = same is data.train and part_for_report(data, spec)[1] is None
+        alone = there is data.train and part_for_report(data, spec)[1] is None
     except UserError:
         alone = False
-    used = np.setdiff1d(everyone, kept_for_report(len(same))) if alone else everyone
+    used = np.setdiff1d(everyone, kept_for_report(there)) if alone else everyone
     return Training(passport.fingerprint, used, sure=False)
 
 

@@ -1,0 +1,89 @@
+"""Images that belong together, as those of one patient, slide or scene: no split parts them.
+
+Where a patient's images lie on both sides of a split, a model is praised for knowing the patient. A group is known by a
+number that follows from its name alone, so that a new group in the data moves no other one.
+Legend: N images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from maekit.config import UserError
+from maekit.data.parts import Labels, Part, PlacedPart
+
+
+def group_numbers(named: Iterable[tuple[str, str]]) -> Labels:
+    """[N] A number for each image, by its group's name: 63 bits of the SHA-256. Of an empty name, by the image's own
+    name, which is the second one: it is a group by itself.
+    """
+    numbers: dict[str, int] = {}
+    found = []
+    for group, image in named:
+        if group and group not in numbers:
+            numbers[group] = _number(group)
+        found.append(numbers[group] if group else _number(f"\0{image}"))
+    return np.array(found, np.int64)
+
+
+def _number(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8]) >> 1
+
+
+def find_groups(parts: Mapping[str, Part], group_by: str, spec: str) -> list[str]:
+    """Give the parts, by their names, the groups of their images by a pattern of paths, where they have none of a
+    column; returns what a user should know of them, a line each.
+
+    Raises:
+        UserError: no pattern, one that is not found in some path, or images that have no paths.
+    """
+    groups: dict[str, Labels] = {}
+    for name, part in parts.items():
+        if part.groups is None:
+            part.groups = _by_pattern(part, group_by, spec)
+        groups[name] = part.groups
+    counts = {name: len(np.unique(numbers)) for name, numbers in groups.items()}
+    counted = ", ".join(f"{count:,} in {name}" for name, count in counts.items())
+    notes = [
+        f"groups of images that no split parts, by {group_by!r}: {counted} (intervals of accuracies take images for "
+        "independent: of few groups they are too narrow)"
+    ]
+    for name, numbers in groups.items():
+        shared = np.isin(numbers, groups["train"])
+        if name != "train" and shared.any():
+            first = parts[name].name(int(np.argmax(shared)))
+            notes.append(
+                f"{len(np.unique(numbers[shared])):,} of the {counts[name]:,} groups of {name} have images in train "
+                f"too, such as that of {first}: a score on them says too much"
+            )
+    return notes
+
+
+def _by_pattern(part: Part, group_by: str, spec: str) -> Labels:
+    if not isinstance(part, PlacedPart):
+        raise UserError(f"--group-by {group_by}: for files or tables with such a column, which --data {spec} is not")
+    try:
+        pattern = re.compile(group_by)
+    except re.error as error:
+        raise UserError(f"--group-by {group_by}: no such column, and not a pattern of paths ({error})") from None
+    named, strange = [], []
+    for index in range(len(part)):
+        name = part.name(index)
+        found = pattern.search(name)
+        pieces = () if found is None else found.groups("") or (found[0],)
+        if any(pieces):
+            named.append(("\0".join(pieces), name))
+        else:
+            strange.append(name)
+    if strange:
+        others = f" and {len(strange) - 1:,} of {len(part) - 1:,} other images" if len(strange) > 1 else ""
+        raise UserError(
+            f"--group-by {group_by}: finds nothing in {strange[0]}{others}; give "
+            "a column of a table, or a pattern (a regular expression) that is found in every path, such as "
+            r"'patient\d+' or '^([^/]+)/'"
+        )
+    return group_numbers(named)
