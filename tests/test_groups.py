@@ -13,10 +13,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from archive_files import entries, make_tar
+from conftest import tiny_config
+from fake_hub import Hub, stand_in
 from pair_files import annotation, picture
 from PIL import Image
 from tiny_classes import TRAINING, write_encoder
+from tiny_pairs import leave_pictures_out, write_pairs
+from tiny_pairs import train as train_segmenter
 from tiny_runs import SMALLEST, without_pictures
 
 from maekit import cli
@@ -27,10 +32,17 @@ from maekit.data.order import lowest_hash, sides, split_heldout
 from maekit.data.pairs import open_pairs
 from maekit.data.parts import Part, Source
 from maekit.data.sources import open_source
+from maekit.data.splits import Split
 from maekit.rng import Purpose
-from maekit.tasks import pretrain
-from maekit.training.evaluation import held_out_S
+from maekit.tasks import plan, pretrain
+from maekit.training import evaluation
+from maekit.training.anew import fitting_pool
+from maekit.training.evaluation import TrainSet, held_out_S
 from maekit.training.run import Job
+from maekit.weights.store import random_model
+from maekit.weights.written import write_weights
+
+__all__ = ["stand_in"]
 
 Ids = npt.NDArray[np.int64]
 PATIENTS, EACH = 9, 10
@@ -250,13 +262,25 @@ def test_a_classifier_is_scored_on_the_patients_that_its_run_kept(run: Path, pla
     assert (used.count("true"), used.count("false")) == (70, 20)
 
 
-def test_a_card_keeps_patients_together(place: Path, tmp_path: Path) -> None:
+def test_a_card_keeps_patients_together(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that choose, too; and with --protocol paper, --scratch and for raw pixels."""
     encoder = str(write_encoder(tmp_path / "encoder"))
-    words = ["--data", str(place / "rows.parquet"), "--group-by", "patient", "--no-baselines", "--probes"]
+    divided: list[TrainSet] = []
+    real = evaluation.divide
+    monkeypatch.setattr(evaluation, "divide", lambda *words: divided.append(real(*words)) or divided[-1])  # type: ignore[func-returns-value]
+    words = ["--data", str(place / "rows.parquet"), "--group-by", "patient", "--probes"]
     assert cli.main(["probe", encoder, *words, "--out", str(tmp_path / "card")]) == 0
     card = json.loads((tmp_path / "card" / "card.json").read_text())
     assert (card["training_images"], card["test_images"], card["heldout_images"]) == (7 * EACH, 2 * EACH, EACH)
     assert card["test"] == "a fixed fifth of the images (2 whole groups), which no probe is fitted on"
+    assert [len(train.held_S) for train in divided] == [EACH] * 3, "of the encoder, of random weights, of the pixels"
+    part = opened(place).train
+    assert part.groups is not None and part.labels is not None
+    ids = np.arange(40, dtype=np.int64)
+    pool: Any = None
+    fitted = fitting_pool(Split(part, pool, ids, torch.from_numpy(part.labels[ids]))).ids
+    left = set(part.groups[np.setdiff1d(ids, fitted)])
+    assert 0 < len(fitted) < 40 and not left & set(part.groups[fitted])
 
 
 @pytest.mark.parametrize("form", ["folder", "table"])
@@ -280,3 +304,42 @@ def test_pairs_of_one_street_stay_together(tmp_path: Path, form: str) -> None:
     train, held = split_heldout(40, 0.1, 2, groups_N)
     assert len(held) == 10 and not set(groups_N[train]) & set(groups_N[held])
     assert "4 in train" in pairs.notes[-1] or "4 in train" in " ".join(pairs.notes)
+
+
+def test_segmentation_holds_whole_films_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And scores on what it held out, without the flag being said again. Validation images may be named otherwise."""
+    leave_pictures_out(monkeypatch)
+    write_pairs(tmp_path / "data", train=15)
+    for file in sorted((tmp_path / "data").glob("*/training/*.png")):
+        file.rename(file.with_name(f"film{int(file.stem) % 3}_{file.name}"))
+    model = random_model(tiny_config(depth=4), seed=5)
+    write_weights(tmp_path / "mae.safetensors", model, model.passport)
+    assert train_segmenter(tmp_path, tmp_path / "run", "--group-by", "film[0-9]", "--steps", "1") == 0
+    assert "10 images to train on, 5 held out" in capsys.readouterr().out
+    words = ["--eval", "--part", "heldout", "--workers", "0", "--device", "cpu", "--inference", "whole"]
+    assert cli.main(["segment", str(tmp_path / "run"), *words]) == 0
+    assert json.loads((tmp_path / "run" / "score.json").read_text())["images"] == 5
+
+
+def test_a_plan_counts_as_pretraining_does(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan, "LOADER_SECONDS", 0.2)
+    shape = "--img-size 8 --patch-size 4 --in-chans 1 --batch-size 8 --workers 0 --dry-steps 2".split()
+    words = ["--data", str(place / "images"), "--group-by", r"p\d+", *SMALLEST, *shape]
+    assert cli.main(["plan", "folder", *words]) == 0
+    said = capsys.readouterr().out
+    assert "80 to train on, 10 held out" in said and "--group-by" in said
+
+
+def test_groups_of_the_hub(stand_in: Hub, place: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    stand_in.push("them/rows", {"README.md": b"", "data/train-00000.parquet": (place / "rows.parquet").read_bytes()})
+    source = open_source("hub:them/rows", in_chans=1, group_by="patient")
+    assert source.train.groups is not None
+    assert source.train.groups.tolist() == opened(place, "rows.parquet", "patient").train.groups.tolist()  # type: ignore[union-attr]
+    stand_in.push("them/files", {"README.md": b"", "p0/a.png": b"", "p0/b.png": b"", "p1/a.png": b"", "p1/b.png": b""})
+    source = open_source("hub:them/files", in_chans=1, group_by="p[0-9]")
+    assert source.train.groups is not None and len(np.unique(source.train.groups)) == 2

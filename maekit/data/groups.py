@@ -39,12 +39,12 @@ def find_groups(parts: Mapping[str, Part], group_by: str, spec: str) -> list[str
     column; returns what a user should know of them, a line each.
 
     Raises:
-        UserError: no pattern, one that is not found in some path, or images that have no paths.
+        UserError: no pattern, one that is not found in some path of train, or images that have no paths.
     """
     groups: dict[str, Labels] = {}
     for name, part in parts.items():
         if part.groups is None:
-            part.groups = _by_pattern(part, group_by, spec)
+            part.groups = _by_pattern(part, group_by, spec, every=name == "train")
         groups[name] = part.groups
     counts = {name: len(np.unique(numbers)) for name, numbers in groups.items()}
     counted = ", ".join(f"{count:,} in {name}" for name, count in counts.items())
@@ -63,7 +63,8 @@ def find_groups(parts: Mapping[str, Part], group_by: str, spec: str) -> list[str
     return notes
 
 
-def _by_pattern(part: Part, group_by: str, spec: str) -> Labels:
+def _by_pattern(part: Part, group_by: str, spec: str, every: bool) -> Labels:
+    """The groups by what is found in each path; where nothing is, an image is by itself, or refused in `every`."""
     if not isinstance(part, PlacedPart):
         raise UserError(f"--group-by {group_by}: for files or tables with such a column, which --data {spec} is not")
     try:
@@ -75,11 +76,10 @@ def _by_pattern(part: Part, group_by: str, spec: str) -> Labels:
         name = part.name(index)
         found = pattern.search(name)
         pieces = () if found is None else found.groups("") or (found[0],)
-        if any(pieces):
-            named.append(("\0".join(pieces), name))
-        else:
+        named.append(("\0".join(pieces) if any(pieces) else "", name))
+        if not any(pieces):
             strange.append(name)
-    if strange:
+    if strange and every:
         others = f" and {len(strange) - 1:,} of {len(part) - 1:,} other images" if len(strange) > 1 else ""
         raise UserError(
             f"--group-by {group_by}: finds nothing in {strange[0]}{others}; give "
