@@ -14,22 +14,16 @@ Shapes: B batch, C channels, H x W pixels, K classes, T likeliest ones.
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from rich.console import Console
 from rich.markup import escape
 from torch.utils.data import DataLoader
 
@@ -38,9 +32,9 @@ from maekit.data.centres import Centres, collate_centres
 from maekit.data.labelled import class_map
 from maekit.data.levels import remarks_for
 from maekit.data.parts import Part
+from maekit.data.row_files import row_file
 from maekit.data.sources import choose_parts, open_source
 from maekit.data.workers import choose_workers, worker_options
-from maekit.keeping import keeping
 from maekit.models.classifier import Classifier
 from maekit.models.encoder import use_fused_attention
 from maekit.runtime import choose_attention, choose_device, choose_precision, to_device
@@ -94,8 +88,9 @@ def main(source: str, config: PredictConfig) -> int:
     top, summary = min(config.top, len(model.classes)), Summary()
     training = None if mapping is None else training_of(source, model.passport, data, config.data)
     used = {name: training.among(part) for name, part in parts.items()} if training is not None else {}
-    form = Form(top, mapping is not None, any(map(np.any, used.values())), facts_of(source, config, model, used))
-    with writer(Path(config.out), form, console) as write:
+    facts = facts_of(source, config, model, used)
+    schema, names = columns(top, mapping is not None, any(map(np.any, used.values())), facts)
+    with row_file(Path(config.out), schema, console, names) as write:
         for name, part in parts.items():
             with counting(console, f"images of {name}") as progress:
                 for rows in predictions(model, name, part, mapping, top, precision, config, summary, used.get(name)):
@@ -157,28 +152,15 @@ def facts_of(
     }  # fmt: skip
 
 
-Row = tuple[str, str, str | None, float | None, list[str], list[float], str | None, bool, str | None]
-"""Part, path, class, probability, likeliest classes, their probabilities, label, whether trained on, error."""
-
-
-@dataclass(frozen=True)
-class Form:
-    """Which columns a file of predictions has: of so many likeliest classes, and where there is something to say."""
-
-    top: int
-    labelled: bool
-    trained_on: bool
-    facts: dict[str, Any]
-    """What the file says of itself."""
-
-    def of(self, row: Row) -> Row:
-        """The row without the columns that the file has not."""
-        return tuple(value for place, value in enumerate(row) if place not in self.missing)  # type: ignore[return-value]
-
-    @cached_property
-    def missing(self) -> set[int]:
-        """Places of a row that the file has not."""
-        return {place for place, there in ((6, self.labelled), (7, self.trained_on)) if not there}
+def columns(top: int, labelled: bool, trained_on: bool, facts: dict[str, Any]) -> tuple[pa.Schema, list[str]]:
+    """The columns of a file of predictions, and their names in a .csv: there the likeliest classes have their own."""
+    words, numbers = pa.list_(pa.string()), pa.list_(pa.float32())
+    said = [("part", pa.string()), ("path", pa.string()), ("class", pa.string()), ("probability", pa.float32())]
+    own = [("label", pa.string())] * labelled + [("trained_on", pa.bool_())] * trained_on + [("error", pa.string())]
+    fields = [*said, ("top", words), ("probabilities", numbers), *own]
+    likeliest = [word for place in range(1, top + 1) for word in (f"class_{place}", f"probability_{place}")]
+    names = [*(name for name, _ in said), *likeliest, *(name for name, _ in own)]
+    return pa.schema(fields, {"maekit": json.dumps(facts)}), names
 
 
 @torch.no_grad()
@@ -192,7 +174,7 @@ def predictions(
     config: PredictConfig,
     summary: Summary,
     used_N: np.ndarray[Any, Any] | None,
-) -> Iterator[list[Row]]:
+) -> Iterator[list[dict[str, Any]]]:
     """The rows of a part, a batch at a time, counted in the summary."""
     device = model.mean.device
     starts = range(0, len(part), config.batch_size)
@@ -212,103 +194,28 @@ def predictions(
                 said = model.predict(model.normalize(to_device(images, device)))
             best = said.probabilities.topk(top, dim=1)
             shares_BT, ids_BT = best.values.tolist(), best.indices.tolist()
-        rows: list[Row] = []
+        rows: list[dict[str, Any]] = []
         for index, (shares, ids, reason) in enumerate(zip(shares_BT, ids_BT, reasons, strict=True), start):
             label = int(part.labels[index]) if part.labels is not None and mapping is not None else -1
             word, path = names[label] if label >= 0 else None, part.name(index)
             seen = used_N is not None and bool(used_N[index])
+            row: dict[str, Any] = {
+                "part": name,
+                "path": path,
+                "label": word,
+                "trained_on": seen,
+                "error": reason or None,
+            }
+            row |= {"class": None, "probability": None, "top": [], "probabilities": []}
+            rows.append(row)
             if reason:
                 summary.bad.append(f"{path}: {reason}")
-                rows.append((name, path, None, None, [], [], word, seen, reason))
                 continue
             classes = [model.classes[k] for k in ids]
             summary.said[classes[0]] += 1
             if label >= 0 and mapping is not None:
                 summary.labelled[name, seen][ids[0], int(mapping[label])] += 1
-            rows.append((name, path, classes[0], shares[0], classes, shares, word, seen, None))
+            row |= {"class": classes[0], "probability": shares[0], "top": classes, "probabilities": shares}
+            for place, (said_class, share) in enumerate(zip(classes, shares, strict=True), 1):
+                row |= {f"class_{place}": said_class, f"probability_{place}": share}
         yield rows
-
-
-class Writer(Protocol):
-    """A file that takes rows."""
-
-    count: int
-
-    def rows(self, rows: list[Row]) -> None:
-        """Write some."""
-
-
-class ParquetRows:
-    """Rows to a Parquet file, a row group for each call."""
-
-    def __init__(self, path: Path, form: Form) -> None:
-        words, numbers = pa.list_(pa.string()), pa.list_(pa.float32())
-        fields = [("part", pa.string()), ("path", pa.string()), ("class", pa.string()), ("probability", pa.float32()),
-                  ("top", words), ("probabilities", numbers), ("label", pa.string()), ("trained_on", pa.bool_()),
-                  ("error", pa.string())]  # fmt: skip
-        self.form, self.count = form, 0
-        kept = [one for place, one in enumerate(fields) if place not in form.missing]
-        self.schema = pa.schema(kept, metadata={"maekit": json.dumps(form.facts)})
-        self.file = pq.ParquetWriter(path, self.schema, compression="zstd")
-
-    def rows(self, rows: list[Row]) -> None:
-        self.count += len(rows)
-        columns = [list(column) for column in zip(*map(self.form.of, rows), strict=True)]
-        self.file.write_table(pa.table(columns, schema=self.schema))
-
-    def close(self) -> None:
-        """Write the footer."""
-        self.file.close()
-
-
-class CsvRows:
-    """Rows to a .csv file, UTF-8; the likeliest classes have columns of their own."""
-
-    def __init__(self, path: Path, form: Form) -> None:
-        self.form, self.count = form, 0
-        self.file = path.open("w", newline="", encoding="utf-8")
-        self.csv = csv.writer(self.file)
-        likeliest = [word for place in range(1, form.top + 1) for word in (f"class_{place}", f"probability_{place}")]
-        more = [name for name, there in (("label", form.labelled), ("trained_on", form.trained_on)) if there]
-        self.csv.writerow(["part", "path", "class", "probability", *likeliest, *more, "error"])
-
-    def rows(self, rows: list[Row]) -> None:
-        self.count += len(rows)
-        for part, path, said, share, classes, shares, label, seen, error in rows:
-            likeliest = [x for pair in zip(classes, map(_short, shares), strict=True) for x in pair] or [
-                ""
-            ] * 2 * self.form.top
-            own = [label or ""] if self.form.labelled else []
-            own += [str(seen).lower()] if self.form.trained_on else []
-            self.csv.writerow([part, path, said or "", _short(share), *likeliest, *own, error or ""])
-
-    def close(self) -> None:
-        """Write what is left."""
-        self.file.close()
-
-
-def _short(share: float | None) -> str:
-    return "" if share is None else f"{share:.6g}"
-
-
-@contextmanager
-def writer(out: Path, form: Form, console: Console) -> Iterator[Writer]:
-    """A file of rows, which appears whole when the block ends well, or not at all; one of other rows is kept.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        rows = (CsvRows if out.suffix.lower() == ".csv" else ParquetRows)(temporary, form)
-        try:
-            yield rows
-        finally:
-            rows.close()
-        with keeping(out, console):
-            os.replace(temporary, out)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror or error})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
