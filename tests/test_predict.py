@@ -136,6 +136,15 @@ def test_what_cannot_be_done_is_refused(
     assert os.listdir(tmp_path) == ["data"], "nothing is left behind"
 
 
+def test_a_file_below_a_file_cannot_be_written(
+    model: tuple[Path, Classifier], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tiny.write_images(tmp_path / "data", PARTS)
+    out = data / "cat" / "0.png" / "p.csv"
+    assert predict(model[0], data, out) == 2
+    assert f"--out {out}: cannot be written (" in capsys.readouterr().err
+
+
 def test_data_without_one_readable_image_leave_no_file(
     model: tuple[Path, Classifier], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
