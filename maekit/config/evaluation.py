@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from maekit.config.base import spaced
+from maekit.config.pretraining import MAX_MASK_RATIO
 from maekit.config.weights import SourceConfig
 
 
@@ -100,12 +101,21 @@ class ReconstructConfig(SourceConfig):
     image: tuple[str, ...] = ()
     """One or more image files."""
     data: str = ""
-    """Instead of --image: print loss and skill on these data, with masks that are the same in every call, and draw a
-    few of their images."""
+    """Instead of --image: print loss and skill on these data, with masks that are the same in every call, the spread of
+    the skill over the images, and which are reconstructed worst; and draw a few of them."""
+    scores: str = ""
+    """With --data: a .csv or .parquet file to write, a row for each image, worst reconstructed first; the panel then
+    shows these. Their order is by excess: how far the loss lies above that of the better predictor that learns nothing
+    on the same image. So noise, stripes and scrambled images come first, which nothing learned helps with; what is
+    easier than the rest, such as images half of which are empty, stands at the end."""
+    masks_per_image: int = 1
+    """With --data: mean over so many masks of each image, for steadier scores. 1: the mask of every score."""
     part: Literal["train", "val", "test"] | None = None
     """Which part of --data. Default: test where there is one, else val, else train."""
     image_column: str | None = None
     """Parquet and tables: the column with the images or their paths."""
+    label_column: str | None = None
+    """Parquet and tables: the column with the labels, which --scores writes."""
     out: str = "panel.png"
     """PNG to write."""
     mask: Literal["random", "block", "grid"] | None = None
@@ -122,3 +132,29 @@ class ReconstructConfig(SourceConfig):
     the hidden patch itself (the panel says so); visible: of the nearest visible patches; none: shown as predicted."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with the values by themselves, a line each that names the flag."""
+        found = []
+        drawn = (self.mask, self.mask_ratio, self.seed) != (None, None, 0)
+        if self.scores and not self.data:
+            found.append(f"--scores {self.scores}: give --data D, the images to score")
+        elif bool(self.image) == bool(self.data):
+            found.append("give either --image FILE ..., to draw, or --data D, to score and draw a few")
+        if self.scores and not self.scores.lower().endswith((".parquet", ".csv")):
+            found.append(f"--scores {self.scores}: name a file that ends in .parquet or .csv")
+        if self.masks_per_image < 1:
+            found.append(f"--masks-per-image {self.masks_per_image}: must be at least 1")
+        elif self.masks_per_image > 1 and not self.data:
+            found.append(f"--masks-per-image {self.masks_per_image}: goes with --data D; each --image has one mask")
+        if self.data and (drawn or self.hide):
+            found.append("--mask, --mask-ratio, --seed, --hide: with --data the masks are those of every score")
+        elif drawn and self.hide:
+            found.append("--hide says which patches are hidden: leave out --mask, --mask-ratio and --seed")
+        if self.mask_ratio is not None and not 0 <= self.mask_ratio <= MAX_MASK_RATIO:
+            found.append(f"--mask-ratio {self.mask_ratio:g}: must lie between 0 and {MAX_MASK_RATIO}")
+        if self.seed < 0:
+            found.append(f"--seed {self.seed}: must not be negative")
+        if not self.out.lower().endswith(".png"):
+            found.append(f"--out {self.out}: panels are PNG files; name one that ends in .png")
+        return found

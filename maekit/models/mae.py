@@ -233,10 +233,14 @@ class MaskedAutoencoder(nn.Module):
 
     def loss(self, pred_BMP: Tensor, hidden_BMP: Tensor) -> Tensor:
         """Mean squared error over the hidden patches, in float32 at least (section 3, equation of the target)."""
+        return self.errors(pred_BMP, hidden_BMP).mean()
+
+    def errors(self, pred_BMP: Tensor, hidden_BMP: Tensor) -> Tensor:
+        """The squared errors of the prediction [B, M, P], whose mean is the loss."""
         precise = torch.promote_types(pred_BMP.dtype, torch.float32)
         with torch.autocast(pred_BMP.device.type, enabled=False):
             target = make_target(hidden_BMP.to(precise), self.config.target, self.spectrum)
-            return (pred_BMP.to(precise) - target).square().mean()
+            return (pred_BMP.to(precise) - target).square()
 
     def encode(self, images_BCHW: Tensor, pool: Literal["cls", "mean", "tokens"] = "mean") -> Tensor:
         """Features of whole images: never masked, never shuffled.

@@ -184,7 +184,7 @@ def trivial_losses(
     patch: int,
     spectrum_PP: Tensor | None = None,
 ) -> Tensor:
-    """Mean squared errors [2] of two predictors that learn nothing, with the same masks and the same target.
+    """Each image's mean squared errors [2, B] by two predictors that learn nothing, with the same masks and target.
 
     pixels: the mean colour of the image's visible pixels; `bilinear_fill`.
     norm-pixels: zero (its loss is about 1); `bilinear_fill` normalised by its own statistics.
@@ -201,4 +201,4 @@ def trivial_losses(
     else:
         constant = torch.zeros_like(target_BMP)
     guesses = (constant, make_target(fill_BMP, kind, spectrum_PP))
-    return torch.stack([(guess - target_BMP).square().mean() for guess in guesses])
+    return torch.stack([(guess - target_BMP).square().mean(dim=(1, 2)) for guess in guesses])

@@ -13,10 +13,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from maekit.data.loader import Batch, Pool, Progress, lowest_hash
+from maekit.data.loader import Batch, Pool, lowest_hash
 from maekit.models.mae import MaskedAutoencoder
 from maekit.models.masking import make_masks
-from maekit.models.targets import patchify, trivial_losses, undo_target
+from maekit.models.targets import patchify, take_patches, trivial_losses, undo_target
 from maekit.rng import Purpose
 from maekit.training.probes import knn_accuracy, rankme, ridge_accuracy
 
@@ -25,6 +25,8 @@ PROBE_IMAGES = 5000
 TRIVIAL_IMAGES = 1024
 """Training images, at most, that the training loss's trivial predictors are measured on."""
 PANEL_IMAGES = 8
+ROUNDING = 1e-6
+"""A trivial predictor's loss up to here is 0 but for rounding (1e-8 or so), as on blank images: there is no skill."""
 
 
 @dataclass(frozen=True)
@@ -40,44 +42,60 @@ class Heldout:
         return 1 - self.loss / min(self.trivial)
 
 
-def heldout_masks(model: MaskedAutoencoder, sample_ids: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-    """The masks of held-out images, the same in every epoch and in every run: visible [B, V] and hidden [B, M] ids."""
+def heldout_masks(model: MaskedAutoencoder, sample_ids: npt.NDArray[np.int64], view: int = 0) -> tuple[Tensor, Tensor]:
+    """The masks of held-out images, the same in every epoch and in every run: visible [B, V] and hidden [B, M] ids.
+
+    view: which of an image's masks; every score takes the first.
+    """
     config = model.config
     masks = make_masks(
-        config.mask, model.grid_hw, config.mask_ratio, sample_ids, seed=0, purpose=Purpose.HELDOUT_MASK
+        config.mask, model.grid_hw, config.mask_ratio, sample_ids, seed=0, purpose=Purpose.HELDOUT_MASK, view=view
     ).to(model.mean.device)
     return masks.ids_keep_BV, masks.ids_masked_BM
 
 
 @torch.no_grad()
-def heldout_sums(
+def heldout_losses(
     model: MaskedAutoencoder,
     pool: Pool,
     ids: npt.NDArray[np.int64],
     batch_size: int,
     *,
     with_trivial: bool,
-    on_progress: Progress | None = None,
+    views: int = 1,
+) -> Iterator[Tensor]:
+    """Each image's loss and those of the two trivial predictors [3, B], in the order of the ids, a batch at a time.
+
+    Means over the first `views` masks of each image; float64 on the CPU. Without the trivial ones these are 0.
+    """
+    for batch in pool.eval_batches(ids, batch_size):
+        images = model.normalize(batch.images)
+        patches = patchify(images, model.patch_size)
+        losses_3B = torch.zeros(3, len(images), dtype=torch.float64)
+        for view in range(views):
+            keep, masked = heldout_masks(model, batch.sample_ids, view)
+            pred_BMP = model(images, keep, ids_masked=masked).pred_BMP
+            errors_BMP = model.errors(pred_BMP, take_patches(patches, masked))
+            losses_3B[0] += errors_BMP.mean(dim=(1, 2)).cpu().double()
+            if with_trivial:
+                trivial = trivial_losses(
+                    patches, keep, masked, model.config.target, model.grid_hw, model.patch_size, model.spectrum
+                )
+                losses_3B[1:] += trivial.cpu().double()
+        yield losses_3B / views
+
+
+def heldout_sums(
+    model: MaskedAutoencoder, pool: Pool, ids: npt.NDArray[np.int64], batch_size: int, *, with_trivial: bool
 ) -> Tensor:
     """[loss x images, trivial 1 x images, trivial 2 x images, images] over this process's held-out ids.
 
     float64 on the CPU. Sums add up over processes, so the division is the caller's.
     """
     sums = torch.zeros(4, dtype=torch.float64)
-    for batch in pool.eval_batches(ids, batch_size):
-        images = model.normalize(batch.images)
-        keep, masked = heldout_masks(model, batch.sample_ids)
-        count = len(images)
-        sums[0] += float(model(images, keep, ids_masked=masked).loss) * count
-        if with_trivial:
-            patches = patchify(images, model.patch_size)
-            trivial = trivial_losses(
-                patches, keep, masked, model.config.target, model.grid_hw, model.patch_size, model.spectrum
-            )
-            sums[1:3] += trivial.cpu().double() * count
-        sums[3] += count
-        if on_progress is not None:
-            on_progress(int(sums[3]), len(ids))
+    for losses_3B in heldout_losses(model, pool, ids, batch_size, with_trivial=with_trivial):
+        sums[:3] += losses_3B.sum(dim=1)
+        sums[3] += losses_3B.shape[1]
     return sums
 
 
@@ -97,7 +115,7 @@ def training_trivial(model: MaskedAutoencoder, batches: Iterator[Batch], seed: i
             model.patch_size,
             model.spectrum,
         )
-        sums += losses.cpu().double() * len(images)
+        sums += losses.cpu().double().sum(dim=1)
         count += len(images)
     return float(sums.min()) / count
 

@@ -38,7 +38,7 @@ from maekit.terminal import Pace
 from maekit.training.diary import MOST_UNWRITTEN, note
 from maekit.training.guard import Guard
 from maekit.training.metrics import MetricsLog
-from maekit.training.monitor import TRIVIAL_IMAGES, Heldout, heldout_sums, online_probe, training_trivial
+from maekit.training.monitor import ROUNDING, TRIVIAL_IMAGES, Heldout, heldout_sums, online_probe, training_trivial
 from maekit.training.nonfinite import SPIKE_HISTORY, is_spike, note_bad_steps
 from maekit.training.step import masks_ahead
 
@@ -258,10 +258,10 @@ class NothingToPredict(UserError):
 
 
 def check_trivial(job: Job) -> None:
-    """Raise NothingToPredict where images are blank, so that a trivial loss is 0 but for rounding (1e-8 or so)."""
+    """Raise NothingToPredict where images are blank."""
     losses = {"training": job.position.train_trivial, "held-out": min(job.position.heldout_trivial)}
     for which, loss in losses.items():
-        if not 1e-6 < loss < math.inf:
+        if not ROUNDING < loss < math.inf:
             raise NothingToPredict(
                 f"--data {job.config.data}: under --target {job.config.target} a predictor that learns nothing has a "
                 f"loss of {loss:.2g} on the {which} images, as on blank ones: leave those out, or take a larger "
