@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 from PIL.TiffImagePlugin import TiffImageFile
 
-from maekit.data import jpeg, tiff
+from maekit.data import jpeg, npy, tiff
 from maekit.data.pixels import (
     MAX_PIXELS,
     BadImage,
@@ -35,7 +34,6 @@ from maekit.data.pixels import (
     over_white,
     to_pixels,
     upright,
-    wrong_channels,
 )
 
 __all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "BadImage", "decode", "frames_left_out", "probe_size"]
@@ -60,10 +58,9 @@ _FORMATS = [name for name in _SUFFIXES if name not in _OPTIONAL or features.chec
 IMAGE_SUFFIXES: frozenset[str] = frozenset(s for name in _FORMATS for s in _SUFFIXES[name]) | {".npy"}
 """Lower-case suffixes of the files that a folder is searched for: what this Pillow can open, and .npy."""
 
-_NPY = b"\x93NUMPY"
 _SIGNATURES = {
-    b"\xff\xd8": "JPEG", b"\x89PNG": "PNG", b"GIF8": "GIF", b"BM": "BMP", b"RIFF": "WebP", _NPY: ".npy", b"qoif": "QOI",
-    b"P4": "PPM", b"P5": "PPM", b"P6": "PPM",
+    b"\xff\xd8": "JPEG", b"\x89PNG": "PNG", b"GIF8": "GIF", b"BM": "BMP", b"RIFF": "WebP", npy.MAGIC: ".npy",
+    b"qoif": "QOI", b"P4": "PPM", b"P5": "PPM", b"P6": "PPM",
     b"\0\0\0\x0cjP": "JPEG 2000", b"\xff\x4f\xff\x51": "JPEG 2000", **dict.fromkeys(tiff.MAGICS, "TIFF"),
 }  # fmt: skip
 
@@ -88,8 +85,8 @@ def decode(data: bytes | str | Path, in_chans: int, look: Look | None = None) ->
     with reading(data) as file, quiet:
         head = _head(file)
         values_HWC: Pixels | None = None
-        if head.startswith(_NPY):
-            values_HWC = _decode_npy(file, in_chans)
+        if head.startswith(npy.MAGIC):
+            values_HWC = npy.decode(file, in_chans)
         elif head[:4] in tiff.MAGICS:
             values_HWC = _decode_tiff(file, in_chans)
         if values_HWC is None:
@@ -107,9 +104,8 @@ def probe_size(data: bytes | str | Path) -> tuple[int, int]:
     """
     with reading(data) as file, quiet:
         head = _head(file)
-        if head.startswith(_NPY):
-            height, width = _npy_header(file)[0][:2]
-            return height, width
+        if head.startswith(npy.MAGIC):
+            return npy.size(file)
         if head[:4] in tiff.MAGICS:
             return tiff.size(file)
         image = open_pillow(file)
@@ -127,7 +123,7 @@ def frames_left_out(data: bytes | str | Path, in_chans: int) -> int:
         head = _head(file)
         if head[:4] in tiff.MAGICS:
             return tiff.frames_left_out(file, in_chans)
-        image = None if head.startswith(_NPY) else open_pillow(file)
+        image = None if head.startswith(npy.MAGIC) else open_pillow(file)
         # A JPEG with a second frame (MPO) is a camera's preview or the other eye's view of the same picture.
         return 0 if image is None or image.format == "MPO" else int(getattr(image, "n_frames", 1)) - 1
 
@@ -361,39 +357,3 @@ def _decode_tiff(file: IO[bytes], in_chans: int) -> Pixels | None:
     if {channel.shape for channel in channels} != {(*channels[0].shape[:2], 1)}:
         raise BadImage("pages of different sizes or with colours cannot be channels")
     return np.concatenate(channels, axis=2)
-
-
-def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, npt.DTypeLike]:
-    """Shape (H, W, C), Fortran order and type of a .npy array, without reading it.
-
-    Raises:
-        BadImage: not H W or H W C, a type that is not uint8, uint16 or float, a bomb, or less data than claimed.
-    """
-    version = np.lib.format.read_magic(file)
-    if version not in ((1, 0), (2, 0)):
-        raise BadImage(f".npy version {version[0]}.{version[1]}; 1.0 and 2.0 are read")
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)
-    if dtype.hasobject or dtype.kind not in "uf" or (dtype.kind == "u" and dtype.itemsize > 2) or dtype.itemsize > 8:
-        raise BadImage(f".npy of {dtype}; uint8, uint16 and float are read")
-    if len(shape) not in (2, 3):
-        raise BadImage(f".npy of shape {shape}; H W or H W C is read")
-    check_size(shape[0], shape[1])
-    shape = shape if len(shape) == 3 else (*shape, 1)
-    start = file.tell()
-    found = file.seek(0, 2) - start
-    file.seek(start)
-    if shape[2] < 1 or shape[0] * shape[1] * shape[2] * dtype.itemsize > found:
-        raise BadImage("truncated .npy")
-    return shape, fortran, dtype
-
-
-def _decode_npy(file: IO[bytes], in_chans: int) -> Pixels:
-    shape, fortran, dtype = _npy_header(file)
-    if shape[2] not in (1, in_chans) and (shape[2], in_chans) != (3, 1):
-        raise wrong_channels(shape[2], in_chans)
-    dtype = np.dtype(dtype)
-    count = shape[0] * shape[1] * shape[2]
-    # bytearray: the array may be returned as it is and should be writable, as torch expects.
-    flat = np.frombuffer(bytearray(file.read(count * dtype.itemsize)), dtype, count)
-    return to_pixels(flat.reshape(shape, order="F" if fortran else "C"))
