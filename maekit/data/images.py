@@ -1,8 +1,9 @@
 """Decode anything into an array: photographs, scans, 16-bit and n-channel data; whatever cannot be read is `BadImage`.
 
 Rules (DESIGN.md, "Any image"): grayscale is replicated, CMYK converted, alpha laid over white, 16-bit divided by
-65535, EXIF orientation applied, the first frame taken; n-channel data come as TIFF or .npy. Pillow reads 16-bit colour
-in PPM, JPEG 2000 and AVIF at 8 bits; PNG and TIFF keep all 16. Colour profiles are not applied.
+65535, EXIF orientation applied, the first frame taken; n-channel data come as TIFF or .npy; for DICOM see `dicom`.
+Pillow reads 16-bit colour in PPM, JPEG 2000 and AVIF at 8 bits; PNG and TIFF keep all 16. Colour profiles are not
+applied.
 Legend: H height, W width, C channels.
 """
 
@@ -23,7 +24,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 from PIL.TiffImagePlugin import TiffImageFile
 
-from maekit.data import jpeg, npy, tiff
+from maekit.data import dicom, jpeg, npy, tiff
 from maekit.data.pixels import (
     MAX_PIXELS,
     BadImage,
@@ -55,8 +56,8 @@ _SUFFIXES = {
 _OPTIONAL = {"WEBP": "webp", "JPEG2000": "jpg_2000", "AVIF": "avif"}
 _FORMATS = [name for name in _SUFFIXES if name not in _OPTIONAL or features.check(_OPTIONAL[name])]
 
-IMAGE_SUFFIXES: frozenset[str] = frozenset(s for name in _FORMATS for s in _SUFFIXES[name]) | {".npy"}
-"""Lower-case suffixes of the files that a folder is searched for: what this Pillow can open, and .npy."""
+IMAGE_SUFFIXES: frozenset[str] = frozenset(s for name in _FORMATS for s in _SUFFIXES[name]) | {".npy", *dicom.SUFFIXES}
+"""Lower-case suffixes of the files that a folder is searched for: what this Pillow can open, .npy, and DICOM's."""
 
 _SIGNATURES = {
     b"\xff\xd8": "JPEG", b"\x89PNG": "PNG", b"GIF8": "GIF", b"BM": "BMP", b"RIFF": "WebP", npy.MAGIC: ".npy",
@@ -76,7 +77,8 @@ _SIXTEEN = {
 def decode(data: bytes | str | Path, in_chans: int, look: Look | None = None) -> Pixels:
     """An encoded image, or the file at a path, as a C-contiguous array H W C with C = in_chans.
 
-    uint8 for 8-bit images, float32 in 0..1 for 16-bit ones, float32 as they are for float TIFF and .npy. With `look`,
+    uint8 for 8-bit images, float32 in 0..1 for 16-bit ones, float32 as they are for float TIFF and .npy and for DICOM
+    in a unit. With `look`,
     only the window that it chooses: a JPEG may be decoded smaller then, by the window's `shrink`.
 
     Raises:
@@ -87,6 +89,8 @@ def decode(data: bytes | str | Path, in_chans: int, look: Look | None = None) ->
         values_HWC: Pixels | None = None
         if head.startswith(npy.MAGIC):
             values_HWC = npy.decode(file, in_chans)
+        elif dicom.is_dicom(head):
+            values_HWC = dicom.decode(file)
         elif head[:4] in tiff.MAGICS:
             values_HWC = _decode_tiff(file, in_chans)
         if values_HWC is None:
@@ -106,6 +110,8 @@ def probe_size(data: bytes | str | Path) -> tuple[int, int]:
         head = _head(file)
         if head.startswith(npy.MAGIC):
             return npy.size(file)
+        if dicom.is_dicom(head):
+            return dicom.size(file)
         if head[:4] in tiff.MAGICS:
             return tiff.size(file)
         image = open_pillow(file)
@@ -114,13 +120,15 @@ def probe_size(data: bytes | str | Path) -> tuple[int, int]:
 
 
 def frames_left_out(data: bytes | str | Path, in_chans: int) -> int:
-    """How many frames `decode` leaves unread: TIFF's pages, an animation's frames; by the headers.
+    """How many frames `decode` leaves unread: TIFF's pages, frames of an animation or of DICOM; by the headers.
 
     Raises:
         BadImage: no image; damage behind the headers is not seen.
     """
     with reading(data) as file, quiet:
         head = _head(file)
+        if dicom.is_dicom(head):
+            return dicom.frames_left_out(file)
         if head[:4] in tiff.MAGICS:
             return tiff.frames_left_out(file, in_chans)
         image = None if head.startswith(npy.MAGIC) else open_pillow(file)
@@ -134,12 +142,14 @@ def reading(data: bytes | str | Path) -> Iterator[IO[bytes]]:
     kind: str | None = None
     try:
         with io.BytesIO(data) if isinstance(data, bytes) else _open_regular(data) as file:
-            head = file.read(16)
+            head = file.read(dicom.HEAD_BYTES)
             if not head:
                 raise BadImage("empty file")
             kind = next((name for magic, name in _SIGNATURES.items() if head.startswith(magic)), None)
             if head[4:8] == b"ftyp":
                 kind = "AVIF"
+            if dicom.is_dicom(head):
+                kind = "DICOM"
             yield file
     except BadImage:
         raise
@@ -172,6 +182,8 @@ def _reason(error: Exception, kind: str | None) -> str:
         return f"truncated {kind or 'image'}"
     if any(words in message.lower() for words in ("broken data stream", "could not create decoder", "bmff")):
         return f"broken or truncated {kind or 'image'}"
+    if kind == "DICOM":  # pydicom may repeat words of the header, which names a patient
+        return "broken or truncated DICOM"
     return f"broken {kind or 'image'}: {message[:120] or type(error).__name__}"
 
 
@@ -207,7 +219,7 @@ quiet = _Quiet()
 
 def _head(file: IO[bytes]) -> bytes:
     file.seek(0)
-    head = file.read(16)
+    head = file.read(dicom.HEAD_BYTES)
     file.seek(0)
     return head
 
