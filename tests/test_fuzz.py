@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import resource
@@ -24,12 +25,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 from image_files import encoded, photograph
+from PIL import Image
 from safetensors.torch import save_file
 from test_checkpoint import make_checkpoint
 
 from maekit.config import ModelConfig, PretrainConfig, UserError
 from maekit.configfile import from_json, read
-from maekit.data.images import BadImage
+from maekit.data.images import BadImage, decode, frames_left_out, probe_size
 from maekit.data.sources import open_source
 from maekit.training import checkpoint as checkpoints
 from maekit.training.run import Position
@@ -244,6 +246,37 @@ def check_table(table: dict[str, Any]) -> None:
                     said(str(error), 300)
 
 
+# ---- DICOM ----
+
+
+@functools.cache
+def dicom_files() -> list[bytes]:
+    """A scan with a table of values, colours in run lengths, a gray JPEG 2000 of two frames; few bytes are pixels."""
+    pytest.importorskip("pydicom", reason="pydicom is not installed: maekit[dicom]")
+    import dicom_files as made
+
+    table = made.sequence(**made.TABLE)
+    frame = encoded(Image.fromarray(made.GRAY), "JPEG2000", no_jp2=True)
+    return [
+        made.dicom(made.WIDE[:4], bits=12, ModalityLUTSequence=table, Modality="CT"),
+        made.run_lengths(made.RGB),
+        made.dicom(made.GRAY, syntax=made.uid.JPEG2000, frames=[frame, frame], NumberOfFrames="2"),
+    ]
+
+
+def check_dicom(damage: tuple[int, list[tuple[float, int]], float]) -> None:
+    """A damaged or cut file is an image or has a reason, and so is its size and the number of its frames."""
+    which, changes, kept = damage
+    data = bytearray(dicom_files()[which])
+    for place, value in changes:
+        data[132 + int(place * (len(data) - 132))] = value
+    for call in (lambda d: decode(d, 3), probe_size, lambda d: frames_left_out(d, 3)):
+        try:
+            call(bytes(data[: 132 + int(kept * len(data))]))
+        except BadImage as error:
+            said(str(error), 200)
+
+
 # ---- checkpoints ----
 
 CHECKPOINT = SCRATCH / "good"
@@ -330,6 +363,7 @@ PROPERTIES: dict[str, tuple[Callable[[Any], None], st.SearchStrategy[Any], int]]
     "passport": (check_passport, passports, 50),
     "damaged weights": (check_damaged_weights, damages, 40),
     "table": (check_table, tables, 60),
+    "DICOM": (check_dicom, st.tuples(st.integers(0, 2), damages, st.one_of(st.just(1.0), st.floats(0, 1))), 60),
     "checkpoint": (check_checkpoint, checkpoint_damages, 40),
     "position": (check_position, positions, 100),
 }  # fmt: skip

@@ -298,5 +298,5 @@ def test_white_is_zero() -> None:
 
 def test_suffixes_are_those_that_pillow_opens() -> None:
     assert {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".npy", ".ppm"} <= IMAGE_SUFFIXES
-    known = Image.registered_extensions()
-    assert all(suffix == suffix.lower() and (suffix == ".npy" or suffix in known) for suffix in IMAGE_SUFFIXES)
+    known = {*Image.registered_extensions(), ".npy", ".dcm", ".dicom"}
+    assert all(suffix == suffix.lower() and suffix in known for suffix in IMAGE_SUFFIXES)

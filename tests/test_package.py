@@ -46,7 +46,7 @@ def test_the_wheel_and_the_source_archive_are_whole(tmp_path: Path) -> None:
     assert {name.partition("/")[0] for name in held} == {"maekit", info.partition("/")[0]}  # no tests, no benchmarks
     assert any(name.endswith("licenses/LICENSE") for name in held)
     assert told["License-Expression"] == "Apache-2.0" and "Typing :: Typed" in told.get_all("Classifier", [])
-    assert {"demo", "export", "hub", "dev"} <= set(told.get_all("Provides-Extra", []))
+    assert {"demo", "dicom", "export", "hub", "dev"} <= set(told.get_all("Provides-Extra", []))
     with tarfile.open(archive) as tar:
         inside = {name.partition("/")[2] for name in tar.getnames()}
     needed = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("*.py")}

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from maekit.config import UserError
+from maekit.data import dicom
 from maekit.data.images import open_pillow, orientation_of, quiet, raw_mode_of, reading
 from maekit.data.parts import part_of, printable
 from maekit.data.pixels import BadImage, upright
@@ -164,10 +165,10 @@ def orientation(image: bytes | str) -> int:
     """EXIF orientation 1..8 of an encoded image or the file at a path, 1 where it has none; raises BadImage."""
     with reading(image) as file, quiet:
         file.seek(0)
-        head = file.read(6)
+        head = file.read(dicom.HEAD_BYTES)
         file.seek(0)
-        if head.startswith((b"\x93NUMPY", b"II", b"MM")):
-            return 1  # arrays and TIFF, which is upright when it is read
+        if head.startswith((b"\x93NUMPY", b"II", b"MM")) or dicom.is_dicom(head):
+            return 1  # arrays, DICOM, and TIFF, which is upright when it is read
         return orientation_of(open_pillow(file))
 
 

@@ -1,8 +1,9 @@
 """Decode anything into an array: photographs, scans, 16-bit and n-channel data; whatever cannot be read is `BadImage`.
 
 Rules (DESIGN.md, "Any image"): grayscale is replicated, CMYK converted, alpha laid over white, 16-bit divided by
-65535, EXIF orientation applied, the first frame taken; n-channel data come as TIFF or .npy. Pillow reads 16-bit colour
-in PPM, JPEG 2000 and AVIF at 8 bits; PNG and TIFF keep all 16. Colour profiles are not applied.
+65535, EXIF orientation applied, the first frame taken; n-channel data come as TIFF or .npy; for DICOM see `dicom`.
+Pillow reads 16-bit colour in PPM, JPEG 2000 and AVIF at 8 bits; PNG and TIFF keep all 16. Colour profiles are not
+applied.
 Legend: H height, W width, C channels.
 """
 
@@ -20,11 +21,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 from PIL.TiffImagePlugin import TiffImageFile
 
-from maekit.data import jpeg, tiff
+from maekit.data import dicom, jpeg, npy, tiff
 from maekit.data.pixels import (
     MAX_PIXELS,
     BadImage,
@@ -35,7 +35,6 @@ from maekit.data.pixels import (
     over_white,
     to_pixels,
     upright,
-    wrong_channels,
 )
 
 __all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "BadImage", "decode", "frames_left_out", "probe_size"]
@@ -57,13 +56,12 @@ _SUFFIXES = {
 _OPTIONAL = {"WEBP": "webp", "JPEG2000": "jpg_2000", "AVIF": "avif"}
 _FORMATS = [name for name in _SUFFIXES if name not in _OPTIONAL or features.check(_OPTIONAL[name])]
 
-IMAGE_SUFFIXES: frozenset[str] = frozenset(s for name in _FORMATS for s in _SUFFIXES[name]) | {".npy"}
-"""Lower-case suffixes of the files that a folder is searched for: what this Pillow can open, and .npy."""
+IMAGE_SUFFIXES: frozenset[str] = frozenset(s for name in _FORMATS for s in _SUFFIXES[name]) | {".npy", *dicom.SUFFIXES}
+"""Lower-case suffixes of the files that a folder is searched for: what this Pillow can open, .npy, and DICOM's."""
 
-_NPY = b"\x93NUMPY"
 _SIGNATURES = {
-    b"\xff\xd8": "JPEG", b"\x89PNG": "PNG", b"GIF8": "GIF", b"BM": "BMP", b"RIFF": "WebP", _NPY: ".npy", b"qoif": "QOI",
-    b"P4": "PPM", b"P5": "PPM", b"P6": "PPM",
+    b"\xff\xd8": "JPEG", b"\x89PNG": "PNG", b"GIF8": "GIF", b"BM": "BMP", b"RIFF": "WebP", npy.MAGIC: ".npy",
+    b"qoif": "QOI", b"P4": "PPM", b"P5": "PPM", b"P6": "PPM",
     b"\0\0\0\x0cjP": "JPEG 2000", b"\xff\x4f\xff\x51": "JPEG 2000", **dict.fromkeys(tiff.MAGICS, "TIFF"),
 }  # fmt: skip
 
@@ -79,7 +77,8 @@ _SIXTEEN = {
 def decode(data: bytes | str | Path, in_chans: int, look: Look | None = None) -> Pixels:
     """An encoded image, or the file at a path, as a C-contiguous array H W C with C = in_chans.
 
-    uint8 for 8-bit images, float32 in 0..1 for 16-bit ones, float32 as they are for float TIFF and .npy. With `look`,
+    uint8 for 8-bit images, float32 in 0..1 for 16-bit ones, float32 as they are for float TIFF and .npy and for DICOM
+    in a unit. With `look`,
     only the window that it chooses: a JPEG may be decoded smaller then, by the window's `shrink`.
 
     Raises:
@@ -88,8 +87,10 @@ def decode(data: bytes | str | Path, in_chans: int, look: Look | None = None) ->
     with reading(data) as file, quiet:
         head = _head(file)
         values_HWC: Pixels | None = None
-        if head.startswith(_NPY):
-            values_HWC = _decode_npy(file, in_chans)
+        if head.startswith(npy.MAGIC):
+            values_HWC = npy.decode(file, in_chans)
+        elif dicom.is_dicom(head):
+            values_HWC = dicom.decode(file)
         elif head[:4] in tiff.MAGICS:
             values_HWC = _decode_tiff(file, in_chans)
         if values_HWC is None:
@@ -107,9 +108,10 @@ def probe_size(data: bytes | str | Path) -> tuple[int, int]:
     """
     with reading(data) as file, quiet:
         head = _head(file)
-        if head.startswith(_NPY):
-            height, width = _npy_header(file)[0][:2]
-            return height, width
+        if head.startswith(npy.MAGIC):
+            return npy.size(file)
+        if dicom.is_dicom(head):
+            return dicom.size(file)
         if head[:4] in tiff.MAGICS:
             return tiff.size(file)
         image = open_pillow(file)
@@ -118,16 +120,18 @@ def probe_size(data: bytes | str | Path) -> tuple[int, int]:
 
 
 def frames_left_out(data: bytes | str | Path, in_chans: int) -> int:
-    """How many frames `decode` leaves unread: TIFF's pages, an animation's frames; by the headers.
+    """How many frames `decode` leaves unread: TIFF's pages, frames of an animation or of DICOM; by the headers.
 
     Raises:
         BadImage: no image; damage behind the headers is not seen.
     """
     with reading(data) as file, quiet:
         head = _head(file)
+        if dicom.is_dicom(head):
+            return dicom.frames_left_out(file)
         if head[:4] in tiff.MAGICS:
             return tiff.frames_left_out(file, in_chans)
-        image = None if head.startswith(_NPY) else open_pillow(file)
+        image = None if head.startswith(npy.MAGIC) else open_pillow(file)
         # A JPEG with a second frame (MPO) is a camera's preview or the other eye's view of the same picture.
         return 0 if image is None or image.format == "MPO" else int(getattr(image, "n_frames", 1)) - 1
 
@@ -138,12 +142,14 @@ def reading(data: bytes | str | Path) -> Iterator[IO[bytes]]:
     kind: str | None = None
     try:
         with io.BytesIO(data) if isinstance(data, bytes) else _open_regular(data) as file:
-            head = file.read(16)
+            head = file.read(dicom.HEAD_BYTES)
             if not head:
                 raise BadImage("empty file")
             kind = next((name for magic, name in _SIGNATURES.items() if head.startswith(magic)), None)
             if head[4:8] == b"ftyp":
                 kind = "AVIF"
+            if dicom.is_dicom(head):
+                kind = "DICOM"
             yield file
     except BadImage:
         raise
@@ -176,6 +182,8 @@ def _reason(error: Exception, kind: str | None) -> str:
         return f"truncated {kind or 'image'}"
     if any(words in message.lower() for words in ("broken data stream", "could not create decoder", "bmff")):
         return f"broken or truncated {kind or 'image'}"
+    if kind == "DICOM":  # pydicom may repeat words of the header, which names a patient
+        return "broken or truncated DICOM"
     return f"broken {kind or 'image'}: {message[:120] or type(error).__name__}"
 
 
@@ -211,7 +219,7 @@ quiet = _Quiet()
 
 def _head(file: IO[bytes]) -> bytes:
     file.seek(0)
-    head = file.read(16)
+    head = file.read(dicom.HEAD_BYTES)
     file.seek(0)
     return head
 
@@ -361,39 +369,3 @@ def _decode_tiff(file: IO[bytes], in_chans: int) -> Pixels | None:
     if {channel.shape for channel in channels} != {(*channels[0].shape[:2], 1)}:
         raise BadImage("pages of different sizes or with colours cannot be channels")
     return np.concatenate(channels, axis=2)
-
-
-def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, npt.DTypeLike]:
-    """Shape (H, W, C), Fortran order and type of a .npy array, without reading it.
-
-    Raises:
-        BadImage: not H W or H W C, a type that is not uint8, uint16 or float, a bomb, or less data than claimed.
-    """
-    version = np.lib.format.read_magic(file)
-    if version not in ((1, 0), (2, 0)):
-        raise BadImage(f".npy version {version[0]}.{version[1]}; 1.0 and 2.0 are read")
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)
-    if dtype.hasobject or dtype.kind not in "uf" or (dtype.kind == "u" and dtype.itemsize > 2) or dtype.itemsize > 8:
-        raise BadImage(f".npy of {dtype}; uint8, uint16 and float are read")
-    if len(shape) not in (2, 3):
-        raise BadImage(f".npy of shape {shape}; H W or H W C is read")
-    check_size(shape[0], shape[1])
-    shape = shape if len(shape) == 3 else (*shape, 1)
-    start = file.tell()
-    found = file.seek(0, 2) - start
-    file.seek(start)
-    if shape[2] < 1 or shape[0] * shape[1] * shape[2] * dtype.itemsize > found:
-        raise BadImage("truncated .npy")
-    return shape, fortran, dtype
-
-
-def _decode_npy(file: IO[bytes], in_chans: int) -> Pixels:
-    shape, fortran, dtype = _npy_header(file)
-    if shape[2] not in (1, in_chans) and (shape[2], in_chans) != (3, 1):
-        raise wrong_channels(shape[2], in_chans)
-    dtype = np.dtype(dtype)
-    count = shape[0] * shape[1] * shape[2]
-    # bytearray: the array may be returned as it is and should be writable, as torch expects.
-    flat = np.frombuffer(bytearray(file.read(count * dtype.itemsize)), dtype, count)
-    return to_pixels(flat.reshape(shape, order="F" if fortran else "C"))
