@@ -38,11 +38,12 @@ def test_bits_above_those_stored_do_not_count() -> None:
     np.testing.assert_array_equal(gray(dicom(WIDE | 0x8000, bits=12)), gray(dicom(WIDE, bits=12)))
 
 
-def test_signed_values_begin_at_zero() -> None:
+def test_signed_values_keep_their_zero() -> None:
+    """So that a scanner's files of both kinds, none of them below 0, have a black that is 0."""
     np.testing.assert_array_equal(
-        gray(dicom(np.array([[-2048, 0, 2047]], np.int16), bits=12)), floats([[0, 2048 / 4095, 1]])
+        gray(dicom(np.array([[-2048, 0, 2047]], np.int16), bits=12)), floats([[-2048 / 2047, 0, 1]])
     )
-    np.testing.assert_array_equal(gray(dicom(np.array([[-128, 0, 127]], np.int8))), [[0, 128, 255]])
+    np.testing.assert_array_equal(gray(dicom(np.array([[-128, 0, 127]], np.int8))), floats([[-128 / 127, 0, 1]]))
 
 
 def test_a_rescale_gives_the_unit() -> None:

@@ -5,8 +5,8 @@ What a file gives (part 3 of the standard, C.7.6.3 and C.11.1):
 - Colours (RGB, YBR, palettes): as they are shown, uint8 where they have 8 bits; of a 16-bit palette the high bytes.
 - Gray whose rescale or table changes the stored values: float32 in their unit, as float TIFFs are taken. CT and PET
   that state a rescale are in their unit even where it changes nothing: one folder should not hold two scales.
-- Other gray: the stored value over the largest that its bits can hold, signed values moved up to begin at 0; uint8
-  for 8 bits, else float32 in 0..1.
+- Other gray: the stored value over the largest that its bits can hold; uint8 for 8 unsigned bits, else float32 in
+  0..1, or -1..1 for signed values, which seldom are below 0.
 - MONOCHROME1, where more is darker, is turned around: lowest + highest - value, of all that bits and rescale allow and
   not of this image, so that radiographs of both kinds look alike on one scale. CT and PET stay: Hounsfield units and
   activity are quantities, however a viewer paints them.
@@ -84,7 +84,9 @@ def decode(file: IO[bytes]) -> Pixels:
         raise
     if photometric == "PALETTE COLOR":
         return _coloured(values, header)
-    return _gray(values, header)[..., None] if values.ndim == 2 else _unit(values.astype(np.float32), header)
+    if values.ndim == 2:
+        return _gray(values, header)[..., None]
+    return _unit(values.astype(np.float32), 0, (1 << header.BitsStored) - 1)
 
 
 @functools.cache
@@ -187,7 +189,7 @@ def _gray(values_HW: Pixels, header: Any) -> Pixels:
     holder = _rescale(header)
     if holder is None:
         stored_HW = values_HW.astype(np.float32)
-        return _unit(highest - stored_HW if turned else stored_HW - lowest, header)
+        return _unit(highest - stored_HW, 0, highest - lowest) if turned else _unit(stored_HW, lowest, highest)
     rescaled = _pydicom().pixels.apply_modality_lut
     unit_HW = rescaled(values_HW.astype(np.int64), holder).astype(np.float64)
     ends = rescaled(np.array([lowest, highest]), holder).astype(np.float64)
@@ -207,9 +209,8 @@ def _rescale(header: Any) -> Any:
     return None
 
 
-def _unit(stored: Pixels, header: Any) -> Pixels:
-    """Stored values from 0 on: uint8 where they have 8 bits, else over the largest that their bits can hold."""
-    most = np.float32((1 << header.BitsStored) - 1)
-    if stored.min() < 0 or stored.max() > most:
-        raise BadImage(f"DICOM of {header.BitsStored} bits with values beyond these")
-    return stored.astype(np.uint8) if most == 255 else stored / most
+def _unit(stored: Pixels, lowest: int, highest: int) -> Pixels:
+    """Stored values over the highest of their range; uint8 where this is 0 to 255."""
+    if stored.min() < lowest or stored.max() > highest:
+        raise BadImage(f"DICOM with values beyond its bits, {lowest} to {highest}")
+    return stored.astype(np.uint8) if (lowest, highest) == (0, 255) else stored / np.float32(highest)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from maekit.config import UserError
-from maekit.data.parts import Labels, Part, PlacedPart
+from maekit.data.parts import Labels, Part, PlacedPart, printable
 
 
 def group_numbers(named: Iterable[tuple[str, str]]) -> Labels:
@@ -49,7 +49,7 @@ def find_groups(parts: Mapping[str, Part], group_by: str, spec: str) -> list[str
     counts = {name: len(np.unique(numbers)) for name, numbers in groups.items()}
     counted = ", ".join(f"{count:,} in {name}" for name, count in counts.items())
     notes = [
-        f"groups of images that no split parts, by {group_by!r}: {counted} (intervals of accuracies take images for "
+        f"groups of images that no split parts, by {printable(group_by)}: {counted} (intervals of accuracies take images for "
         "independent: of few groups they are too narrow)"
     ]
     for name, numbers in groups.items():
