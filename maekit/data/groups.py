@@ -49,8 +49,8 @@ def find_groups(parts: Mapping[str, Part], group_by: str, spec: str) -> list[str
     counts = {name: len(np.unique(numbers)) for name, numbers in groups.items()}
     counted = ", ".join(f"{count:,} in {name}" for name, count in counts.items())
     notes = [
-        f"groups of images that no split parts, by {printable(group_by)}: {counted} (intervals of accuracies take images for "
-        "independent: of few groups they are too narrow)"
+        f"groups of images that no split parts, by {printable(group_by)}: {counted} (intervals of accuracies take "
+        "images for independent: of few groups they are too narrow)"
     ]
     for name, numbers in groups.items():
         shared = np.isin(numbers, groups["train"])
