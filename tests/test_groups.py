@@ -317,7 +317,7 @@ def test_segmentation_holds_whole_films_out(
     model = random_model(tiny_config(depth=4), seed=5)
     write_weights(tmp_path / "mae.safetensors", model, model.passport)
     assert train_segmenter(tmp_path, tmp_path / "run", "--group-by", "film[0-9]", "--steps", "1") == 0
-    assert "10 images to train on, 5 held out" in capsys.readouterr().out
+    assert "10 images to train on, 5 held out" in " ".join(capsys.readouterr().out.split())
     words = ["--eval", "--part", "heldout", "--workers", "0", "--device", "cpu", "--inference", "whole"]
     assert cli.main(["segment", str(tmp_path / "run"), *words]) == 0
     assert json.loads((tmp_path / "run" / "score.json").read_text())["images"] == 5

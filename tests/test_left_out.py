@@ -114,7 +114,7 @@ def test_no_command_that_opens_data_forgets_it() -> None:
     """check-data alone prints the notes without, since it counts what is left out in all files."""
     places = [*(Path(maekit.__file__).parent / "tasks").glob("*.py"), Path(prepare.__file__), Path(finetuning.__file__)]
     texts = {path.stem: path.read_text() for path in places}
-    openers = {name for name, text in texts.items() if re.search(r"= open_source\(", text)}
+    openers = {name for name, text in texts.items() if re.search(r"= open_(source|configured)\(", text)}
     assert openers >= {"prepare", "finetuning", "plan", "probe", "embed", "predict", "pack", "reconstruct"}
     said = r"remark\(console, ([\w\[\]]+\.remarks\(\)|remarks_for\()"
     assert {name for name in openers if not re.search(said, texts[name])} == {"check_data"}

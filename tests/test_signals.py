@@ -103,7 +103,7 @@ def test_the_codes() -> None:
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (prepare, "open_source"),
+        (prepare, "open_configured"),
         (loader, "common_size"),
         (prepare, "channel_statistics"),
         (prepare, "MaskedAutoencoder"),

@@ -197,7 +197,7 @@ def write_timm(folder: Path, out: Path, model: Model, pool: str) -> str:
     config = timm_config(model.passport, pool)
     config["pretrained_cfg"]["license"] = model.passport.weights_license
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    state = to_timm(model.state_dict(), model.config)
+    state = to_timm(model.state_dict())
     save_weights(state, folder, model)
     return (
         f'import timm\n\nmodel = timm.create_model("local-dir:{out}", pretrained=True).eval()\n'

@@ -116,7 +116,7 @@ def main(config: SegmentConfig, resuming: bool = False) -> int:
                     if job.heldout is not None:
                         progress.update(bar, miou=f"{100 * job.heldout.miou:.2f} %")
                 if last or stopping or save_due:
-                    position.loss_sum = float(accelerator.reduce(loss_sum.clone(), "mean"))
+                    position.loss_sum = float(accelerator.reduce(loss_sum, "mean"))
                     if not run.save(urgent=last or stopping) and (last or stopping):
                         console.print(f"[bold red]the run ends at step {position.step:,} without its checkpoint[/]")
                         accelerator.end_training()

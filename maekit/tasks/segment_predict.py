@@ -27,7 +27,7 @@ from maekit.data.parts import loose_files, printable
 from maekit.models.encoder import use_fused_attention
 from maekit.terminal import make_console, make_progress, print_settings, remark
 from maekit.training.segmentation_inference import describe_view, predict_classes
-from maekit.training.segmentation_prepare import choose_machine, view_of
+from maekit.training.segmentation_prepare import machine_for_pairs, view_of
 from maekit.training.supervised import BEST_FILE
 from maekit.viz.overlays import OverlayRow, draw_overlays, save_index_png, save_mask_png
 from maekit.weights.segmenters import load_segmenter
@@ -49,7 +49,7 @@ def main(source: str, config: SegmentPredictConfig) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: is not an empty folder; name another one")
     images, notes = find_images(config.predict)
-    choices = choose_machine(config)
+    choices = machine_for_pairs(config)
     file = Path(source)
     if not file.is_file():
         file /= BEST_FILE if config.score == "best" else WEIGHTS_FILE

@@ -25,7 +25,7 @@ from maekit.training.saving import write_whole
 from maekit.training.segmentation_inference import describe_view
 from maekit.training.segmentation_job import confusion_over
 from maekit.training.segmentation_metrics import score, score_table
-from maekit.training.segmentation_prepare import MIN_HELDOUT, choose_machine, open_data, view_of
+from maekit.training.segmentation_prepare import MIN_HELDOUT, machine_for_pairs, open_data, view_of
 from maekit.training.supervised import BEST_FILE
 from maekit.weights.segmenters import load_segmenter
 from maekit.weights.store import WEIGHTS_FILE
@@ -43,7 +43,7 @@ def main(source: str, config: SegmentScoreConfig) -> int:
     run_file = Path(source) / "config.json"
     if not run_file.is_file():
         raise UserError(f"{source}: holds no run (no config.json); --eval scores what maekit segment has trained")
-    choices = choose_machine(config)
+    choices = machine_for_pairs(config)
     file = Path(source) / (BEST_FILE if config.score == "best" else WEIGHTS_FILE)
     model, passport = load_segmenter(file, choices["device"].value)
     run = read(SegmentConfig, run_file)  # after the weights, which say so where they are of another task

@@ -62,7 +62,6 @@ def probe_anew(
     model: MaskedAutoencoder,
     data: LabelledPool,
     kinds: Sequence[Literal["cls", "mean"]],
-    rates: Sequence[float],
     batch_size: int,
     *,
     epochs: int = EPOCHS,
@@ -77,7 +76,7 @@ def probe_anew(
     order = SampleOrder(data.ids, batch, seed)
     total = epochs * order.steps_per_epoch
     width, device = model.encoder.embed_dim, model.mean.device
-    sweeps: dict[str, LarsSweep] = {kind: LarsSweep(width, data.classes, rates, seed).to(device) for kind in kinds}
+    sweeps: dict[str, LarsSweep] = {kind: LarsSweep(width, data.classes, RATES, seed).to(device) for kind in kinds}
     features: list[Tensor] = []
     labels: list[Tensor] = []
     last: list[Tensor] = []
@@ -115,7 +114,7 @@ def choose_paper(
 ) -> Chosen:
     """The paper's protocol on the last block; pooling and rate chosen on held-out images, and fitted without them."""
     kinds = train.features.kinds
-    sweeps = probe_anew(model, data, kinds, RATES, batch_size, epochs=epochs, seed=seed, on_progress=on_progress)
+    sweeps = probe_anew(model, data, kinds, batch_size, epochs=epochs, seed=seed, on_progress=on_progress)
     block = len(model.encoder.blocks)
     tried = [
         {"pooling": kind, "lr": rate, "heldout": share}

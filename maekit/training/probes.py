@@ -214,9 +214,8 @@ def _axes_of(inputs_SD: Tensor) -> Axes:
 
 
 def _minimise(
-    inputs_SR: Tensor, labels_S: Tensor, decay: float, scale_R: Tensor, weight_KR: Tensor, bias_K: Tensor,
-    steps: int = 100,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    inputs_SR: Tensor, labels_S: Tensor, decay: float, scale_R: Tensor, weight_KR: Tensor, bias_K: Tensor
+) -> tuple[Tensor, Tensor]:
     """Weights [K, R] and biases [K] of the least mean cross-entropy + decay x |weights|^2, searched from those given.
 
     L-BFGS works on u, where the weights are u x scale and the loss's curvature in u is about 1: 20 to 50 evaluations
@@ -225,7 +224,7 @@ def _minimise(
     # [K, R] as in F.linear: the gradient of an [S, R] @ [R, K] product takes 7 times as long where R >> K (MKL, AVX2).
     u_KR, bias_K = (weight_KR / scale_R).requires_grad_(), bias_K.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [u_KR, bias_K], max_iter=steps, history_size=10, line_search_fn="strong_wolfe", tolerance_change=1e-6
+        [u_KR, bias_K], max_iter=100, history_size=10, line_search_fn="strong_wolfe", tolerance_change=1e-6
     )
 
     def closure() -> Tensor:

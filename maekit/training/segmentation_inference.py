@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,19 +57,18 @@ def describe_view(view: View) -> str:
 
 
 @torch.no_grad()
-def predict_classes(model: Segmenter, image_CHW: Tensor, view: View, size_hw: Sequence[int] | None = None) -> Tensor:
-    """The class [H, W] (int64) of each pixel of an image; `size_hw`: at this size instead of the image's own.
+def predict_classes(model: Segmenter, image_CHW: Tensor, view: View) -> Tensor:
+    """The class [H, W] (int64) of each pixel of an image.
 
     image_CHW: uint8 pixels, or floats in 0..1, on the model's device.
     """
-    size = tuple(size_hw or image_CHW.shape[1:])
     normal = model.normalize(image_CHW[None])
     views = [(scale, mirrored) for scale in view.scales for mirrored in ((False, True) if view.flip else (False,))]
     total = None
     for scale, mirrored in views:
         seen = _scaled(normal, view.short_side, scale, model.patch_size)
         scores = image_scores(model, seen.flip(3) if mirrored else seen, view)
-        scores = resized((scores.flip(3) if mirrored else scores).float(), size)
+        scores = resized((scores.flip(3) if mirrored else scores).float(), image_CHW.shape[1:])
         if len(views) > 1:
             scores = scores.softmax(dim=1)
         total = scores if total is None else total + scores

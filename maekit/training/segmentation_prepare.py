@@ -62,7 +62,7 @@ def prepare(config: SegmentConfig, resuming: bool, console: Console, stop: StopR
     out = Path(config.out) if config.out else default_out(config)
     claim(out, fresh=not resuming)
     fresh = not resuming or never_began(out)
-    choices = choose_machine(config)
+    choices = machine_for_pairs(config)
     accelerator = start_accelerator(choices["device"].value, config.trackers, out)
     world = accelerator.num_processes
     check_processes(config.processes, world)
@@ -119,7 +119,7 @@ def default_out(config: SegmentConfig) -> Path:
     return base / f"segment-{name}{'-scratch' if config.from_scratch else ''}{seed_name(config.seed)}"
 
 
-def choose_machine(config: Any) -> dict[str, Choice[Any]]:
+def machine_for_pairs(config: Any) -> dict[str, Choice[Any]]:
     """Device, precision, attention kernel and loader processes, each with its reason."""
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device.value)

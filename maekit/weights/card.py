@@ -28,7 +28,7 @@ def hub_license(text: str) -> dict[str, str]:
     return {"license": "other", "license_name": words[:60]}
 
 
-def model_card(title: str, passport: Passport, usage: str, cards: Mapping[str, Any], library: str = "") -> str:
+def model_card(title: str, passport: Passport, usage: str, cards: Mapping[str, Any], library: str) -> str:
     """The README: the hub's header, what the model is, the probes' numbers where there are any, how to load it.
 
     `usage` is Python; `cards` are card.json files by the name of their folder.

@@ -107,7 +107,7 @@ def _decoder_obstacles(config: ModelConfig, to: Target) -> list[str]:
     return found
 
 
-def to_timm(state: Mapping[str, Tensor], config: ModelConfig) -> State:
+def to_timm(state: Mapping[str, Tensor]) -> State:
     """Encoder and classifier's head in timm's names; everything that timm can build, it can hold."""
     return {name.removeprefix("encoder."): value for name, value in state.items() if not name.startswith("decoder.")}
 
