@@ -97,8 +97,9 @@ def test_a_large_scan_takes_little_memory(tmp_path: Path, monkeypatch: pytest.Mo
     assert "mean 0.5 and deviation 0.29," in line
 
 
-def test_commands_say_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_say_it(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that know 8 bits, and images of 16: once each; and not a word where both are the same."""
+    tiny_runs.without_pictures(monkeypatch)
     sixteen = tiles(tmp_path, 100, 3000)[0]
     first = {"16": sixteen, "8": sixteen.replace("/16/", "/8/").replace(".tif", ".png")}
     source = str(tiny_classes.write_encoder(tmp_path / "source"))
