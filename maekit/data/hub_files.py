@@ -119,12 +119,12 @@ def _fetch(repo: str, commit: str, shared: _Shared, files: dict[str, int]) -> No
         TextColumn("downloading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
         TimeRemainingColumn(compact=True),
     )  # fmt: skip
-    console, utils = Console(stderr=True), client().utils
+    console, utils = Console(stderr=True, quiet=not first), client().utils
     barred = not utils.are_progress_bars_disabled()
     utils.disable_progress_bars()
     try:
         with Progress(
-            *columns, console=console, transient=True, disable=not (first and console.is_terminal)
+            *columns, console=console, transient=True, disable=console.quiet or not console.is_terminal
         ) as progress:
             bar = progress.add_task("", total=sum(files.values()))
             for thread in threads:

@@ -184,7 +184,7 @@ def score_data(console: Console, source: str, config: ReconstructConfig, model: 
             for some_3B in heldout_losses(
                 model, pool, ids, SCORE_BATCH, with_trivial=True, views=config.masks_per_image
             ):
-                losses_3N[:, done : done + some_3B.shape[1]] = some_3B
+                losses_3N[:, done : done + some_3B.shape[1]] = some_3B.numpy()
                 done += some_3B.shape[1]
                 progress(done, len(part))
         scores = Scores.of(losses_3N, pool.unreadable)
