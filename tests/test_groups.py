@@ -334,6 +334,25 @@ def test_a_plan_counts_as_pretraining_does(
     assert "80 to train on, 10 held out" in said and "--group-by" in said
 
 
+def test_packed_images_keep_the_groups_of_their_paths(place: Path, tmp_path: Path) -> None:
+    """Rows that name a path have it, however many have none; and no image is read for it."""
+    assert cli.main(["pack", "--data", str(place / "images"), "--out", str(tmp_path / "shards"), "--workers", "0"]) == 0
+    packed, folder = opened(tmp_path, "shards"), opened(place)
+    assert packed.train.groups is not None and folder.train.groups is not None
+    assert packed.train.groups.tolist() == folder.train.groups.tolist()
+    images = [{"bytes": b"-", "path": path} for path in ("p1/a.png", "p1/b.png", None)]
+    pq.write_table(pa.table({"image": [*images, None]}), tmp_path / "train.parquet")
+    assert "finds nothing in an image without a path and 1 of 3" in refusal(lambda: opened(tmp_path, "train.parquet"))
+    pq.write_table(pa.table({"image": images[:2]}), tmp_path / "train.parquet")
+    pq.write_table(pa.table({"image": images[1:]}), tmp_path / "test.parquet")
+    (tmp_path / "parts").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.parquet").rename(tmp_path / "parts" / f"{name}.parquet")
+    source = opened(tmp_path, "parts")
+    assert source.test is not None and source.test.groups is not None and len(set(source.test.groups.tolist())) == 2
+    assert "1 of the 2 groups of test have images in train too, such as that of row 0" in source.notes[1]
+
+
 def test_groups_of_the_hub(stand_in: Hub, place: Path) -> None:
     pytest.importorskip("huggingface_hub")
     stand_in.push("them/rows", {"README.md": b"", "data/train-00000.parquet": (place / "rows.parquet").read_bytes()})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -44,7 +44,11 @@ def find_groups(parts: Mapping[str, Part], group_by: str, spec: str) -> list[str
     groups: dict[str, Labels] = {}
     for name, part in parts.items():
         if part.groups is None:
-            part.groups = _by_pattern(part, group_by, spec, every=name == "train")
+            if not isinstance(part, PlacedPart):
+                raise UserError(
+                    f"--group-by {group_by}: for files or tables with such a column, which --data {spec} is not"
+                )
+            part.groups = by_pattern([part.name(index) for index in range(len(part))], group_by, name == "train")
         groups[name] = part.groups
     counts = {name: len(np.unique(numbers)) for name, numbers in groups.items()}
     counted = ", ".join(f"{count:,} in {name}" for name, count in counts.items())
@@ -63,26 +67,27 @@ def find_groups(parts: Mapping[str, Part], group_by: str, spec: str) -> list[str
     return notes
 
 
-def _by_pattern(part: Part, group_by: str, spec: str, every: bool) -> Labels:
-    """The groups by what is found in each path; where nothing is, an image is by itself, or refused in `every`."""
-    if not isinstance(part, PlacedPart):
-        raise UserError(f"--group-by {group_by}: for files or tables with such a column, which --data {spec} is not")
+def by_pattern(names: Sequence[str], group_by: str, every: bool) -> Labels:
+    """[N] The groups of images by what is found in their paths. Where nothing is, an image is a group by itself.
+
+    Raises:
+        UserError: no pattern; or nothing is found in some path, where something must be in `every` one.
+    """
     try:
         pattern = re.compile(group_by)
     except re.error as error:
         raise UserError(f"--group-by {group_by}: no such column, and not a pattern of paths ({error})") from None
     named, strange = [], []
-    for index in range(len(part)):
-        name = part.name(index)
+    for name in names:
         found = pattern.search(name)
         pieces = () if found is None else found.groups("") or (found[0],)
         named.append(("\0".join(pieces) if any(pieces) else "", name))
         if not any(pieces):
             strange.append(name)
     if strange and every:
-        others = f" and {len(strange) - 1:,} of {len(part) - 1:,} other images" if len(strange) > 1 else ""
+        others = f" and {len(strange) - 1:,} of {len(names) - 1:,} other images" if len(strange) > 1 else ""
         raise UserError(
-            f"--group-by {group_by}: finds nothing in {strange[0]}{others}; give "
+            f"--group-by {group_by}: finds nothing in {strange[0] or 'an image without a path'}{others}; give "
             "a column of a table, or a pattern (a regular expression) that is found in every path, such as "
             r"'patient\d+' or '^([^/]+)/'"
         )

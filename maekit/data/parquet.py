@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from maekit.config import UserError, did_you_mean
 from maekit.data.columns import Columns
 from maekit.data.folders import holds_images
-from maekit.data.groups import group_numbers
+from maekit.data.groups import by_pattern, group_numbers
 from maekit.data.images import BadImage
 from maekit.data.parts import PART_WORDS, EncodedPart, Labels, Source, class_order, evenly_spaced, is_folder, printable
 from maekit.data.rows import Rows, open_rows
@@ -88,6 +88,19 @@ class TablePart(EncodedPart):
             path = self.rows.path(index)
             return printable(path) if path else None
         return None
+
+    def paths(self) -> list[str | None]:
+        """The paths that all rows name, None where one names none; no image is read."""
+        found: list[str | None] = []
+        for file in self.files:
+            table = pq.ParquetFile(file)
+            kind = table.schema_arrow.field(self.column).type
+            if pa.types.is_struct(kind) and any(field.name == "path" for field in kind):
+                rows = table.read(columns=[f"{self.column}.path"])[self.column].to_pylist()
+                found += [path and printable(path) for path in (row and row["path"] for row in rows)]
+            else:
+                found += [None] * table.metadata.num_rows
+        return found
 
     @cached_property
     def fingerprint(self) -> str:
@@ -303,17 +316,22 @@ def _label_column(schema: Any, wanted: str | None, spec: str) -> str | None:
     return next(iter(marked + named), None)
 
 
-def read_groups(parts: Mapping[str, TablePart], column: str, spec: str) -> None:
-    """Give the parts, by their names, the groups of a column of strings or numbers; a null is a group by itself."""
+def read_groups(parts: Mapping[str, TablePart], group_by: str, spec: str) -> None:
+    """Give the parts, by their names, the groups of a column of strings or numbers, a null being a group by itself; or
+    of a pattern in the paths that rows name, as packed ones do.
+    """
     for name, part in parts.items():
-        values: list[Any] = []
-        for file in part.files:
-            there = pq.ParquetFile(file)
-            if column not in there.schema_arrow.names:
-                raise UserError(f"--group-by {column}: not in {spec}; {did_you_mean(column, there.schema_arrow.names)}")
-            values += there.read(columns=[column])[column].to_pylist()
-        texts = ("" if value is None else str(value) for value in values)
-        part.groups = group_numbers((text, f"{name} {row}") for row, text in enumerate(texts))
+        files = [pq.ParquetFile(file) for file in part.files]
+        if all(group_by in file.schema_arrow.names for file in files):
+            values = [one for file in files for one in file.read(columns=[group_by])[group_by].to_pylist()]
+            texts = ("" if value is None else str(value) for value in values)
+            part.groups = group_numbers((text, f"{name} {row}") for row, text in enumerate(texts))
+        elif any(paths := part.paths()):
+            part.groups = by_pattern([path or "" for path in paths], group_by, name == "train")
+        else:
+            raise UserError(
+                f"--group-by {group_by}: not in {spec}; {did_you_mean(group_by, files[0].schema_arrow.names)}"
+            )
 
 
 def _read_labels(
