@@ -1,7 +1,7 @@
 """Images that belong together, as those of one patient, slide or scene: no split parts them.
 
 Where a patient's images lie on both sides of a split, a model is praised for knowing the patient. A group is known by a
-number that follows from its name alone, so that a new group in the data moves no other one.
+number that follows from its name alone, so that new ones leave the order in which groups are held out as it is.
 Legend: N images.
 """
 
