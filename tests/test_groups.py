@@ -30,7 +30,7 @@ from maekit.data.groups import group_numbers
 from maekit.data.labelled import kept_for_report, split_labelled
 from maekit.data.order import lowest_hash, sides, split_heldout
 from maekit.data.pairs import open_pairs
-from maekit.data.parts import Part, Source
+from maekit.data.parts import FilePart, Part, Source
 from maekit.data.sources import open_source
 from maekit.data.splits import Split
 from maekit.rng import Purpose
@@ -149,6 +149,17 @@ def test_the_held_out_group_is_another_than_the_one_for_the_report() -> None:
         assert len({*groups_N[test], *groups_N[train], *groups_N[held]}) == 3
 
 
+def test_a_test_groups_images_without_labels_are_not_held_out() -> None:
+    """Where they were, that group could be the one to be held out, and no labelled image would be left of it."""
+    labels = np.where(np.arange(90) % 9 < 3, -1, np.arange(90) % 2).astype(np.int64)
+    for seed in range(12):
+        part = FilePart(b"", [b"%02d.png" % number for number in range(90)], 1, labels=labels, class_names=["a", "b"])
+        part.groups = group_numbers((f"{seed} {number % 3}", "") for number in range(90))
+        splits = split_labelled(Source("data", part), "data", 0.02)
+        sets = [patients(part, ids) for ids in (splits.train_ids, splits.heldout_ids, splits.test_ids)]
+        assert [len(one) for one in sets] == [1, 1, 1] and len(set.union(*sets)) == 3
+
+
 def test_pools_and_probes_keep_groups_together(place: Path) -> None:
     part = opened(place).train
     assert part.groups is not None
@@ -255,6 +266,8 @@ def test_a_classifier_is_scored_on_the_patients_that_its_run_kept(run: Path, pla
     assert cli.main(words) == 0
     card = json.loads((again / "card.json").read_text())
     assert (card["trained_on"], card["test_images"], card["top1"]) == (0, 2 * EACH, own["top1"])
+    words = ["finetune", str(run), "--data", str(place / "images"), "--eval", "--workers", "0"]
+    assert cli.main([*words, "--out", str(tmp_path / "others")]) == 0, "other data need not have such groups"
     said = tmp_path / "said.csv"
     assert cli.main(["predict", str(run), "--data", str(place / "list.csv"), "--out", str(said), "--workers", "0"]) == 0
     with said.open(newline="") as file:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -22,12 +22,15 @@ def group_numbers(named: Iterable[tuple[str, str]]) -> Labels:
     name, which is the second one: it is a group by itself.
     """
     numbers: dict[str, int] = {}
-    found = []
-    for group, image in named:
-        if group and group not in numbers:
+
+    def number(group: str, image: str) -> int:
+        if not group:
+            return _number(f"\0{image}")
+        if group not in numbers:
             numbers[group] = _number(group)
-        found.append(numbers[group] if group else _number(f"\0{image}"))
-    return np.array(found, np.int64)
+        return numbers[group]
+
+    return np.fromiter((number(group, image) for group, image in named), np.int64)
 
 
 def _number(name: str) -> int:
@@ -48,7 +51,7 @@ def find_groups(parts: Mapping[str, Part], group_by: str, spec: str) -> list[str
                 raise UserError(
                     f"--group-by {group_by}: for files or tables with such a column, which --data {spec} is not"
                 )
-            part.groups = by_pattern([part.name(index) for index in range(len(part))], group_by, name == "train")
+            part.groups = by_pattern(map(part.name, range(len(part))), group_by, name == "train")
         groups[name] = part.groups
     counts = {name: len(np.unique(numbers)) for name, numbers in groups.items()}
     counted = ", ".join(f"{count:,} in {name}" for name, count in counts.items())
@@ -67,7 +70,7 @@ def find_groups(parts: Mapping[str, Part], group_by: str, spec: str) -> list[str
     return notes
 
 
-def by_pattern(names: Sequence[str], group_by: str, every: bool) -> Labels:
+def by_pattern(names: Iterable[str], group_by: str, every: bool) -> Labels:
     """[N] The groups of images by what is found in their paths. Where nothing is, an image is a group by itself.
 
     Raises:
@@ -77,18 +80,23 @@ def by_pattern(names: Sequence[str], group_by: str, every: bool) -> Labels:
         pattern = re.compile(group_by)
     except re.error as error:
         raise UserError(f"--group-by {group_by}: no such column, and not a pattern of paths ({error})") from None
-    named, strange = [], []
-    for name in names:
-        found = pattern.search(name)
-        pieces = () if found is None else found.groups("") or (found[0],)
-        named.append(("\0".join(pieces) if any(pieces) else "", name))
-        if not any(pieces):
-            strange.append(name)
+    first, strange = "", 0
+
+    def named() -> Iterator[tuple[str, str]]:
+        nonlocal first, strange
+        for name in names:
+            found = pattern.search(name)
+            pieces = () if found is None else found.groups("") or (found[0],)
+            if not any(pieces):
+                first, strange = first if strange else name, strange + 1
+            yield "\0".join(pieces) if any(pieces) else "", name
+
+    numbers_N = group_numbers(named())
     if strange and every:
-        others = f" and {len(strange) - 1:,} of {len(names) - 1:,} other images" if len(strange) > 1 else ""
+        others = f" and {strange - 1:,} of {len(numbers_N) - 1:,} other images" if strange > 1 else ""
         raise UserError(
-            f"--group-by {group_by}: finds nothing in {strange[0] or 'an image without a path'}{others}; give "
+            f"--group-by {group_by}: finds nothing in {first or 'an image without a path'}{others}; give "
             "a column of a table, or a pattern (a regular expression) that is found in every path, such as "
             r"'patient\d+' or '^([^/]+)/'"
         )
-    return group_numbers(named)
+    return numbers_N

@@ -78,8 +78,7 @@ def decode(data: bytes | str | Path, in_chans: int, look: Look | None = None) ->
     """An encoded image, or the file at a path, as a C-contiguous array H W C with C = in_chans.
 
     uint8 for 8-bit images, float32 in 0..1 for 16-bit ones, float32 as they are for float TIFF and .npy and for DICOM
-    in a unit. With `look`,
-    only the window that it chooses: a JPEG may be decoded smaller then, by the window's `shrink`.
+    in a unit. With `look`, only the window that it chooses: a JPEG may be decoded smaller then, by its `shrink`.
 
     Raises:
         BadImage: whatever is wrong with the file, on one line.

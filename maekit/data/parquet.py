@@ -96,8 +96,8 @@ class TablePart(EncodedPart):
             table = pq.ParquetFile(file)
             kind = table.schema_arrow.field(self.column).type
             if pa.types.is_struct(kind) and any(field.name == "path" for field in kind):
-                rows = table.read(columns=[f"{self.column}.path"])[self.column].to_pylist()
-                found += [path and printable(path) for path in (row and row["path"] for row in rows)]
+                rows = table.read(columns=[f"{self.column}.path"])[self.column]
+                found += [path and printable(path) for path in pc.struct_field(rows, "path").to_pylist()]
             else:
                 found += [None] * table.metadata.num_rows
         return found
@@ -327,7 +327,7 @@ def read_groups(parts: Mapping[str, TablePart], group_by: str, spec: str) -> Non
             texts = ("" if value is None else str(value) for value in values)
             part.groups = group_numbers((text, f"{name} {row}") for row, text in enumerate(texts))
         elif any(paths := part.paths()):
-            part.groups = by_pattern([path or "" for path in paths], group_by, name == "train")
+            part.groups = by_pattern((path or "" for path in paths), group_by, name == "train")
         else:
             raise UserError(
                 f"--group-by {group_by}: not in {spec}; {did_you_mean(group_by, files[0].schema_arrow.names)}"
