@@ -189,7 +189,7 @@ def test_blank_images_alone_have_no_skill(
     assert score(source, tmp_path / "data", tmp_path / "s.csv") == 0
     said = told(capsys)
     assert "images 3, 3 of them blank" in said and "of each image" not in said and "1: perfect" not in said
-    assert sorted(shown["row_labels"]) == [f"no skill: {k}.png" for k in range(3)]
+    assert sorted(shown["row_labels"]) == [f"- {k}.png" for k in range(3)]
 
 
 def test_the_order_of_images() -> None:
@@ -218,7 +218,7 @@ def test_the_panel_shows_the_worst(source: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("maekit.tasks.reconstruct.draw", lambda rows, path, **more: shown.update(more, rows=rows))
     assert score(source, data, tmp_path / "s.parquet", "--masks-per-image", "2") == 0
     rows = pq.read_table(tmp_path / "s.parquet").to_pylist()[:8]
-    assert shown["row_labels"] == [f"skill {row['skill']:.2f}: {row['path']}" for row in rows]
+    assert shown["row_labels"] == [f"{row['skill']:.2f} {row['path']}" for row in rows]
     for row, picture in zip(rows, shown["rows"], strict=True):
         original = np.asarray(Image.open(data / row["path"]))[:, :, None] / 255
         assert np.allclose(picture.original, original, atol=1e-6)

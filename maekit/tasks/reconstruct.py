@@ -262,9 +262,12 @@ def to_draw(config: ReconstructConfig, model: MaskedAutoencoder, pool: Pool, par
     """A few images under their first mask: the worst ones where scores are written, else some that stay the same."""
     if config.scores:
         some = scores.worst[:PANEL_IMAGES]
-        skills = [f"skill {skill:.2f}" if np.isfinite(skill) else "no skill" for skill in scores.skill_N[some]]
-        labels = [f"{skill}: {part.name(i)}" for skill, i in zip(skills, some.tolist(), strict=True)]
-        note = f"of {len(scores.worst):,} images those whose loss is the most above what learning nothing gives"
+        skills = [f"{skill:.2f}" if np.isfinite(skill) else "-" for skill in scores.skill_N[some]]
+        labels = [
+            f"{skill} {part.name(i)}" for skill, i in zip(skills, some.tolist(), strict=True)
+        ]  # cut in the middle
+        note = f"of {len(scores.worst):,} images those whose loss is the most above what learning nothing gives; "
+        note += "beside each its skill"
     else:
         some = lowest_hash(np.sort(scores.worst), min(PANEL_IMAGES, len(scores.worst)), Purpose.SUBSET)
         labels, note = [part.name(i) for i in some.tolist()], ""
